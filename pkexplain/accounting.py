@@ -1,0 +1,224 @@
+"""The account of a segment while it is recorded: what was captured, what the optimizer applied, what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pkexplain.displacement import FullSpaceAccount, RowAccumulator
+from pkexplain.gradients import ExampleGradients
+from pkexplain.layers import Block
+from pkexplain.projection import Projection
+from pkexplain.projector import Projector
+from pkexplain.trajectory import Segment, SegmentSummary
+from pkexplain.update_rules import LinearStep
+
+__all__ = ["CapturedBatch", "SegmentAccountant"]
+
+_AUDIT_EXAMPLES = 64
+_AUDIT_NUMBERS = 1 << 23
+"""Most numbers a segment keeps without projection: 32 MiB in float32."""
+_HELD_BYTES = 1 << 30
+"""Most memory for gradients that wait for the projection to be fixed."""
+
+
+@dataclass
+class CapturedBatch:
+    """What one backward pass left behind.
+
+    Attributes:
+        ids: Row numbers in the training set, ``(batch,)``.
+        pieces: Block positions with per-example gradients.
+        derivatives: Loss derivatives, ``(batch,)``, or None where the model's output was not seen.
+        summed: Parameters whose gradient has arrived.
+    """
+
+    ids: Tensor
+    pieces: list[tuple[int, ExampleGradients]] = field(default_factory=list)
+    derivatives: Tensor | None = None
+    summed: set[int] = field(default_factory=set)
+
+
+class SegmentAccountant:
+    """Follows the optimizer's steps and closes segments.
+
+    Args:
+        blocks: The recorded parameters.
+        projection: How rows are compressed.
+        num_examples: How many rows there are.
+        dtype: Number format of the arithmetic.
+        device: Where it happens.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        projection: Projection,
+        num_examples: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Begin the first segment."""
+        self._blocks, self._projection, self._num_examples = tuple(blocks), projection, num_examples
+        self._dtype, self._device = dtype, device
+        self._spans: dict[int, slice] = {}
+        for block in blocks:
+            self._spans[block.group] = slice(self._spans.get(block.group, block.span).start, block.span.stop)
+        size = sum(block.numel for block in blocks)
+        audited = min(_AUDIT_EXAMPLES, num_examples, _AUDIT_NUMBERS // size)
+        self._audit_ids = torch.arange(audited, device=device) * num_examples // max(audited, 1)
+        self._audit_place = torch.full((num_examples,), -1, device=device)
+        self._audit_place[self._audit_ids] = torch.arange(audited, device=device)
+        self._audit = RowAccumulator(audited, self._spans, size, dtype, device)
+        self._full = FullSpaceAccount(self._spans, torch.zeros(size, dtype=dtype, device=device))
+        self._rows: RowAccumulator | None = None
+        self._held: list[tuple[int, CapturedBatch, dict[int, float]]] = []
+        self.projector: Projector | None = None
+        self.total_steps = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.steps, self.visits = 0, 0
+        self._unfolded: list[Mapping[int, LinearStep]] = []
+        self._rates = dict.fromkeys(self._spans, 0.0)
+        self._capture_gap, self._smallest, self._largest = 0.0, 1.0, 1.0
+
+    def step(
+        self,
+        batches: Sequence[CapturedBatch],
+        captured: Tensor,
+        applied: Tensor,
+        numbers: Mapping[int, LinearStep],
+        parameters: Tensor,
+    ) -> None:
+        """Follow one optimizer step.
+
+        Args:
+            batches: The batches whose gradients it applies.
+            captured: The gradient that their backward passes made, ``(parameters,)``.
+            applied: The gradient that the optimizer was given, ``(parameters,)``.
+            numbers: The step's numbers for each parameter group.
+            parameters: θ before the step, ``(parameters,)``.
+        """
+        scale = {group: _factor(captured[span], applied[span]) for group, span in self._spans.items()}
+        self._smallest, self._largest = min(self._smallest, *scale.values()), max(self._largest, *scale.values())
+        self._unfolded.append(numbers)
+        place = len(self._unfolded) - 1
+        for batch in batches:
+            self._held.append((place, batch, scale))
+            self.visits += len(batch.ids)
+        self.steps += 1
+        self.total_steps += 1
+        if self.projector is None and self._warm():
+            self._bind()
+        if self.projector is not None:
+            gaps = [self._enter(*held) for held in self._held]
+            self._held = []
+            whole = self.projector.project_vectors(captured[None])[0]
+            gap = float((sum(gaps, torch.zeros_like(whole)) - whole).norm() / whole.norm().clamp_min(1e-300))
+            self._capture_gap = max(self._capture_gap, gap) if len(gaps) == len(batches) else self._capture_gap
+        scaled = captured.clone()
+        for group, span in self._spans.items():
+            scaled[span] *= scale[group]
+            self._rates[group] += numbers[group].learning_rate
+        self._full.step(numbers, scaled, parameters)
+        if self._rows is not None and self._rows.full:
+            self._fold()
+
+    def close(self, displacement: Tensor) -> tuple[Segment, SegmentSummary]:
+        """End the segment and begin the next.
+
+        Args:
+            displacement: Δθ, ``(parameters,)``.
+
+        Returns:
+            The segment as it will be stored, and its summary.
+        """
+        if self.projector is None:
+            self._bind()
+        for held in self._held:
+            self._enter(*held)
+        self._held = []
+        assert self._rows is not None and self.projector is not None
+        rows, derivatives = self._rows.close(self._unfolded)
+        audit_rows, _ = self._audit.close(self._unfolded)
+        examples, decay = self._full.close()
+        left = displacement - examples - decay
+        segment = Segment.pack(
+            rows,
+            self._projection.row_dtype(self._dtype),
+            loss_derivatives=derivatives,
+            decay=decay,
+            optimizer=left,
+            audit_ids=self._audit_ids,
+            audit_rows=audit_rows,
+        )
+        whole, explained = self.projector.project_vectors(torch.stack([displacement, displacement - decay - left]))
+        gap = (explained.double() - segment.row_sum).norm() / whole.double().norm().clamp_min(1e-300)
+        summary = SegmentSummary(
+            last_step=self.total_steps,
+            visits=self.visits,
+            learning_rate_sum=tuple(self._rates.values()),
+            displacement_gap=float(gap),
+            optimizer_share=float(left.norm() / displacement.norm().clamp_min(1e-30)),
+            capture_gap=self._capture_gap,
+            rescaled=(self._smallest, self._largest),
+        )
+        self._begin()
+        return segment, summary
+
+    def _warm(self) -> bool:
+        examples = sum(len(batch.ids) for _, batch, _ in self._held)
+        held = sum(gradients.nbytes for _, batch, _ in self._held for _, gradients in batch.pieces)
+        return examples >= self._projection.warm_up or held >= _HELD_BYTES
+
+    def _bind(self) -> None:
+        seen = (batch.pieces for _, batch, _ in self._held)
+        self.projector = self._projection.bind(self._blocks, self._dtype, self._device, seen)
+        self._rows = RowAccumulator(
+            self._num_examples, self.projector.group_columns, self.projector.columns, self._dtype, self._device
+        )
+
+    def _enter(self, place: int, batch: CapturedBatch, scale: Mapping[int, float]) -> Tensor:
+        """Project a batch and note its rows; return their sum as captured, ``(columns,)``."""
+        assert self.projector is not None and self._rows is not None
+        rows = self.projector.project(batch.pieces, len(batch.ids)).to(self._dtype)
+        total = rows.sum(0)
+        derivatives = batch.derivatives
+        if derivatives is None:
+            derivatives = torch.full((len(batch.ids),), float("nan"), device=self._device)
+        derivatives = derivatives.to(self._dtype) * next(iter(scale.values()))
+        _scale(rows, self.projector.group_columns, scale)
+        self._rows.add(place, batch.ids, rows, derivatives)
+        audited = self._audit_place[batch.ids]
+        chosen = (audited >= 0).nonzero()[:, 0]
+        if len(chosen):
+            dense = torch.zeros(len(chosen), self._audit.columns, dtype=self._dtype, device=self._device)
+            for position, gradients in batch.pieces:
+                dense[:, self._blocks[position].span] += gradients.select(chosen).dense()
+            _scale(dense, self._spans, scale)
+            self._audit.add(place, audited[chosen], dense, derivatives[chosen])
+        return total
+
+    def _fold(self) -> None:
+        assert self._rows is not None
+        self._rows.fold(self._unfolded)
+        self._audit.fold(self._unfolded)
+        self._unfolded = []
+
+
+def _scale(rows: Tensor, columns: Mapping[int, slice], scale: Mapping[int, float]) -> None:
+    for group, factor in scale.items():
+        if factor != 1.0:
+            rows[:, columns[group]] *= factor
+
+
+def _factor(captured: Tensor, applied: Tensor) -> float:
+    """Find the factor between the captured and the applied gradient (clipping, loss scaling), by least squares."""
+    if torch.equal(captured, applied):
+        return 1.0
+    size = captured.double().square().sum()
+    return float(captured.double() @ applied.double() / size) if size > 0 else 1.0

@@ -1,0 +1,264 @@
+"""Covectors: the query's output gradient, averaged over each segment, in projection space.
+
+For each query and segment, φ_t = ∫₀¹ ∇f(x; θ_t + τ Δθ_t) dτ is never kept whole; what is kept are its projection P φ_t
+and its products with the vectors of the ledger.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pkexplain.capture import Capture
+from pkexplain.layers import Layer
+from pkexplain.model_io import QueryBatch
+from pkexplain.outputs import Output
+from pkexplain.projector import Projector
+from pkexplain.quadrature import Part, Quadrature
+from pkexplain.trajectory import Trajectory
+
+__all__ = ["Covectors", "OutputField", "integrate"]
+
+
+@dataclass(frozen=True)
+class Covectors:
+    """What a batch of queries needs to know of φ_t.
+
+    Attributes:
+        projected: P φ_t, ``(queries, segments, k)``.
+        displacement: ⟨φ_t, Δθ_t⟩ by the quadrature, in output units, ``(queries, segments)``.
+        decay: ⟨φ_t, decay_t⟩, in output units, ``(queries, segments)``.
+        optimizer: ⟨φ_t, optimizer_t⟩, in output units, ``(queries, segments)``.
+        audit: ⟨φ_t, D_i,t⟩ of the audited examples, in output units, ``(queries, segments, audited)``.
+        outputs: f(x; θ_t) at each checkpoint, in output units, ``(queries, segments + 1)``.
+        forward_passes: Forward passes of each query, ``(queries,)``.
+        backward_passes: Gradients of each query, ``(queries,)``.
+        settled: Whether the quadrature met its tolerance, ``(queries,)``.
+    """
+
+    projected: Tensor
+    displacement: Tensor
+    decay: Tensor
+    optimizer: Tensor
+    audit: Tensor
+    outputs: Tensor
+    forward_passes: Tensor
+    backward_passes: Tensor
+    settled: Tensor
+
+
+class OutputField:
+    """f(x; θ) and its gradient at any point of the trajectory, on a private copy of the model.
+
+    Args:
+        model: A copy of the model in evaluation mode that may be written to.
+        layers: Its recorded layers.
+        projector: The run's projection.
+        trajectory: The run.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer], projector: Projector, trajectory: Trajectory) -> None:
+        """Read the ledger's vectors of every segment."""
+        self._model, self._capture, self._projector, self._trajectory = model, Capture(layers), projector, trajectory
+        self._named = dict(model.named_parameters())
+        self._buffers = dict(model.named_buffers())
+        some = next(iter(self._named.values()))
+        self.device, self.dtype = some.device, trajectory.dtype
+        self._ends: dict[int, Tensor] = {}
+        self._vectors: dict[int, Tensor] = {}
+
+    def _checkpoint(self, t: int) -> Tensor:
+        if t not in self._ends:
+            self._ends[t] = self._trajectory.checkpoint(t).parameters.to(self.device)
+        return self._ends[t]
+
+    def _ledger_vectors(self, t: int) -> Tensor:
+        """Stack Δθ_t, decay_t, optimizer_t and the audited displacements, ``(3 + audited, parameters)``."""
+        if t not in self._vectors:
+            segment = self._trajectory.segment(t)
+            moved = self._checkpoint(t + 1) - self._checkpoint(t)
+            named = torch.stack([moved, segment.decay.to(self.device), segment.optimizer.to(self.device)])
+            self._vectors[t] = torch.cat([named, segment.audit_rows.to(self.device)])
+        return self._vectors[t]
+
+    def move_to(self, segment: int, tau: float) -> None:
+        """Set the model's parameters to θ_t + τ Δθ_t."""
+        start = self._checkpoint(segment)
+        point = start if tau == 0 else torch.lerp(start, self._checkpoint(segment + 1), tau) if tau < 1 else None
+        point = self._checkpoint(segment + 1) if point is None else point
+        with torch.no_grad():
+            for block in self._trajectory.fingerprint.blocks:
+                position = block.start
+                for name in block.parameters:
+                    parameter = self._named[name]
+                    parameter.copy_(point[position : position + parameter.numel()].view_as(parameter))
+                    position += parameter.numel()
+            if self._buffers:
+                stored = self._trajectory.checkpoint(segment if tau < 1 else segment + 1).buffers
+                for name, buffer in self._buffers.items():
+                    buffer.copy_(stored[name])
+
+    def prediction(self, queries: QueryBatch) -> Tensor:
+        """Run the model where it was moved to, ``(queries, …)``."""
+        with torch.no_grad():
+            return queries.run(self._model)
+
+    def value(self, queries: QueryBatch, output: Output) -> Tensor:
+        """Compute f where the model was moved to, in output units, ``(queries,)`` in float64."""
+        return output(self.prediction(queries)).double()
+
+    def features(self, queries: QueryBatch, output: Output, segment: int) -> Tensor:
+        """Differentiate f where the model was moved to, and keep what the ledger needs of the gradient.
+
+        Returns:
+            The gradient's products with the ledger's vectors, then its projection, ``(queries, 3 + audited + k)``.
+        """
+        vectors = self._ledger_vectors(segment)
+        with torch.enable_grad(), self._capture.collecting(len(queries)) as gradients:
+            pieces = gradients(output(queries.run(self._model)).sum())
+        products = vectors.new_zeros(len(queries), len(vectors))
+        for position, piece in pieces:
+            products += piece.dense().to(self.dtype) @ vectors[:, self._trajectory.fingerprint.blocks[position].span].T
+        if not pieces:
+            return vectors.new_zeros(len(queries), len(vectors) + self._projector.columns)
+        return torch.cat([products, self._projector.project(pieces, len(queries)).to(self.dtype)], dim=1)
+
+
+@dataclass
+class _Progress:
+    """The parts of one query, their integrals and their errors."""
+
+    allowed: float
+    gradients_left: int
+    integrals: dict[Part, Tensor] = field(default_factory=dict)
+    errors: dict[Part, float] = field(default_factory=dict)
+    forward_passes: int = 0
+    backward_passes: int = 0
+    settled: bool = False
+
+
+def integrate(
+    field_: OutputField,
+    queries: QueryBatch,
+    output: Output,
+    quadrature: Quadrature,
+    tolerance: float,
+    on_part: Callable[[int, int], None] = lambda done, planned: None,
+) -> Covectors:
+    """Integrate the output gradient over every segment, halving parts until the quadrature gap meets the tolerance.
+
+    Each query refines its own parts, so its numbers do not depend on the batch it comes in.
+
+    Args:
+        field_: The model and the run.
+        queries: The queries.
+        output: What is explained, settled.
+        quadrature: The rule and the budget.
+        tolerance: Allowed quadrature gap, relative to |f_T − f_0|.
+        on_part: Told how many parts are done and how many are planned so far.
+
+    Returns:
+        The covectors of all queries.
+    """
+    segments = len(field_._trajectory)
+    everyone = torch.arange(len(queries))
+    values: dict[tuple[int, float], dict[int, float]] = defaultdict(dict)
+    ends = []
+    for t in range(segments + 1):
+        field_.move_to(t, 0.0) if t < segments else field_.move_to(t - 1, 1.0)
+        ends.append(field_.value(queries, output).cpu())
+        for q, value in enumerate(ends[-1].tolist()):
+            values[(t, 0.0)][q] = value
+            if t:
+                values[(t - 1, 1.0)][q] = value
+    outputs = torch.stack(ends, dim=1)
+    budget = quadrature.budget * segments
+    progress = [
+        _Progress(tolerance * abs(float(outputs[q, -1] - outputs[q, 0])), budget, forward_passes=segments + 1)
+        for q in range(len(queries))
+    ]
+    wanted: dict[Part, list[int]] = {Part(t, 0, 0): everyone.tolist() for t in range(segments)}
+    nodes, weights = quadrature.rule()
+    done = planned = 0
+    while wanted:
+        planned += len(wanted)
+        for part in sorted(wanted):
+            members = torch.tensor(wanted[part])
+            some, some_output = queries.select(members), output.select(members)
+            _values_at(field_, part, some, some_output, wanted[part], values, progress)
+            total = None
+            for node, weight in zip(nodes, weights, strict=True):
+                field_.move_to(part.segment, part.start + part.width * float(node))
+                features = field_.features(some, some_output, part.segment) * (float(weight) * part.width)
+                total = features if total is None else total + features
+            assert total is not None
+            for row, q in enumerate(wanted[part]):
+                state = progress[q]
+                change = values[(part.segment, part.end)][q] - values[(part.segment, part.start)][q]
+                state.integrals[part] = total[row]
+                state.errors[part] = change - float(total[row, 0])
+                state.backward_passes += len(nodes)
+            done += 1
+            on_part(done, planned)
+        wanted = _refine(progress, quadrature)
+    return _gather(field_, progress, outputs)
+
+
+def _values_at(
+    field_: OutputField,
+    part: Part,
+    queries: QueryBatch,
+    output: Output,
+    members: list[int],
+    values: dict[tuple[int, float], dict[int, float]],
+    progress: list[_Progress],
+) -> None:
+    """Make sure that f is known at both ends of a part."""
+    for tau in (part.start, part.end):
+        known = values[(part.segment, tau)]
+        if any(q not in known for q in members):
+            field_.move_to(part.segment, tau)
+            for q, value in zip(members, field_.value(queries, output).tolist(), strict=True):
+                known[q] = value
+                progress[q].forward_passes += 1
+
+
+def _refine(progress: list[_Progress], quadrature: Quadrature) -> dict[Part, list[int]]:
+    """Choose the parts to halve for every query that is not settled, and take them out of its account."""
+    wanted: dict[Part, list[int]] = defaultdict(list)
+    for q, state in enumerate(progress):
+        if not quadrature.unsettled(state.errors.values(), state.allowed):
+            state.settled = True
+            continue
+        left = state.gradients_left - state.backward_passes
+        for part in quadrature.worst(state.errors, state.allowed, left):
+            del state.errors[part], state.integrals[part]
+            for half in part.halves():
+                wanted[half].append(q)
+    return wanted
+
+
+def _gather(field_: OutputField, progress: list[_Progress], outputs: Tensor) -> Covectors:
+    segments = outputs.shape[1] - 1
+    width = len(next(iter(progress[0].integrals.values())))
+    whole = torch.zeros(len(progress), segments, width, dtype=field_.dtype, device=field_.device)
+    for q, state in enumerate(progress):
+        for part, integral in state.integrals.items():
+            whole[q, part.segment] += integral
+    named = width - field_._projector.columns
+    products = whole[:, :, :named].double().cpu()
+    return Covectors(
+        projected=whole[:, :, named:],
+        displacement=products[:, :, 0],
+        decay=products[:, :, 1],
+        optimizer=products[:, :, 2],
+        audit=products[:, :, 3:],
+        outputs=outputs,
+        forward_passes=torch.tensor([state.forward_passes for state in progress]),
+        backward_passes=torch.tensor([state.backward_passes for state in progress]),
+        settled=torch.tensor([state.settled for state in progress]),
+    )

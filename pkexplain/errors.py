@@ -1,0 +1,120 @@
+"""What can go wrong, as a tree.
+
+.. code-block:: text
+
+    PkexplainError
+    ├── ConfigurationError (ValueError)     a Recorder, Explainer or projection asked for something that cannot be
+    │   ├── UnsupportedLayerError (TypeError)      a trainable layer without a per-example rule
+    │   ├── UnsupportedOptimizerError (TypeError)  an optimizer without an update rule
+    │   └── MissingDependencyError (ImportError)   an extra that is not installed
+    ├── RecordingError (RuntimeError)       the training loop broke the recorder's contract
+    │   ├── ExampleIdError (ValueError)            ids out of range, repeated, of the wrong length or type
+    │   └── NonFiniteGradientError (ArithmeticError)  a batch whose loss or gradients are not finite
+    ├── RunError (OSError)                  the files of a run
+    │   ├── RunExistsError (FileExistsError)       the directory already holds a run
+    │   ├── RunNotFoundError (FileNotFoundError)   there is no run, or it holds no finished segment
+    │   ├── RunDamagedError                        a file is missing, truncated or altered
+    │   └── ModelMismatchError (ValueError)        the model is not the one that was recorded
+    └── QueryError (ValueError)             a query or an output that the recorded model cannot answer
+
+Every message reads ``<what was asked>: <what is wrong>. Got …; expected … (from …). <One fix>.``
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "ConfigurationError",
+    "ExampleIdError",
+    "MissingDependencyError",
+    "ModelMismatchError",
+    "NonFiniteGradientError",
+    "PkexplainError",
+    "QueryError",
+    "RecordingError",
+    "RunDamagedError",
+    "RunError",
+    "RunExistsError",
+    "RunNotFoundError",
+    "UnsupportedLayerError",
+    "UnsupportedOptimizerError",
+    "message",
+]
+
+
+class PkexplainError(Exception):
+    """The root of every error this package raises on purpose."""
+
+
+class ConfigurationError(PkexplainError, ValueError):
+    """An argument asks for something that cannot be."""
+
+
+class UnsupportedLayerError(ConfigurationError, TypeError):
+    """A trainable layer has no per-example gradient rule."""
+
+
+class UnsupportedOptimizerError(ConfigurationError, TypeError):
+    """An optimizer, or one of its options, has no update rule."""
+
+
+class MissingDependencyError(ConfigurationError, ImportError):
+    """A package that an extra provides is not installed or does not load."""
+
+
+class RecordingError(PkexplainError, RuntimeError):
+    """The training loop did something the recorder cannot account for."""
+
+
+class ExampleIdError(RecordingError, ValueError):
+    """Example ids are out of range, repeated, or of the wrong length or type."""
+
+
+class NonFiniteGradientError(RecordingError, ArithmeticError):
+    """A batch has a loss or a gradient that is not finite."""
+
+
+class RunError(PkexplainError, OSError):
+    """The files of a run cannot be used."""
+
+
+class RunExistsError(RunError, FileExistsError):
+    """The directory already holds a run."""
+
+
+class RunNotFoundError(RunError, FileNotFoundError):
+    """There is no run here, or it holds no finished segment."""
+
+
+class RunDamagedError(RunError):
+    """A file of the run is missing, truncated or altered."""
+
+
+class ModelMismatchError(RunError, ValueError):
+    """The model's names or shapes are not those that were recorded."""
+
+
+class QueryError(PkexplainError, ValueError):
+    """A query or an output does not fit the recorded model."""
+
+
+def message(asked: str, wrong: str, *, got: Any, expected: Any, source: str, fix: str) -> str:
+    """Compose an error message in the one form used everywhere.
+
+    Args:
+        asked: What the user asked for, as they wrote it.
+        wrong: What is wrong with it, without a full stop.
+        got: The value or shape that came.
+        expected: The value or shape that would do.
+        source: Where the expectation comes from.
+        fix: One concrete thing to do, without a full stop.
+
+    Returns:
+        The message, one line.
+
+    Example:
+        >>> message("ids", "out of range", got=7, expected="0 to 4", source="num_examples=5", fix="Pass row numbers")
+        'ids: out of range. Got 7; expected 0 to 4 (from num_examples=5). Pass row numbers.'
+    """
+    return f"{asked}: {wrong}. Got {got}; expected {expected} (from {source}). {fix}."

@@ -1,0 +1,302 @@
+"""`Explainer`: covectors, correction, search, ranking by the stored rows, checks."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pkexplain.checks import checks_of
+from pkexplain.correction import CorrectedCovectors, correct
+from pkexplain.covectors import OutputField, integrate
+from pkexplain.errors import ConfigurationError, message
+from pkexplain.explanation import Contribution, Cost, Explanation, Ledger
+from pkexplain.index import RowIndex
+from pkexplain.layers import find_layers
+from pkexplain.model_io import QueryBatch, as_queries
+from pkexplain.outputs import Logit, Output, as_output
+from pkexplain.quadrature import Quadrature
+from pkexplain.store import DirectoryStore, Store, open_store
+
+__all__ = ["Explainer"]
+
+_MOST_QUERIES_AT_ONCE = 128
+_NUMBERS_AT_ONCE = 1 << 27
+_ROWS_AT_ONCE = 4096
+_CANDIDATES = 4
+"""How many times more examples the index proposes than are shown, before they are ranked by the stored rows."""
+
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and how much there is."""
+
+
+class Explainer:
+    """Explain predictions of a recorded model in training examples.
+
+    Args:
+        run: The directory of a run, or the `pkexplain.MemoryStore` it was recorded into.
+        model: The model, at any state of its recorded parameters; it is copied, never changed.
+        index: A faiss factory string.
+        tolerance: Allowed quadrature gap before any correction, relative to |f_T − f_0|.
+        quadrature: The rule of integration over a segment, and its budget.
+        device: Where to compute; by default where the model is.
+        progress: Told how far long work is, for example `pkexplain.ProgressBar`.
+
+    Raises:
+        RunNotFoundError: There is no run, or it holds no finished segment.
+        RunDamagedError: A file of the run is missing, truncated or altered.
+        ModelMismatchError: The model is not the one that was recorded.
+        ConfigurationError: An argument cannot be.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str] | Store,
+        model: nn.Module,
+        *,
+        index: str = "Flat",
+        tolerance: float = 0.01,
+        quadrature: Quadrature | None = None,
+        device: str | torch.device | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Read the run and check the model against it; the index is built on first use."""
+        if not tolerance > 0:
+            source = "the signature of Explainer"
+            fix = "Leave it out for 1% of |f_T − f_0|"
+            text = message(
+                "Explainer(tolerance=…)", "it must be positive", got=tolerance, expected="> 0", source=source, fix=fix
+            )
+            raise ConfigurationError(text)
+        store = open_store(run)
+        self._trajectory = store.trajectory()
+        self._trajectory.fingerprint.check(model)
+        self._directory = store.path / "index" if isinstance(store, DirectoryStore) else None
+        device = torch.device(device) if device else next(model.parameters()).device
+        mine = copy.deepcopy(model).to(device).eval()
+        groups = {name: block.group for block in self._trajectory.fingerprint.blocks for name in block.parameters}
+        for name, parameter in mine.named_parameters():
+            parameter.requires_grad_(name in groups)
+        layers, _ = find_layers(mine, groups)
+        self._projector = self._trajectory.projector(device)
+        self._field = OutputField(mine, layers, self._projector, self._trajectory)
+        self._segments = [self._trajectory.segment(t) for t in range(len(self._trajectory))]
+        self._row_sums = torch.stack([segment.row_sum for segment in self._segments])
+        self._tolerance, self._quadrature = tolerance, quadrature or Quadrature()
+        self._progress = progress or (lambda what, done, total: None)
+        self._factory, self._index = index, None
+
+    @property
+    def index(self) -> RowIndex:
+        """The index over the run's rows, made on first use.
+
+        Raises:
+            MissingDependencyError: faiss is not installed.
+            ConfigurationError: faiss refuses the factory string.
+        """
+        if self._index is None:
+            self._index = RowIndex(self._trajectory, self._factory, self._directory)
+        if not self._index.ready:
+            self._index.prepare(lambda done, total: self._progress("index", done, total))
+        return self._index
+
+    def explain(
+        self,
+        x: Any,
+        *,
+        output: Output | Callable[[Tensor], Tensor] | None = None,
+        k: int = 10,
+        reading: str = "path",
+    ) -> Any:
+        """Explain one output of the model for one query, or for each query of a batch.
+
+        Args:
+            x: One query in the shape of the training inputs, or a batch of them; a tensor, a tuple of positional
+                inputs or a mapping of named inputs.
+            output: What to explain; by default the logit of the class that the final model predicts.
+            k: How many proponents and how many opponents to show.
+            reading: ``"path"``: contributions that add up.
+
+        Returns:
+            An `Explanation`, or a list of them where ``x`` was a batch.
+
+        Raises:
+            QueryError: The query or the output does not fit the model.
+            ConfigurationError: ``k`` or ``reading`` cannot be.
+        """
+        self._check(k, reading)
+        queries = as_queries(x, self._trajectory.inputs, self._field.device)
+        index = self.index
+        explanations: list[Explanation] = []
+        for some, some_output, names in self._chunks(queries, output):
+            corrected = self._corrected(some, some_output)
+            scan = _Scan(self, corrected)
+            flat = corrected.projected.flatten(1).cpu().numpy()
+            proposed = np.concatenate([index.search(sign * flat, _CANDIDATES * k) for sign in (1, -1)], axis=1)
+            audited = self._audited(corrected)
+            for row in range(len(some)):
+                ids = torch.from_numpy(np.unique(proposed[row][proposed[row] >= 0]))
+                found = self._contributions_of(ids, corrected.projected[row])
+                explanations.append(
+                    Explanation(
+                        output=names[row],
+                        reading=reading,
+                        ledger=_ledger(corrected, row),
+                        proponents=tuple([c for c in found if c.contribution > 0][:k]),
+                        opponents=tuple([c for c in reversed(found) if c.contribution < 0][:k]),
+                        checks=checks_of(self._trajectory, corrected, audited, row, self._tolerance),
+                        cost=self._cost(corrected, row),
+                        boundaries=self._trajectory.boundaries,
+                        segment_sums=tuple(corrected.corrected[row].tolist()),
+                        checkpoint_outputs=tuple(corrected.covectors.outputs[row].tolist()),
+                        query=some.row(row),
+                        scan=scan.of(row),
+                    )
+                )
+        return explanations[0] if queries.single else explanations
+
+    def contributions(
+        self, x: Any, *, output: Output | Callable[[Tensor], Tensor] | None = None, reading: str = "path"
+    ) -> np.ndarray:
+        """Compute the contributions of all training examples.
+
+        Args:
+            x: A query or a batch, as for `explain`.
+            output: What to explain, as for `explain`.
+            reading: ``"path"``.
+
+        Returns:
+            c_i(x), in output units, ``(queries, num_examples)``.
+
+        Raises:
+            QueryError: The query or the output does not fit the model.
+            ConfigurationError: ``reading`` cannot be.
+        """
+        self._check(1, reading)
+        queries = as_queries(x, self._trajectory.inputs, self._field.device)
+        parts = [self._scan(self._corrected(some, out).projected) for some, out, _ in self._chunks(queries, output)]
+        return np.concatenate(parts)
+
+    def _check(self, k: int, reading: str) -> None:
+        if reading != "path":
+            fix = "Leave reading out; what removing an example would do is another question (docs/limits.md)"
+            got, expected, source = repr(reading), '"path"', "this version of pkexplain"
+            wrong = "this reading is not there"
+        elif not isinstance(k, int) or k < 1:
+            got, expected, source, fix = repr(k), "a whole number from 1 up", "the signature of explain", "Leave k out"
+            wrong = "so many examples cannot be shown"
+        else:
+            return
+        raise ConfigurationError(
+            message("Explainer.explain", wrong, got=got, expected=expected, source=source, fix=fix)
+        )
+
+    def _chunks(self, queries: QueryBatch, output: Any) -> Any:
+        """Settle the output on the final prediction, and cut the queries into pieces that fit in memory."""
+        wanted = as_output(output if output is not None else Logit())
+        last = len(self._trajectory) - 1
+        self._field.move_to(last, 1.0)
+        prediction = self._field.prediction(queries)
+        if not torch.equal(prediction, self._field.prediction(queries)):
+            raise ConfigurationError(
+                message(
+                    "explaining a query",
+                    "the model draws random numbers in evaluation mode",
+                    got="two predictions that differ",
+                    expected="the same prediction twice",
+                    source="model.eval()",
+                    fix="Make the randomness depend on self.training, as torch's Dropout does",
+                )
+            )
+        settled = wanted.settle(prediction)
+        names = settled.names(len(queries))
+        kept = self._projector.columns * len(self._trajectory) * self._quadrature.budget // self._quadrature.nodes
+        size = max(1, min(_MOST_QUERIES_AT_ONCE, _NUMBERS_AT_ONCE // kept))
+        for start in range(0, len(queries), size):
+            positions = torch.arange(start, min(start + size, len(queries)))
+            chosen = [names[int(p)] for p in positions]
+            yield queries.select(positions), settled.select(positions), chosen
+
+    def _corrected(self, queries: QueryBatch, output: Output) -> CorrectedCovectors:
+        report = lambda done, planned: self._progress("covectors", done, planned)  # noqa: E731 - a name for a callback
+        covectors = integrate(self._field, queries, output, self._quadrature, self._tolerance, report)
+        return correct(covectors, self._row_sums)
+
+    def _cost(self, corrected: CorrectedCovectors, row: int) -> Cost:
+        covectors = corrected.covectors
+        budget = self._quadrature.budget * len(self._trajectory)
+        return Cost(int(covectors.forward_passes[row]), int(covectors.backward_passes[row]), budget)
+
+    def _scan(self, projected: Tensor) -> np.ndarray:
+        """Compute all contributions from the stored rows, ``(queries, num_examples)``, in float64."""
+        total = torch.zeros(self._trajectory.num_examples, len(projected), dtype=torch.float64)
+        for t, segment in enumerate(self._segments):
+            covector = projected[:, t].cpu().T
+            for start in range(0, len(total), _ROWS_AT_ONCE):
+                part = slice(start, start + _ROWS_AT_ONCE)
+                total[part] += segment.read_rows(part, projected.dtype) @ covector
+        return total.T.numpy()
+
+    def _by_segment(self, ids: Tensor, projected: Tensor) -> Tensor:
+        """Compute the contributions of some examples to one query, segment by segment, ``(ids, segments)``."""
+        parts = [
+            segment.read_rows(ids, projected.dtype) @ projected[t].cpu() for t, segment in enumerate(self._segments)
+        ]
+        return torch.stack(parts, dim=1).double()
+
+    def _contributions_of(self, ids: Tensor, projected: Tensor) -> list[Contribution]:
+        """Rank some examples by their stored rows, largest contribution first, with a_i and K(x, x_i)."""
+        by_segment = self._by_segment(ids, projected)
+        derivatives = torch.stack([segment.loss_derivatives[ids] for segment in self._segments], dim=1).double()
+        kernels = torch.where(derivatives == 0, 0.0, -by_segment / derivatives).sum(1)
+        totals = by_segment.sum(1)
+        order = totals.argsort(descending=True)
+        return [
+            Contribution(
+                id=int(ids[i]),
+                contribution=float(totals[i]),
+                weight=float(totals[i] / kernels[i]),
+                kernel=float(kernels[i]),
+                segments=tuple(by_segment[i].tolist()),
+            )
+            for i in order.tolist()
+        ]
+
+    def _audited(self, corrected: CorrectedCovectors) -> Tensor | None:
+        """Compute the audited examples' contributions from their stored rows, ``(queries, audited)``."""
+        ids = self._segments[0].audit_ids
+        if not len(ids):
+            return None
+        return torch.stack([self._by_segment(ids, projected).sum(1) for projected in corrected.projected])
+
+
+class _Scan:
+    """All contributions of a batch of queries, computed once, when the first of them is asked for."""
+
+    def __init__(self, explainer: Explainer, corrected: CorrectedCovectors) -> None:
+        self._explainer, self._projected = explainer, corrected.projected
+        self._all: np.ndarray | None = None
+
+    def of(self, row: int) -> Callable[[], np.ndarray]:
+        def contributions() -> np.ndarray:
+            if self._all is None:
+                self._all = self._explainer._scan(self._projected)
+            return self._all[row]
+
+        return contributions
+
+
+def _ledger(corrected: CorrectedCovectors, row: int) -> Ledger:
+    covectors = corrected.covectors
+    outputs = covectors.outputs[row]
+    return Ledger(
+        initial=float(outputs[0]),
+        final=float(outputs[-1]),
+        examples=float(corrected.corrected[row].sum()),
+        remainders={"decay": float(covectors.decay[row].sum()), "optimizer": float(covectors.optimizer[row].sum())},
+    )

@@ -1,0 +1,222 @@
+"""The gradients of a block of parameters, example by example, kept in factors where the layer allows it.
+
+Where a layer is a matrix acting on vectors (Linear, Conv, Embedding) the gradient of example i is a sum over positions
+t of output gradient times input,
+
+    G_i = Σ_t g_i,t ⊗ x_i,t        (parameter units)
+
+so that a two-sided projection L G_i Rᵀ = Σ_t (L g_i,t) ⊗ (R x_i,t) never forms G_i.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "ConvolutionGradient",
+    "DenseGradient",
+    "EmbeddingGradient",
+    "ExampleGradients",
+    "LinearGradient",
+    "MatrixGradient",
+]
+
+
+class ExampleGradients(ABC):
+    """The gradients of one block of parameters for every example of a batch, in parameter units."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Form the gradients, ``(examples, numel)``, in the block's parameter order."""
+
+    def total(self) -> Tensor:
+        """Sum over the examples, ``(numel,)``."""
+        return self.dense().sum(0)
+
+    @abstractmethod
+    def select(self, positions: Tensor) -> ExampleGradients:
+        """Keep the examples at ``positions`` of the batch."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+
+
+@dataclass(frozen=True)
+class DenseGradient(ExampleGradients):
+    """Gradients without structure, ``(examples, numel)``."""
+
+    values: Tensor
+
+    def dense(self) -> Tensor:
+        """Return the gradients, ``(examples, numel)``."""
+        return self.values
+
+    def select(self, positions: Tensor) -> DenseGradient:
+        """Keep the examples at ``positions``."""
+        return DenseGradient(self.values[positions])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return self.values.nbytes
+
+
+class MatrixGradient(ExampleGradients):
+    """Gradients of a matrix ``(rows, columns)``, the bias, where there is one, being its last column."""
+
+    weight: bool
+    bias: bool
+    output_gradients: Tensor
+
+    @abstractmethod
+    def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Project from both sides without forming the gradient: L G_i Rᵀ.
+
+        Args:
+            left: L, ``(k_rows, rows)``; None for the identity.
+            right: R, ``(k_columns, columns)``; None for the identity.
+
+        Returns:
+            ``(examples, k_rows, k_columns)``.
+        """
+
+    def dense(self) -> Tensor:
+        """Form the gradients, ``(examples, numel)``: the weight row by row, then the bias."""
+        full = self.sketch(None, None)
+        if not (self.weight and self.bias):
+            return full.flatten(1)
+        return torch.cat([full[:, :, :-1].flatten(1), full[:, :, -1]], dim=1)
+
+    def _split(self, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Split R into the columns for the weight and the column for the bias."""
+        if right is None:
+            return None, None
+        return (right[:, :-1] if self.bias else right) if self.weight else None, right[:, -1] if self.bias else None
+
+
+@dataclass(frozen=True)
+class LinearGradient(MatrixGradient):
+    """G_i = Σ_t g_i,t ⊗ [x_i,t, 1] with inputs ``(examples, t, columns)``, output gradients ``(examples, t, rows)``."""
+
+    inputs: Tensor
+    output_gradients: Tensor
+    weight: bool
+    bias: bool
+
+    def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Project from both sides, ``(examples, k_rows, k_columns)``."""
+        g = self.output_gradients if left is None else self.output_gradients @ left.T
+        x = self.inputs
+        ones = x.new_ones(*x.shape[:2], 1)
+        if right is None:
+            x = torch.cat([part for part, wanted in ((x, self.weight), (ones, self.bias)) if wanted], dim=-1)
+        else:
+            for_weight, for_bias = self._split(right)
+            x = x @ for_weight.T if for_weight is not None else ones * 0
+            x = x + for_bias if for_bias is not None else x
+        return torch.bmm(g.transpose(1, 2), x)
+
+    def total(self) -> Tensor:
+        """Sum over the examples, ``(numel,)``, as one long example."""
+        if len(self.inputs) == 1:
+            return self.dense()[0]
+        x, g = self.inputs.flatten(0, 1)[None], self.output_gradients.flatten(0, 1)[None]
+        return replace(self, inputs=x, output_gradients=g).total()
+
+    def select(self, positions: Tensor) -> LinearGradient:
+        """Keep the examples at ``positions``."""
+        return replace(self, inputs=self.inputs[positions], output_gradients=self.output_gradients[positions])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return self.inputs.nbytes + self.output_gradients.nbytes
+
+
+@dataclass(frozen=True)
+class ConvolutionGradient(MatrixGradient):
+    """G_i = Σ_p g_i,p ⊗ [patch of x_i at p, 1] over output positions p; projecting patches is itself a convolution."""
+
+    inputs: Tensor  # padded, (examples, channels, *space)
+    output_gradients: Tensor  # (examples, rows, positions)
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    weight: bool
+    bias: bool
+
+    def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Project from both sides, ``(examples, k_rows, k_columns)``."""
+        g = self.output_gradients if left is None else left @ self.output_gradients
+        if right is None:
+            parts = [self._patches()] if self.weight else []
+            parts += [g.new_ones(len(g), 1, g.shape[2])] if self.bias else []
+            return torch.bmm(g, torch.cat(parts, dim=1).transpose(1, 2))
+        for_weight, for_bias = self._split(right)
+        if for_weight is None:
+            return g.sum(2)[:, :, None] * for_bias  # only the bias is trained
+        filters = for_weight.reshape(-1, self.inputs.shape[1], *self.kernel)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        x = convolve(self.inputs, filters, for_bias, self.stride, 0, self.dilation)
+        return torch.bmm(g, x.flatten(2).transpose(1, 2))
+
+    def _patches(self) -> Tensor:
+        """Unfold the inputs, ``(examples, channels * kernel, positions)``."""
+        x = self.inputs
+        for axis, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            x = x.unfold(2 + axis, (size - 1) * gap + 1, step)[..., ::gap]
+        n = len(self.kernel)
+        order = [0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n)]
+        return x.permute(order).reshape(len(x), -1, math.prod(x.shape[2 : 2 + n]))
+
+    def select(self, positions: Tensor) -> ConvolutionGradient:
+        """Keep the examples at ``positions``."""
+        return replace(self, inputs=self.inputs[positions], output_gradients=self.output_gradients[positions])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return self.inputs.nbytes + self.output_gradients.nbytes
+
+
+@dataclass(frozen=True)
+class EmbeddingGradient(MatrixGradient):
+    """G_i = Σ_t onehot(token_i,t) ⊗ g_i,t; tokens ``(examples, t)``, output gradients ``(examples, t, columns)``."""
+
+    tokens: Tensor
+    output_gradients: Tensor
+    vocabulary: int
+    weight: bool = True
+    bias: bool = False
+
+    def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Project from both sides, ``(examples, k_rows, k_columns)``."""
+        g = self.output_gradients if right is None else self.output_gradients @ right.T
+        if left is None:
+            full = g.new_zeros(len(g), self.vocabulary, g.shape[2])
+            return full.scatter_add_(1, self.tokens[:, :, None].expand_as(g), g)
+        return torch.bmm(left.T[self.tokens].transpose(1, 2), g)
+
+    def total(self) -> Tensor:
+        """Sum over the examples, ``(numel,)``, as one long example."""
+        if len(self.tokens) == 1:
+            return self.dense()[0]
+        tokens, g = self.tokens.flatten()[None], self.output_gradients.flatten(0, 1)[None]
+        return replace(self, tokens=tokens, output_gradients=g).total()
+
+    def select(self, positions: Tensor) -> EmbeddingGradient:
+        """Keep the examples at ``positions``."""
+        return replace(self, tokens=self.tokens[positions], output_gradients=self.output_gradients[positions])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return self.tokens.nbytes + self.output_gradients.nbytes

@@ -1,0 +1,248 @@
+"""What is explained: one number f(x) of the model's output, for each query.
+
+An output is called with the model's prediction ``(queries, …)`` and returns ``(queries,)``. Where a class or a target
+may differ from query to query it can be given as one value for all, or as one for each query.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pkexplain.errors import QueryError, message
+
+__all__ = ["Custom", "LogProbability", "Logit", "Loss", "Margin", "Output", "Value", "as_output"]
+
+Index = int | Sequence[int] | Tensor | None
+
+
+class Output(ABC):
+    """A number of the model's output, one for each query."""
+
+    @abstractmethod
+    def __call__(self, prediction: Tensor) -> Tensor:
+        """Compute f, ``(queries,)``, from the prediction ``(queries, …)``."""
+
+    @abstractmethod
+    def names(self, queries: int) -> list[str]:
+        """Name the output of each query, for example ``logit[3]``."""
+
+    def settle(self, prediction: Tensor) -> Output:
+        """Fix what depends on the final prediction (the predicted class), and check the rest against its shape.
+
+        Raises:
+            QueryError: The output does not exist in this prediction.
+        """
+        return self
+
+    def select(self, positions: Tensor) -> Output:
+        """Keep the queries at ``positions``."""
+        return self
+
+
+@dataclass(frozen=True)
+class _OfClass(Output):
+    """An output of one class of ``(queries, classes)``.
+
+    Args:
+        index: The class, one for all queries or one for each; None for the class that the final model predicts.
+    """
+
+    index: Index = None
+
+    @property
+    def _label(self) -> str:
+        return {"LogProbability": "log_probability"}.get(type(self).__name__, type(self).__name__.lower())
+
+    def names(self, queries: int) -> list[str]:
+        """Name the output of each query."""
+        return [f"{self._label}[{int(i)}]" for i in self._tensor(queries)]
+
+    def settle(self, prediction: Tensor) -> Output:
+        """Take the predicted class where none was given; check the class against the prediction."""
+        name = f"output={type(self).__name__}({'' if self.index is None else self.index})"
+        if prediction.ndim != 2:
+            raise _no_output(name, "it needs one row of classes for each query", prediction, "shape (queries, classes)")
+        if self.index is None:
+            return replace(self, index=prediction.argmax(1))
+        try:
+            index = self._tensor(len(prediction))
+        except (TypeError, ValueError, RuntimeError) as error:
+            expected = f"one class, or {len(prediction)} of them"
+            raise _no_output(name, "the classes do not fit the queries", prediction, expected) from error
+        if ((index < 0) | (index >= prediction.shape[1])).any():
+            raise _no_output(name, "there is no such class", prediction, f"a class from 0 to {prediction.shape[1] - 1}")
+        return replace(self, index=index.to(prediction.device))
+
+    def select(self, positions: Tensor) -> Output:
+        """Keep the queries at ``positions``."""
+        assert isinstance(self.index, Tensor)
+        return replace(self, index=self.index[positions])
+
+    def _tensor(self, queries: int) -> Tensor:
+        index = torch.as_tensor(self.index)
+        if index.is_floating_point() or index.dtype == torch.bool:
+            raise TypeError("a class is a whole number")
+        return index.long().expand(queries) if index.ndim == 0 else index.long().reshape(queries)
+
+    def _of(self, prediction: Tensor) -> Tensor:
+        return prediction.gather(1, self._tensor(len(prediction)).to(prediction.device)[:, None])[:, 0]
+
+
+class Logit(_OfClass):
+    """y_c, the class score before the softmax."""
+
+    def __call__(self, prediction: Tensor) -> Tensor:
+        """Compute y_c, ``(queries,)``."""
+        return self._of(prediction)
+
+
+class LogProbability(_OfClass):
+    """log p_c, of the softmax of the scores, in nats."""
+
+    def __call__(self, prediction: Tensor) -> Tensor:
+        """Compute log p_c, ``(queries,)``."""
+        return self._of(prediction.log_softmax(1))
+
+
+class Margin(_OfClass):
+    """log p_c − log(1 − p_c): the score of a class against all others together (Park et al. 2023, TRAK), in nats."""
+
+    def __call__(self, prediction: Tensor) -> Tensor:
+        """Compute y_c − logsumexp of the other scores, ``(queries,)``."""
+        index = self._tensor(len(prediction)).to(prediction.device)
+        others = prediction.scatter(1, index[:, None], float("-inf"))
+        return self._of(prediction) - others.logsumexp(1)
+
+
+@dataclass(frozen=True)
+class Loss(Output):
+    """The query's own loss.
+
+    Args:
+        target: The query's target: a class, or one target for each query, ``(queries, …)``.
+        function: Takes the prediction and the targets of a batch, returns the sum of the losses with
+            ``reduction="sum"`` and one for each with ``reduction="none"``, as torch's own losses do.
+    """
+
+    target: Any
+    function: Callable[..., Tensor] = F.cross_entropy
+
+    def __call__(self, prediction: Tensor) -> Tensor:
+        """Compute the losses, ``(queries,)``."""
+        target = self._tensor(len(prediction)).to(prediction.device)
+        losses = self.function(prediction, target, reduction="none")
+        return losses.reshape(len(prediction), -1).mean(1)
+
+    def names(self, queries: int) -> list[str]:
+        """Name the output of each query."""
+        targets = self._tensor(queries)
+        return [f"loss[{t.item():g}]" if t.numel() == 1 else "loss" for t in targets]
+
+    def settle(self, prediction: Tensor) -> Output:
+        """Check the targets against the prediction."""
+        try:
+            settled = replace(self, target=self._tensor(len(prediction)))
+            settled(prediction)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise _no_output(
+                "output=Loss(…)", f"the loss failed ({error})", prediction, "a target it can use"
+            ) from error
+        return settled
+
+    def select(self, positions: Tensor) -> Output:
+        """Keep the queries at ``positions``."""
+        return replace(self, target=self.target[positions.to(self.target.device)])
+
+    def _tensor(self, queries: int) -> Tensor:
+        target = torch.as_tensor(self.target)
+        return target.expand(queries) if target.ndim == 0 else target.reshape(queries, *target.shape[1:])
+
+
+@dataclass(frozen=True)
+class Value(Output):
+    """y_j, one number of the prediction, for regression.
+
+    Args:
+        index: Which of the numbers of a query's prediction, flattened.
+    """
+
+    index: int = 0
+
+    def __call__(self, prediction: Tensor) -> Tensor:
+        """Take the value, ``(queries,)``."""
+        return prediction.reshape(len(prediction), -1)[:, self.index]
+
+    def names(self, queries: int) -> list[str]:
+        """Name the output of each query."""
+        return [f"value[{self.index}]"] * queries
+
+    def settle(self, prediction: Tensor) -> Output:
+        """Check that the value is there."""
+        size = prediction[0].numel()
+        if not 0 <= self.index < size:
+            raise _no_output(f"output=Value({self.index})", "there is no such value", prediction, f"0 to {size - 1}")
+        return self
+
+
+@dataclass(frozen=True)
+class Custom(Output):
+    """Any function of the prediction.
+
+    Args:
+        function: Takes the prediction ``(queries, …)`` and returns one number for each query, ``(queries,)``, treating
+            every query alone.
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, prediction: Tensor) -> Tensor:
+        """Compute the numbers, ``(queries,)``."""
+        return self.function(prediction)
+
+    def names(self, queries: int) -> list[str]:
+        """Name the output of each query."""
+        return [getattr(self.function, "__name__", type(self.function).__name__)] * queries
+
+    def settle(self, prediction: Tensor) -> Output:
+        """Check that the function gives one number for each query."""
+        found = self.function(prediction)
+        if not isinstance(found, Tensor) or found.shape != prediction.shape[:1]:
+            got = f"{type(found).__name__} of shape {tuple(getattr(found, 'shape', ()))}"
+            wrong = f"the function does not give one number for each query but a {got}"
+            raise _no_output(f"output={self.names(1)[0]}", wrong, prediction, f"shape ({len(prediction)},)")
+        return self
+
+
+def as_output(output: Output | Callable[[Tensor], Tensor]) -> Output:
+    """Take an output or any function of the prediction for an output.
+
+    Raises:
+        QueryError: It is neither.
+    """
+    if isinstance(output, Output):
+        return output
+    if callable(output) and not isinstance(output, type):
+        return Custom(output)
+    raise QueryError(
+        message(
+            "output=…",
+            "this is not an output",
+            got=repr(output),
+            expected="Logit(c), LogProbability(c), Margin(c), Loss(target), Value(j), or a function of the prediction",
+            source="pkexplain.outputs",
+            fix="For a class score, pass output=pkexplain.Logit(c)",
+        )
+    )
+
+
+def _no_output(asked: str, wrong: str, prediction: Tensor, expected: str) -> QueryError:
+    got = f"a prediction of shape {tuple(prediction.shape)}"
+    fix = "Choose an output that this prediction has"
+    return QueryError(message(asked, wrong, got=got, expected=expected, source="the model's prediction", fix=fix))

@@ -1,0 +1,230 @@
+"""The report's data as matplotlib figures. Nothing here touches pyplot or its global state.
+
+Every function draws into the axes it is given, or into a new figure that ``axes.figure`` holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pkexplain.errors import MissingDependencyError, message
+from pkexplain.explanation import Explanation
+from pkexplain.report.data import Example, build_section
+from pkexplain.report.items import TrainingSet, clean, name_label
+from pkexplain.table import decimals, fixed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_contributions", "plot_examples", "plot_groups", "plot_ledger", "plot_timeline"]
+
+_POSITIVE, _NEGATIVE, _OTHER, _INK = "#2468a8", "#b4540a", "#7b7f86", "#1d2126"
+_NAME_LENGTH = 48
+
+
+def plot_ledger(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
+    """Draw the ledger as a waterfall from the initial to the final output.
+
+    Args:
+        explanation: What to draw.
+        ax: Where to draw; a new figure where it is None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    section = build_section(explanation)
+    steps = section.steps
+    axes = _axes(ax, height=0.45 * len(steps) + 1.0)
+    for row, step in enumerate(steps):
+        if step.kind == "level":
+            axes.plot([step.end, step.end], [row - 0.3, row + 0.3], color=_INK, linewidth=3)
+        else:
+            colour = _colour(step.value) if step.kind == "examples" else _OTHER
+            axes.barh(row, step.value, left=step.start, height=0.5, color=colour)
+        if row + 1 < len(steps):
+            axes.plot([step.end, step.end], [row, row + 1], color=_OTHER, linewidth=0.8, linestyle=":", zorder=0)
+    axes.use_sticky_edges = False
+    axes.margins(x=0.03)
+    values = [fixed(s.value, section.places, sign=s.kind != "level") for s in steps]
+    _name_rows(axes, [f"{step.name}  {value}" for step, value in zip(steps, values, strict=True)])
+    return _finish(axes, xlabel=f"{explanation.output} (output units)", title="The ledger")
+
+
+def plot_contributions(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
+    """Draw the contributions of the proponents and opponents, largest first.
+
+    Args:
+        explanation: What to draw.
+        ax: Where to draw; a new figure where it is None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    shown = (*explanation.proponents, *reversed(explanation.opponents))
+    axes = _axes(ax, height=0.3 * len(shown) + 1.2)
+    values = [c.contribution for c in shown]
+    axes.barh(range(len(shown)), values, height=0.7, color=list(map(_colour, values)))
+    axes.axvline(0.0, color=_OTHER, linewidth=0.8)
+    _name_rows(axes, [f"example {c.id}" for c in shown])
+    return _finish(axes, xlabel="contribution (output units)", title=f"What moved {explanation.output} most")
+
+
+def plot_timeline(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
+    """Draw the output at every checkpoint over the examples' summed contribution in every segment.
+
+    Args:
+        explanation: What to draw.
+        ax: Where to draw; a new figure where it is None.
+
+    Returns:
+        The axes. Bars and line share its scale, output units.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    axes = _axes(ax, height=3.6)
+    steps = np.asarray(explanation.boundaries)
+    widths, sums = np.diff(steps), list(explanation.segment_sums)
+    colours = list(map(_colour, sums))
+    axes.bar(steps[:-1], sums, 0.9 * widths, align="edge", color=colours, label="examples, each segment")
+    axes.plot(steps, explanation.checkpoint_outputs, color=_INK, marker="o", markersize=3, label="output")
+    axes.axhline(0.0, color=_OTHER, linewidth=0.8)
+    axes.set_ylabel(f"{_literal(explanation.output)} (output units)")
+    axes.legend(frameon=False)
+    return _finish(axes, xlabel="optimizer step", title="Over the course of training")
+
+
+def plot_groups(
+    explanation: Explanation,
+    groups: Sequence[object] | np.ndarray,
+    *,
+    label_names: Sequence[str] | Mapping[Any, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the contributions of all training examples summed by group.
+
+    Args:
+        explanation: What to draw.
+        groups: One label per training example, ``(num_examples,)``.
+        label_names: Name of each label, a sequence or a mapping.
+        ax: Where to draw; a new figure where it is None.
+
+    Returns:
+        The axes: net as bars, and its part of the gross contribution beside each name.
+
+    Raises:
+        QueryError: The number of labels is not the number of training examples.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    sums = explanation.by_group(groups)
+    axes = _axes(ax, height=0.35 * len(sums) + 1.2)
+    nets = [group.net for group in sums]
+    axes.barh(range(len(sums)), nets, height=0.6, color=list(map(_colour, nets)))
+    axes.axvline(0.0, color=_OTHER, linewidth=0.8)
+    places = decimals(group.gross for group in sums)
+    _name_rows(axes, [f"{name_label(label_names, g.group)[:24]}  (gross {fixed(g.gross, places)})" for g in sums])
+    return _finish(axes, xlabel="net contribution (output units)", title=f"{explanation.output} by group")
+
+
+def plot_examples(
+    explanation: Explanation, dataset: Any, *, label_names: Sequence[str] | Mapping[Any, str] | None = None
+) -> Figure:
+    """Show the query, the proponents and the opponents as pictures or texts.
+
+    Args:
+        explanation: What to draw.
+        dataset: The whole training set, as for `pkexplain.write_report`.
+        label_names: Name of each label, a sequence or a mapping; by default the data set's own, if any.
+
+    Returns:
+        A figure: the query first, proponents in the upper row, opponents in the lower.
+
+    Raises:
+        ConfigurationError: The data set is not the one that was recorded.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    training_set = TrainingSet(dataset, label_names)
+    section = build_section(explanation, training_set, name=training_set.name)
+    columns = max(len(section.proponents), len(section.opponents), 1)
+    figure = _figure(1.5 * (columns + 1), 4.4)
+    grid = figure.subplots(2, columns + 1, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    if section.query is not None:
+        _show(grid[0, 0], section.query.picture, section.query.text, f"query\n{explanation.output}", _INK)
+    caption = partial(_caption, places=section.example_places)
+    for row, examples in enumerate((section.proponents, section.opponents)):
+        for axes, example in zip(grid[row, 1:], examples, strict=False):
+            item = example.item
+            if item is not None:
+                _show(axes, item.picture, item.text, caption(example), _colour(example.entry.contribution))
+    return figure
+
+
+def _caption(example: Example, places: int) -> str:
+    label = "" if example.label is None else f", {example.label[:12]}"
+    return f"{fixed(example.entry.contribution, places, sign=True)}\n{example.entry.id}{label}"
+
+
+def _show(axes: Axes, picture: np.ndarray | None, text: str | None, title: str, colour: str) -> None:
+    axes.set_title(_literal(title), fontsize=9, color=colour)
+    if picture is not None:
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    elif text is not None:
+        short = text if len(text) <= 90 else text[:89] + "…"
+        lines = [short[i : i + 18] for i in range(0, len(short), 18)]
+        axes.text(0.5, 1.0, _literal("\n".join(lines)), fontsize=7, ha="center", va="top", transform=axes.transAxes)
+
+
+def _colour(value: float) -> str:
+    return _POSITIVE if value >= 0.0 else _NEGATIVE
+
+
+def _literal(text: str) -> str:
+    """Keep matplotlib from reading dollars in data as mathematics."""
+    return clean(text).replace("$", r"\$")
+
+
+def _name_rows(axes: Axes, names: Iterable[str]) -> None:
+    labels = [_literal(name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…") for name in names]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+
+
+def _finish(axes: Axes, *, xlabel: str, title: str) -> Axes:
+    axes.set_xlabel(_literal(xlabel))
+    axes.set_title(_literal(title), loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _axes(ax: Axes | None, *, height: float) -> Axes:
+    return _figure(7.0, height).add_subplot() if ax is None else ax
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            message(
+                "pkexplain.plots",
+                "the plotting package is not installed",
+                got=str(error),
+                expected="matplotlib",
+                source="the plots extra",
+                fix="Install it with: pip install 'pkexplain[plots]'",
+            )
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")

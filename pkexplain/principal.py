@@ -1,0 +1,144 @@
+"""Principal directions of gradient matrices, and how many of them each layer deserves.
+
+For a layer with gradients G_i, ``(rows, columns)``, the two-sided map L G Rᵀ keeps most of Σ_i ‖G_i‖² where L and R
+hold the leading eigenvectors of Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i (the higher-order SVD). Both are estimated without
+forming G_i: for random signs Ω with E[Ω Ωᵀ] = I, (G_i Ω)(G_i Ω)ᵀ has expectation G_i G_iᵀ.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pkexplain.gradients import MatrixGradient
+from pkexplain.layers import Block
+from pkexplain.projector import Pieces, random_signs
+
+__all__ = ["principal_bases"]
+
+_WIDEST = 4096
+"""The widest side whose principal directions are computed; a wider one (a vocabulary) gets random signs."""
+_SKETCHES = 16
+"""Random combinations that estimate a covariance."""
+_RANDOM_WIDTH = 32
+"""How many random signs a side gets that is too wide."""
+
+
+@dataclass
+class _Side:
+    """One side of a layer: an orthonormal basis, best direction first, and the share of energy its first n hold."""
+
+    basis: Tensor  # (directions, side)
+    shares: list[float]  # shares[n - 1]: energy in the first n directions
+
+    @classmethod
+    def principal(cls, gram: Tensor) -> _Side:
+        energies, vectors = torch.linalg.eigh(gram.double().cpu())
+        energies = energies.flip(0).clamp_min(0)
+        total = energies.sum()
+        shares = energies.cumsum(0) / total if total > 0 else torch.arange(1, len(energies) + 1) / len(energies)
+        return cls(vectors.flip(1).T.contiguous(), shares.tolist())
+
+    @classmethod
+    def random(cls, side: int, seed: int, stream: int) -> _Side:
+        return cls(random_signs(seed, stream, (_RANDOM_WIDTH, side)), [])
+
+    def first(self, n: int) -> Tensor:
+        """Return the first n directions; all of them are as good as no rotation, which costs nothing."""
+        side = self.basis.shape[1]
+        return torch.eye(side, dtype=self.basis.dtype) if n == side else self.basis[:n]
+
+
+def _grams(blocks: Sequence[Block], seen: Iterable[Pieces], seed: int) -> dict[tuple[int, int], Tensor]:
+    """Estimate Σ_i G_i G_iᵀ (side 0) and Σ_i G_iᵀ G_i (side 1) of every matrix block no wider than `_WIDEST`."""
+    grams: dict[tuple[int, int], Tensor] = {}
+    mixers: dict[tuple[int, int], Tensor] = {}
+    for pieces in seen:
+        for position, gradients in pieces:
+            if not isinstance(gradients, MatrixGradient):
+                continue
+            shape = blocks[position].matrix or (0, 0)
+            for side in (0, 1):
+                if shape[side] > _WIDEST:
+                    continue
+                key, other = (position, side), shape[1 - side]
+                if key not in mixers:
+                    like = gradients.output_gradients
+                    signs = random_signs(seed, 4 * position + side, (_SKETCHES, other))
+                    mixers[key] = signs.to(like.device, like.dtype)
+                    grams[key] = like.new_zeros(shape[side], shape[side])
+                mixed = gradients.sketch(*((None, mixers[key]) if side == 0 else (mixers[key], None)))
+                wide = mixed.permute(1, 0, 2) if side == 0 else mixed.permute(2, 0, 1)
+                wide = wide.flatten(1)
+                grams[key] += wide @ wide.T
+    return grams
+
+
+def _share_out(sides: dict[int, tuple[_Side, _Side]], weights: dict[int, float], k: int) -> dict[int, tuple[int, int]]:
+    """Give each layer (n_rows, n_columns) directions, Σ n_rows·n_columns ≤ k, adding what gains most for its cost."""
+    sizes: dict[int, tuple[int, int]] = {}
+    for position, pair in sides.items():
+        sizes[position] = tuple(1 if side.shares else len(side.basis) for side in pair)  # pyright: ignore
+    left = k - sum(a * b for a, b in sizes.values())
+
+    def held(position: int, size: tuple[int, int]) -> float:
+        shares = [side.shares[n - 1] if side.shares else 1.0 for side, n in zip(sides[position], size, strict=True)]
+        return weights[position] * shares[0] * shares[1]
+
+    def options(position: int) -> list[tuple[float, int, tuple[int, int], tuple[int, int]]]:
+        a, b = size = sizes[position]
+        first, second = sides[position]
+        grown = [((a + 1, b), b)] if first.shares and a < len(first.basis) else []
+        grown += [((a, b + 1), a)] if second.shares and b < len(second.basis) else []
+        now = held(position, size)
+        return [(-(held(position, new) - now) / cost, position, size, new) for new, cost in grown]
+
+    heap = [option for position in sides for option in options(position)]
+    heapq.heapify(heap)
+    while heap:
+        _, position, old, new = heapq.heappop(heap)
+        cost = new[0] * new[1] - old[0] * old[1]
+        if old != sizes[position] or cost > left:
+            continue
+        sizes[position], left = new, left - cost
+        for option in options(position):
+            heapq.heappush(heap, option)
+    return sizes
+
+
+def principal_bases(
+    blocks: Sequence[Block], seen: Iterable[Pieces], k: int, seed: int
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Find the bases L and R of every matrix block.
+
+    A layer's energy counts with its square root, so that a layer whose gradients are small at first is not starved.
+
+    Args:
+        blocks: The model's blocks.
+        seen: Batches of captured gradients.
+        k: Columns to give away over all blocks; each block gets one at least.
+        seed: Seed of the random combinations.
+
+    Returns:
+        For each matrix block's position, L ``(n_rows, rows)`` and R ``(n_columns, columns)``, rows orthonormal.
+    """
+    grams = _grams(blocks, seen, seed)
+    sides: dict[int, tuple[_Side, _Side]] = {}
+    weights: dict[int, float] = {}
+    for position, block in enumerate(blocks):
+        if block.matrix is None:
+            continue
+        found = [grams.get((position, side)) for side in (0, 1)]
+        pair = [
+            _Side.random(block.matrix[side], seed, 4 * position + 2 + side) if gram is None else _Side.principal(gram)
+            for side, gram in enumerate(found)
+        ]
+        sides[position] = (pair[0], pair[1])
+        traces = [float(gram.trace()) for gram in found if gram is not None]
+        weights[position] = max(traces, default=1.0) ** 0.5
+    sizes = _share_out(sides, weights, k)
+    return {p: (sides[p][0].first(a), sides[p][1].first(b)) for p, (a, b) in sizes.items()}

@@ -1,0 +1,224 @@
+"""Seeded linear maps P: R^D → R^k that compress gradients, the same on every device.
+
+A projection is a small frozen description, bound to a model's blocks as a `pkexplain.projector.Projector`. What is
+random comes from a seed (NumPy's Philox, drawn on the CPU); what depends on data (`Kronecker`'s principal directions)
+is stored with the run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pkexplain.errors import ConfigurationError, message
+from pkexplain.layers import Block
+from pkexplain.principal import principal_bases
+from pkexplain.projector import IdentityMap, Map, Pieces, Projector, TwoSidedMap, hashed
+
+__all__ = ["Identity", "Kronecker", "Projection", "SparseSign", "projection_from_description"]
+
+
+@dataclass(frozen=True)
+class Projection(ABC):
+    """A seeded linear map, described but not yet bound to a model."""
+
+    kind: ClassVar[str]
+
+    @property
+    def warm_up(self) -> int:
+        """Examples whose gradients must be seen before the map is fixed."""
+        return 0
+
+    def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the number format of stored rows, given that of the recorder."""
+        return torch.float16 if dtype == torch.float32 else dtype
+
+    @abstractmethod
+    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Iterable[Pieces]) -> Projector:
+        """Make the map for a model's blocks.
+
+        Args:
+            blocks: The model's blocks.
+            dtype: Number format of the arithmetic.
+            device: Where the arithmetic happens.
+            seen: Batches of captured gradients, at least ``warm_up`` examples where there are so many.
+        """
+
+    @abstractmethod
+    def restore(
+        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
+    ) -> Projector:
+        """Make the same map again from what `Projector.tensors` kept."""
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the projection in plain data: its kind and its parameters."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Identity(Projection):
+    """Keep every coordinate: exact, and as large as the model; for small models and for checking the others."""
+
+    kind: ClassVar[str] = "Identity"
+
+    def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the recorder's own number format: an exact row is not rounded."""
+        return dtype
+
+    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Iterable[Pieces]) -> Projector:
+        """Make the map for a model's blocks."""
+        return Projector(blocks, [IdentityMap(block.span) for block in blocks], dtype, device)
+
+    def restore(
+        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
+    ) -> Projector:
+        """Make the same map again."""
+        return self.bind(blocks, dtype, device, ())
+
+
+@dataclass(frozen=True)
+class SparseSign(Projection):
+    """Sparse random signs (SJLT, Kane & Nelson 2014): unbiased inner products for any data, ⟨Pu, Pv⟩ ≈ ⟨u, v⟩.
+
+    Args:
+        k: Numbers a row and segment.
+        nonzeros: Columns that each coordinate is added to.
+        seed: Seed of the signs and positions.
+    """
+
+    k: int = 4096
+    nonzeros: int = 8
+    seed: int = 0
+    kind: ClassVar[str] = "SparseSign"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no map."""
+        _positive(self, k=self.k, nonzeros=self.nonzeros)
+
+    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Iterable[Pieces]) -> Projector:
+        """Make the map for a model's blocks; each parameter group gets columns in proportion to its size."""
+        sizes: dict[int, int] = {}
+        for block in blocks:
+            sizes[block.group] = sizes.get(block.group, 0) + block.numel
+        columns, start = {}, 0
+        for group, size in sizes.items():
+            width = max(1, round(self.k * size / sum(sizes.values())))
+            columns[group], start = slice(start, start + width), start + width
+        maps = [
+            hashed(columns[block.group], block.numel, self.nonzeros, self.seed, position)
+            for position, block in enumerate(blocks)
+        ]
+        return Projector(blocks, maps, dtype, device)
+
+    def restore(
+        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
+    ) -> Projector:
+        """Make the same map again."""
+        return self.bind(blocks, dtype, device, ())
+
+
+@dataclass(frozen=True)
+class Kronecker(Projection):
+    """Two-sided maps L G Rᵀ, one a layer, along the principal directions of the first gradients of the run.
+
+    L and R hold the leading eigenvectors of Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i over the first ``warm_up_examples`` examples
+    (each estimated from random combinations of columns and rows, without forming G_i); how many of each a layer gets is
+    chosen greedily by the energy they add for each number they cost. Inner products lose what lies outside these
+    directions (a bias that the projection gap and the audit measure) and have no random error inside them.
+    A side wider than 4,096 (a vocabulary) gets random signs, and so do parameters that are not a matrix.
+
+    Args:
+        k: Numbers a row and segment, at most.
+        warm_up_examples: Examples held back in memory until the directions are known.
+        seed: Seed of the random combinations and signs.
+    """
+
+    k: int = 2048
+    warm_up_examples: int = 256
+    seed: int = 0
+    kind: ClassVar[str] = "Kronecker"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no map."""
+        _positive(self, k=self.k, warm_up_examples=self.warm_up_examples)
+
+    @property
+    def warm_up(self) -> int:
+        """Examples whose gradients must be seen before the map is fixed."""
+        return self.warm_up_examples
+
+    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Iterable[Pieces]) -> Projector:
+        """Find the principal directions of the gradients seen and make the map."""
+        loose = sum(width for width in self._loose_widths(blocks).values())
+        bases = principal_bases(blocks, seen, self.k - loose, self.seed)
+        kept = {}
+        for position, (left, right) in bases.items():
+            kept[f"{position}.left"], kept[f"{position}.right"] = left, right
+        return self.restore(blocks, dtype, device, kept)
+
+    def _loose_widths(self, blocks: Sequence[Block]) -> dict[int, int]:
+        """Give the parameters that are not a matrix an eighth of the columns, in equal parts."""
+        loose = [position for position, block in enumerate(blocks) if block.matrix is None]
+        return {p: min(blocks[p].numel, max(1, self.k // (8 * len(loose)))) for p in loose}
+
+    def restore(
+        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
+    ) -> Projector:
+        """Make the same map again from its stored bases."""
+        widths = self._loose_widths(blocks)
+        maps: list[Map] = []
+        start = 0
+        for position, block in enumerate(blocks):
+            if block.matrix is None:
+                columns = slice(start, start + widths[position])
+                whole = widths[position] == block.numel
+                maps.append(IdentityMap(columns) if whole else hashed(columns, block.numel, 8, self.seed, position))
+            else:
+                left, right = kept[f"{position}.left"], kept[f"{position}.right"]
+                columns = slice(start, start + len(left) * len(right))
+                maps.append(TwoSidedMap(columns, left, right, len(block.parameters) > 1))
+            start = columns.stop
+        return Projector(blocks, maps, dtype, device)
+
+
+def _positive(projection: Projection, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ConfigurationError(
+                message(
+                    f"{projection.kind}({name}=…)",
+                    "the size makes no map",
+                    got=repr(size),
+                    expected="a whole number from 1 up",
+                    source="the projection's parameters",
+                    fix=f"Leave {name} out for its default",
+                )
+            )
+
+
+def projection_from_description(described: Mapping[str, Any]) -> Projection:
+    """Make a projection again from what `Projection.describe` said.
+
+    Raises:
+        ConfigurationError: The kind is not known.
+    """
+    kinds: dict[str, type[Projection]] = {c.kind: c for c in (Identity, SparseSign, Kronecker)}
+    parameters = dict(described)
+    kind = parameters.pop("kind", None)
+    if kind not in kinds:
+        raise ConfigurationError(
+            message(
+                "projection",
+                "this kind is not known here",
+                got=repr(kind),
+                expected=", ".join(kinds),
+                source="the run's manifest",
+                fix="Read the run with the version of pkexplain that wrote it",
+            )
+        )
+    return kinds[kind](**parameters)

@@ -1,0 +1,368 @@
+"""`Recorder`: the context manager in the training loop."""
+
+from __future__ import annotations
+
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkexplain.accounting import CapturedBatch, SegmentAccountant
+from pkexplain.capture import Capture
+from pkexplain.errors import ConfigurationError, NonFiniteGradientError, RecordingError, message
+from pkexplain.layers import find_layers, flatten_blocks
+from pkexplain.model_io import InputShapes, LossDerivatives, check_ids
+from pkexplain.projection import Kronecker, Projection
+from pkexplain.store import Store, open_store
+from pkexplain.trajectory import Checkpoint, ModelFingerprint, SegmentSummary
+from pkexplain.update_rules import rule_for
+from pkexplain.version import __version__
+
+__all__ = ["Recorder"]
+
+_CAPTURE_TOLERANCE = 1e-2
+"""A larger share of a gradient missing at the first step means that a layer is used in a way no hook sees."""
+
+
+class Recorder:
+    """Record a training run: how far each example moved the parameters, segment by segment.
+
+    For every segment, Δθ_t = Σ_i D_i,t + decay_t + optimizer_t; the rows P D_i,t, the checkpoints and the two named
+    vectors are stored. The model, the loss and the optimizer stay as they are.
+
+    Args:
+        run: A directory that does not hold a run yet, or a `pkexplain.MemoryStore`.
+        model: The model that is trained.
+        optimizer: Its optimizer; `torch.optim.SGD`.
+        num_examples: How many training examples there are; ids run from 0 to ``num_examples - 1``.
+        projection: How gradients are compressed; ``Kronecker()`` by default.
+        segments: ``"epoch"`` for a checkpoint after every ``num_examples`` visits, or a number of optimizer steps.
+        lookahead: For optimizers with a second moment; SGD needs none and ignores it.
+        dtype: Number format of the arithmetic and of the checkpoints, `torch.float32` or `torch.float64`.
+
+    Raises:
+        UnsupportedOptimizerError: The optimizer has no update rule.
+        UnsupportedLayerError: A trainable layer has no per-example rule.
+        ConfigurationError: An argument cannot be.
+
+    Example:
+        >>> import torch, pkexplain as pk
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.randint(2, (8,))
+        >>> optimizer, store = torch.optim.SGD(model.parameters(), lr=0.1), pk.MemoryStore()
+        >>> with pk.Recorder(store, model, optimizer, num_examples=8) as recorder:
+        ...     with recorder.step(range(8)):
+        ...         torch.nn.functional.cross_entropy(model(x), y).backward()
+        ...         optimizer.step()
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str] | Store,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        num_examples: int,
+        projection: Projection | None = None,
+        segments: str | int = "epoch",
+        lookahead: str | int = "auto",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Check that everything can be recorded; nothing is written yet."""
+        _check_arguments(model, num_examples=num_examples, segments=segments, lookahead=lookahead, dtype=dtype)
+        self._store, self._model, self._optimizer = open_store(run), model, optimizer
+        self._num_examples, self._segments, self._dtype = num_examples, segments, dtype
+        self._projection = projection or Kronecker()
+        self._rule = rule_for(optimizer)
+        in_group = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        groups = {n: in_group[id(p)] for n, p in model.named_parameters() if p.requires_grad and id(p) in in_group}
+        layers, blocks = find_layers(model, groups)
+        self._blocks, self._capture = tuple(blocks), Capture(layers)
+        named = dict(model.named_parameters())
+        self._names = [name for block in blocks for name in block.parameters]
+        self._parameters = [named[name] for name in self._names]
+        self._first_of = {block.group: named[block.parameters[0]] for block in reversed(blocks)}
+        self._device = self._parameters[0].device
+        self._active: CapturedBatch | None = None
+        self._pending: list[CapturedBatch] = []
+        self._open = False
+
+    def __enter__(self) -> Recorder:
+        """Start the run: write the first checkpoint and begin to listen to the optimizer."""
+        self._accountant = SegmentAccountant(
+            self._blocks, self._projection, self._num_examples, self._dtype, self._device
+        )
+        self._start = self._flat()
+        self._captured = torch.zeros_like(self._start)
+        self._summaries: list[SegmentSummary] = []
+        self._inputs, self._derivatives = InputShapes(self._model), LossDerivatives(self._model)
+        self._run_id = uuid.uuid4().hex
+        self._fingerprint = ModelFingerprint.of(self._model, self._blocks)
+        self._checked = False
+        self._store.create(self._manifest())
+        self._store.put("checkpoints/00000.safetensors", self._checkpoint().tensors())
+        self._handles = [
+            self._optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            self._optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+        self._open = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Finish the last segment and let go of the model and the optimizer, also after an error."""
+        for handle in self._handles:
+            handle.remove()
+        self._open = False
+        if self._accountant.steps:
+            self._end_segment()
+
+    @contextmanager
+    def step(self, ids: Sequence[int] | Tensor, *, accumulate: bool = False) -> Iterator[None]:
+        """Record one batch: a forward pass, one backward pass and the optimizer's step.
+
+        Args:
+            ids: Each example's row number in the training set, ``(batch,)``, without repeats.
+            accumulate: The batch only adds to the gradient; the optimizer steps in a later ``step``.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ExampleIdError: The ids are out of range, repeated, or of the wrong length or type.
+            RecordingError: The loop broke the contract: nested, closed, no backward pass, two of them, no step.
+            NonFiniteGradientError: The loss or a gradient is not finite; the optimizer has not stepped.
+        """
+        if self._active is not None:
+            raise _broken("it is nested in another step", "a step inside a step", "End the outer 'with' block first")
+        if not self._open:
+            fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"
+            raise _broken("the recorder is not open", "a step before it was entered or after it was closed", fix)
+        batch = CapturedBatch(check_ids(ids, self._num_examples).to(self._device))
+        if self._segments == "epoch" and self._accountant.visits + len(batch.ids) > self._num_examples:
+            self._end_segment()  # the loader dropped its last, smaller batch
+        self._active, self._stepped = batch, False
+        handles = [p.register_hook(self._sum_into(batch, i)) for i, p in enumerate(self._parameters)]
+        try:
+            with (
+                self._inputs.noting(len(batch.ids)),
+                self._derivatives.noting(batch),
+                self._capture.during_backward(len(batch.ids), lambda b, g: batch.pieces.append((b, g))),
+            ):
+                yield
+            self._check_contract(batch, accumulate)
+        except BaseException:
+            self._pending = []
+            self._captured.zero_()
+            raise
+        finally:
+            self._active = None
+            for handle in handles:
+                handle.remove()
+        limit = self._num_examples if self._segments == "epoch" else None
+        done = self._accountant.visits >= limit if limit else self._accountant.steps == self._segments
+        if self._stepped and done:
+            self._end_segment()
+
+    def _check_contract(self, batch: CapturedBatch, accumulate: bool) -> None:
+        if not batch.summed:
+            raise _broken(
+                "backward was never called",
+                "no gradient of a recorded parameter",
+                "Call loss.backward() inside the 'with recorder.step(ids):' block",
+            )
+        if accumulate and self._stepped:
+            raise _broken(
+                "the optimizer stepped on a batch that was only to accumulate",
+                "optimizer.step() inside recorder.step(ids, accumulate=True)",
+                "Leave accumulate out for the batch that the optimizer steps on",
+            )
+        if not accumulate and not self._stepped:
+            raise _broken(
+                "the optimizer did not step",
+                "a backward pass without optimizer.step()",
+                "Call optimizer.step() inside the block, or pass accumulate=True where a later batch steps",
+            )
+        if accumulate:
+            self._pending.append(batch)
+
+    def _sum_into(self, batch: CapturedBatch, index: int) -> Callable[[Tensor], None]:
+        """Make the hook that adds one parameter's gradient, as autograd sums it, to the flat vector."""
+        start = sum(p.numel() for p in self._parameters[:index])
+
+        def add(gradient: Tensor) -> None:
+            if index in batch.summed:
+                raise _broken(
+                    "backward was called a second time",
+                    f"a second gradient of {self._names[index]!r}",
+                    "Add the losses up first, or give each its own 'with recorder.step(ids, accumulate=True):'",
+                )
+            batch.summed.add(index)
+            self._captured[start : start + gradient.numel()] += gradient.detach().flatten().to(self._dtype)
+
+        return add
+
+    def _before_step(self) -> None:
+        batch = self._active
+        if batch is None:
+            raise _broken(
+                "optimizer.step() was called outside a recorded step",
+                "a step that no example answers for",
+                "Call it inside 'with recorder.step(ids):'",
+            )
+        if self._stepped:
+            raise _broken(
+                "optimizer.step() was called a second time", "two steps in one", "Record each step in its own block"
+            )
+        batches = [*self._pending, batch] if batch.summed else self._pending
+        if not torch.isfinite(self._captured).all():
+            raise _not_finite(batches)
+        if not self._checked:
+            self._check_capture(batches)
+        state = self._optimizer.state
+        numbers = {
+            group: self._rule.read(self._optimizer.param_groups[group], state.get(first, {}))
+            for group, first in self._first_of.items()
+        }
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        applied = torch.cat([g.detach().flatten().to(self._dtype) for g in gradients])
+        self._accountant.step(batches, self._captured, applied, numbers, self._flat())
+
+    def _after_step(self) -> None:
+        self._stepped = True
+        self._pending = []
+        self._captured.zero_()
+
+    def _check_capture(self, batches: Sequence[CapturedBatch]) -> None:
+        """Hold the sum of what was captured against every block's gradient, once, before the first step."""
+        for position, block in enumerate(self._blocks):
+            whole = self._captured[block.span]
+            pieces = [g for batch in batches for b, g in batch.pieces if b == position]
+            total = sum((g.total().to(self._dtype) for g in pieces), torch.zeros_like(whole))
+            gap = float((total - whole).norm() / whole.norm()) if whole.norm() > 0 else 0.0
+            if gap > _CAPTURE_TOLERANCE:
+                raise RecordingError(
+                    message(
+                        f"recording parameters {', '.join(block.parameters)}",
+                        "the per-example gradients captured do not sum to the gradient",
+                        got=f"{gap:.0%} of it missing",
+                        expected=f"at most {_CAPTURE_TOLERANCE:.0%}",
+                        source="the parameter's own gradient at the first step",
+                        fix="Use these parameters only through their module's forward, never by hand "
+                        "(F.linear(x, layer.weight)), or freeze them",
+                    )
+                )
+        self._checked = True
+
+    def _end_segment(self) -> None:
+        if not self._accountant.steps:
+            return
+        end = self._flat()
+        first = not self._summaries
+        segment, summary = self._accountant.close(end - self._start)
+        self._start = end
+        t = len(self._summaries)
+        if first and self._accountant.projector is not None:
+            self._store.put("projection.safetensors", self._accountant.projector.tensors())
+        self._store.put(f"segments/{t:05d}.safetensors", segment.tensors())
+        self._store.put(f"checkpoints/{t + 1:05d}.safetensors", self._checkpoint().tensors())
+        self._summaries.append(summary)
+        self._store.commit(self._manifest())
+        if summary.capture_gap > _CAPTURE_TOLERANCE:
+            warnings.warn(
+                f"pkexplain: in segment {t} the captured gradients missed up to {summary.capture_gap:.0%} of a step's "
+                "gradient; a layer was used outside its module's forward. The displacement gap shows how much.",
+                stacklevel=3,
+            )
+
+    def _flat(self) -> Tensor:
+        return flatten_blocks(self._blocks, dict(self._model.named_parameters()), self._dtype)
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self._start, {name: value.detach() for name, value in self._model.named_buffers()})
+
+    def _manifest(self) -> dict[str, Any]:
+        plain = [
+            {k: v if isinstance(v, (bool, int, str, float)) else repr(v) for k, v in group.items() if k != "params"}
+            for group in self._optimizer.param_groups
+        ]
+        return {
+            "run_id": self._run_id,
+            "pkexplain": __version__,
+            "torch": torch.__version__,
+            "num_examples": self._num_examples,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "optimizer": {"kind": type(self._optimizer).__name__, "groups": plain},
+            "projection": self._projection.describe(),
+            "columns": self._accountant.projector.columns if self._accountant.projector else None,
+            "model": self._fingerprint.describe(),
+            "inputs": self._inputs.seen,
+            "segments": [vars(summary) for summary in self._summaries],
+        }
+
+
+def _check_arguments(model: nn.Module, **given: Any) -> None:
+    """Refuse what cannot be recorded, by argument.
+
+    Raises:
+        ConfigurationError: An argument cannot be.
+    """
+    n, segments, lookahead = given["num_examples"], given["segments"], given["lookahead"]
+    rules: list[tuple[str, bool, str, str]] = [
+        ("num_examples", _is_count(n), "a whole number from 1 up", "Give len(train)"),
+        ("segments", segments == "epoch" or _is_count(segments), '"epoch" or a number of steps', "Leave it out"),
+        ("lookahead", lookahead in ("auto", "exact") or _is_count(lookahead), '"auto" or steps', "Leave it out"),
+        ("dtype", given["dtype"] in (torch.float32, torch.float64), "float32 or float64", "Leave it out"),
+    ]
+    for name, fits, expected, fix in rules:
+        if not fits:
+            source = "the signature of Recorder"
+            wrong = "the value cannot be"
+            raise ConfigurationError(
+                message(f"Recorder({name}=…)", wrong, got=repr(given[name]), expected=expected, source=source, fix=fix)
+            )
+    if hasattr(model, "_orig_mod") or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ConfigurationError(
+            message(
+                "Recorder(model=…)",
+                "hooks do not reach the layers of a wrapped model",
+                got=type(model).__name__,
+                expected="the model itself",
+                source="pkexplain.capture",
+                fix="Record the model without torch.compile, DataParallel or DistributedDataParallel",
+            )
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _broken(wrong: str, got: str, fix: str) -> RecordingError:
+    expected = "one forward, one backward and one optimizer step in each block"
+    return RecordingError(
+        message("recorder.step(ids)", wrong, got=got, expected=expected, source="the training loop", fix=fix)
+    )
+
+
+def _not_finite(batches: Sequence[CapturedBatch]) -> NonFiniteGradientError:
+    blamed = [
+        int(i)
+        for batch in batches
+        if batch.derivatives is not None
+        for i in batch.ids[~torch.isfinite(batch.derivatives)]
+    ]
+    ids = blamed or [int(i) for batch in batches for i in batch.ids]
+    return NonFiniteGradientError(
+        message(
+            "recorder.step(ids)",
+            "the loss or a gradient is not finite; the optimizer has not stepped",
+            got=f"nan or infinity from example{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:8]))}",
+            expected="finite gradients",
+            source="the backward pass",
+            fix="Look at these examples and at the learning rate; skip the batch or lower the rate",
+        )
+    )

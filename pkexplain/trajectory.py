@@ -1,0 +1,276 @@
+"""A recorded run as frozen data: checkpoints, the segments between them, and what is needed to read them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkexplain.errors import ModelMismatchError, message
+from pkexplain.layers import Block
+from pkexplain.projection import Projection, projection_from_description
+from pkexplain.projector import Projector
+
+__all__ = ["Checkpoint", "ModelFingerprint", "Segment", "SegmentSummary", "Trajectory", "checksum_tensor"]
+
+_ROWS_AT_ONCE = 512
+
+
+def checksum_tensor(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes, in hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest() if flat.numel() else hashlib.sha256().hexdigest()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """θ_t, the trainable parameters at a segment boundary, and the buffers that were there.
+
+    Attributes:
+        parameters: Flat vector, ``(parameters,)``, in the order of the run's blocks.
+        buffers: Floating-point and integer buffers by name.
+    """
+
+    parameters: Tensor
+    buffers: Mapping[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors to store."""
+        return {"parameters": self.parameters, **{f"buffer.{name}": value for name, value in self.buffers.items()}}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Checkpoint:
+        """Make the checkpoint again from stored tensors."""
+        buffers = {n.removeprefix("buffer."): v for n, v in tensors.items() if n.startswith("buffer.")}
+        return cls(tensors["parameters"], buffers)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The optimizer steps between two checkpoints: Δθ_t = Σ_i D_i,t + decay_t + optimizer_t.
+
+    Attributes:
+        rows: Displacement rows P D_i,t as stored, ``(num_examples, k)``, divided by ``scale``.
+        scale: What each row is multiplied with, ``(num_examples,)``.
+        row_sum: Σ_i of the rows as stored, in float64, ``(k,)``.
+        loss_derivatives: ∂ℓ_i/∂y_i of each row along its unit direction u_i, averaged over the visits that the row
+            holds with the kernel as weight, ``(num_examples,)``; signed where the output is one number, otherwise
+            −‖∂ℓ_i/∂y_i‖ (u_i being the direction in which the loss falls); nan where the output was not seen.
+        decay: What weight decay did, ``(parameters,)``.
+        optimizer: What is left of Δθ_t, ``(parameters,)``.
+        audit_ids: Examples whose displacements were kept without projection, ``(audited,)``.
+        audit_rows: Their displacements D_i,t, ``(audited, parameters)``.
+    """
+
+    rows: Tensor
+    scale: Tensor
+    row_sum: Tensor
+    loss_derivatives: Tensor
+    decay: Tensor
+    optimizer: Tensor
+    audit_ids: Tensor
+    audit_rows: Tensor
+
+    @classmethod
+    def pack(cls, rows: Tensor, row_dtype: torch.dtype, **others: Tensor) -> Segment:
+        """Round rows to ``row_dtype``, each with a power of two of its own, and sum them as rounded."""
+        if row_dtype == torch.float16:
+            largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).double()
+            exponent = torch.where(largest > 0, largest.log2().ceil() - 14, 0.0)
+            scale = torch.exp2(exponent).to(torch.float32)
+        else:
+            scale = torch.ones(len(rows), dtype=torch.float32, device=rows.device)
+        stored = (rows / scale[:, None].to(rows.dtype)).to(row_dtype)
+        row_sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        for some, factors in zip(stored.split(_ROWS_AT_ONCE), scale.split(_ROWS_AT_ONCE), strict=True):
+            row_sum += factors.double() @ some.double()
+        return cls(stored, scale, row_sum, **others)
+
+    def read_rows(self, ids: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Read rows as stored, ``(len(ids), k)``, in parameter units of the projection space."""
+        return self.rows[ids].to(dtype) * self.scale[ids, None].to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors to store."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Segment:
+        """Make the segment again from stored tensors."""
+        return cls(**tensors)
+
+
+@dataclass(frozen=True)
+class SegmentSummary:
+    """The numbers of a segment that fit in the manifest.
+
+    Attributes:
+        last_step: Optimizer steps done when it ended.
+        visits: Examples seen in it, repeats included.
+        learning_rate_sum: The learning rate summed over its steps, for each parameter group.
+        displacement_gap: ‖P(Δθ − decay − optimizer) − Σ_i rows‖ / ‖P Δθ‖.
+        optimizer_share: ‖optimizer‖ / ‖Δθ‖.
+        capture_gap: The largest ‖Σ_i captured − gradient‖ / ‖gradient‖ of its steps, in projection space.
+        rescaled: The smallest and largest factor found between the captured and the applied gradient.
+    """
+
+    last_step: int
+    visits: int
+    learning_rate_sum: tuple[float, ...]
+    displacement_gap: float
+    optimizer_share: float
+    capture_gap: float
+    rescaled: tuple[float, float]
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> SegmentSummary:
+        """Make the summary again from plain data."""
+        return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in described.items()})
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """What must be the same in the model that is explained as in the one that was recorded.
+
+    Attributes:
+        blocks: The recorded parameters, in the order of the flat vector.
+        frozen: Shape of every parameter that was not recorded, with a checksum of its values.
+        buffers: Shape of every stored buffer.
+    """
+
+    blocks: tuple[Block, ...]
+    frozen: Mapping[str, tuple[tuple[int, ...], str]]
+    buffers: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module, blocks: tuple[Block, ...]) -> ModelFingerprint:
+        """Take a model's fingerprint."""
+        recorded = {name for block in blocks for name in block.parameters}
+        frozen = {
+            name: (tuple(p.shape), checksum_tensor(p)) for name, p in model.named_parameters() if name not in recorded
+        }
+        return cls(blocks, frozen, {name: tuple(b.shape) for name, b in model.named_buffers()})
+
+    def describe(self) -> dict[str, Any]:
+        """Describe it in plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> ModelFingerprint:
+        """Make it again from plain data."""
+        blocks = tuple(
+            Block(
+                name=b["name"],
+                parameters=tuple(b["parameters"]),
+                shapes=tuple(tuple(shape) for shape in b["shapes"]),
+                group=b["group"],
+                start=b["start"],
+                matrix=tuple(b["matrix"]) if b["matrix"] else None,
+            )
+            for b in described["blocks"]
+        )
+        frozen = {name: (tuple(shape), checksum) for name, (shape, checksum) in described["frozen"].items()}
+        return cls(blocks, frozen, {name: tuple(shape) for name, shape in described["buffers"].items()})
+
+    def check(self, model: nn.Module) -> None:
+        """Compare with a model.
+
+        Raises:
+            ModelMismatchError: A name, a shape or a frozen value differs; the message names the first one.
+        """
+        here = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        recorded = {n: s for block in self.blocks for n, s in zip(block.parameters, block.shapes, strict=True)}
+        wanted = {**recorded, **{n: shape for n, (shape, _) in self.frozen.items()}}
+        for name in [*wanted, *(n for n in here if n not in wanted)]:
+            if here.get(name) != wanted.get(name):
+                raise _mismatch(name, here.get(name, "no such parameter"), wanted.get(name, "no such parameter"))
+        named = dict(model.named_parameters())
+        for name, (_, checksum) in self.frozen.items():
+            if checksum_tensor(named[name]) != checksum:
+                raise _mismatch(name, "other values", "the values it was frozen at")
+        buffers = {n: tuple(b.shape) for n, b in model.named_buffers()}
+        for name, shape in self.buffers.items():
+            if buffers.get(name) != shape:
+                raise _mismatch(name, buffers.get(name, "no such buffer"), shape)
+
+
+def _mismatch(name: str, got: Any, expected: Any) -> ModelMismatchError:
+    return ModelMismatchError(
+        message(
+            f"explaining with parameter {name!r}",
+            "the model is not the one that was recorded",
+            got=got,
+            expected=expected,
+            source="the run's manifest",
+            fix="Build the model with the code and the pretrained weights it was trained from",
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """All checkpoints and segments of a run.
+
+    Attributes:
+        run_id: A name no other run has.
+        num_examples: How many training examples there are.
+        dtype: Number format of the checkpoints and of the arithmetic.
+        projection: The projection of the rows.
+        fingerprint: What the model must be.
+        inputs: Shape (without the batch, None where it varied) and type of the model's inputs, or an empty mapping.
+        summaries: One for each segment.
+        details: Everything else the manifest says, for people.
+        read: Reads the tensors of a file of the run, by name.
+    """
+
+    run_id: str
+    num_examples: int
+    dtype: torch.dtype
+    projection: Projection
+    fingerprint: ModelFingerprint
+    inputs: Mapping[str, Any]
+    summaries: tuple[SegmentSummary, ...]
+    details: Mapping[str, Any]
+    read: Callable[[str], Mapping[str, Tensor]]
+
+    def __len__(self) -> int:
+        """Return the number of segments."""
+        return len(self.summaries)
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Optimizer steps done at each checkpoint, ``(segments + 1,)``."""
+        return (0, *(summary.last_step for summary in self.summaries))
+
+    def checkpoint(self, t: int) -> Checkpoint:
+        """Read checkpoint θ_t, 0 ≤ t ≤ T."""
+        return Checkpoint.from_tensors(self.read(f"checkpoints/{t:05d}.safetensors"))
+
+    def segment(self, t: int) -> Segment:
+        """Read segment t, 0 ≤ t < T."""
+        return Segment.from_tensors(self.read(f"segments/{t:05d}.safetensors"))
+
+    def projector(self, device: torch.device) -> Projector:
+        """Make the run's projection again, as it was recorded."""
+        kept = self.read("projection.safetensors")
+        return self.projection.restore(self.fingerprint.blocks, self.dtype, device, kept)
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], read: Callable[[str], Mapping[str, Tensor]]) -> Trajectory:
+        """Make the trajectory from a run's manifest and a function that reads its files."""
+        known = ("run_id", "num_examples", "dtype", "projection", "model", "inputs", "segments", "files")
+        return cls(
+            run_id=manifest["run_id"],
+            num_examples=manifest["num_examples"],
+            dtype=getattr(torch, manifest["dtype"]),
+            projection=projection_from_description(manifest["projection"]),
+            fingerprint=ModelFingerprint.from_description(manifest["model"]),
+            inputs=manifest["inputs"],
+            summaries=tuple(SegmentSummary.from_description(s) for s in manifest["segments"]),
+            details={name: value for name, value in manifest.items() if name not in known},
+            read=read,
+        )

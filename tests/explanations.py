@@ -1,0 +1,79 @@
+"""Explanations made of seeded numbers that add up, for tests of what shows them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pkexplain.explanation import Check, Contribution, Cost, Explanation, Ledger
+
+HOSTILE = "</style></title><script>alert('x')</script>\"><img src=x onerror=alert(1)> \u202eabc\u202c שלום & {{ 7*7 }}"
+"""Text that must come out as text wherever it goes in."""
+
+
+def make_explanation(
+    *,
+    num_examples: int = 200,
+    segments: int = 6,
+    k: int = 4,
+    seed: int = 0,
+    output: str = "logit[3]",
+    reading: str = "path",
+    query: object = None,
+    strength: np.ndarray | None = None,
+    failing: bool = False,
+) -> Explanation:
+    """Make an explanation whose contributions, remainders and checkpoint outputs agree with each other.
+
+    Args:
+        num_examples: Training examples.
+        segments: Segments of the training.
+        k: Proponents and opponents shown, each.
+        seed: Seed of every number.
+        output: Name of the output.
+        reading: ``"path"`` or ``"removal"``.
+        query: The query; an 8 x 8 picture where it is None.
+        strength: Mean contribution of each example, ``(num_examples,)``; about zero where it is None.
+        failing: Whether one check fails.
+
+    Returns:
+        The explanation. Final minus initial is examples plus remainders plus a gap of 1e-6.
+    """
+    rng = np.random.default_rng(seed)
+    fade = np.exp(-np.arange(segments) / 2.0)
+    rows = rng.standard_t(4, (num_examples, segments)) * 0.1 * fade
+    if strength is not None:
+        rows = rows + strength[:, None] * fade / fade.sum()
+    contributions = rows.sum(1)
+    decay, remainder, gap = -0.02 * np.ones(segments), 0.003 * rng.standard_normal(segments), 1e-6
+    outputs = -0.2 + np.concatenate([[0.0], np.cumsum(rows.sum(0) + decay + remainder)])
+    outputs[-1] += gap
+    loss_derivative = rng.uniform(0.05, 0.9, num_examples)
+    order = np.argsort(contributions)
+
+    def contribution(i: int) -> Contribution:
+        c, a = float(contributions[i]), float(loss_derivative[i])
+        return Contribution(int(i), c, a, c / a, tuple(map(float, rows[i])))
+
+    checks = (
+        Check("displacement gap", 3.1e-7, 1e-4, "Share of the parameters' movement that no line of the ledger holds."),
+        Check("quadrature gap", 0.42 if failing else 0.0042, 0.01, "Error of the averaged gradient; raise the budget."),
+    )
+    return Explanation(
+        output=output,
+        reading=reading,
+        ledger=Ledger(
+            float(outputs[0]),
+            float(outputs[-1]),
+            float(contributions.sum()),
+            {"decay": float(decay.sum()), "optimizer": float(remainder.sum())},
+        ),
+        proponents=tuple(contribution(i) for i in order[::-1][:k] if contributions[i] > 0),
+        opponents=tuple(contribution(i) for i in order[:k] if contributions[i] < 0),
+        checks=checks,
+        cost=Cost(forward_passes=5 * segments, backward_passes=4 * segments, budget=16 * segments),
+        boundaries=tuple(range(0, 10 * segments + 1, 10)),
+        segment_sums=tuple(map(float, rows.sum(0))),
+        checkpoint_outputs=tuple(map(float, outputs)),
+        query=rng.uniform(-1.0, 2.0, (1, 8, 8)) if query is None else query,
+        scan=lambda: contributions,
+    )
