@@ -142,7 +142,8 @@ class SegmentAccountant:
         for held in self._held:
             self._enter(*held)
         self._held = []
-        assert self._rows is not None and self.projector is not None
+        assert self._rows is not None
+        assert self.projector is not None
         rows, derivatives = self._rows.close(self._unfolded)
         audit_rows, _ = self._audit.close(self._unfolded)
         examples, decay = self._full.close()
@@ -184,7 +185,8 @@ class SegmentAccountant:
 
     def _enter(self, place: int, batch: CapturedBatch, scale: Mapping[int, float]) -> Tensor:
         """Project a batch and note its rows; return their sum as captured, ``(columns,)``."""
-        assert self.projector is not None and self._rows is not None
+        assert self.projector is not None
+        assert self._rows is not None
         rows = self.projector.project(batch.pieces, len(batch.ids)).to(self._dtype)
         total = rows.sum(0)
         derivatives = batch.derivatives

@@ -19,7 +19,7 @@ from pkexplain.covectors import Covectors
 __all__ = ["CorrectedCovectors", "correct"]
 
 _SMALLEST_SUM = 1e-12
-"""Below this share of the largest segment's ‖s_t‖, a segment's rows cancel so well that no change can be asked of them."""
+"""Below this share of the largest ‖s_t‖ a segment's rows cancel so well that nothing can be asked of them."""
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ class Explanation:
         Raises:
             QueryError: The number of labels is not the number of training examples.
         """
-        labels = [label.item() if hasattr(label, "item") else label for label in groups]
+        labels = [getattr(label, "item", lambda label=label: label)() for label in groups]
         if len(labels) != len(self.contributions):
             raise QueryError(
                 message(

@@ -162,7 +162,7 @@ class ConvolutionGradient(MatrixGradient):
             return torch.bmm(g, torch.cat(parts, dim=1).transpose(1, 2))
         for_weight, for_bias = self._split(right)
         if for_weight is None:
-            return g.sum(2)[:, :, None] * for_bias  # only the bias is trained
+            return g.sum(2)[:, :, None] * right[:, -1]  # only the bias is trained
         filters = for_weight.reshape(-1, self.inputs.shape[1], *self.kernel)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
         x = convolve(self.inputs, filters, for_bias, self.stride, 0, self.dilation)

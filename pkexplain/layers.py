@@ -136,9 +136,9 @@ def _by_example(
     values = {name: getattr(module, name).detach() for name in names}
 
     def one(inputs: tuple[Any, ...], named: dict[str, Any], output_gradient: Tensor) -> dict[str, Tensor]:
-        inputs = tuple(v[None] if axis == 0 else v for v, axis in zip(inputs, axes, strict=True))
+        inputs = tuple([v[None] if axis == 0 else v for v, axis in zip(inputs, axes, strict=True)])
         named = {name: v[None] if named_axes[name] == 0 else v for name, v in named.items()}
-        _, pull = torch.func.vjp(lambda p: torch.func.functional_call(module, p, inputs, named), values)
+        pull: Any = torch.func.vjp(lambda p: torch.func.functional_call(module, p, inputs, named), values)[1]
         return pull(output_gradient[None])[0]
 
     gradients = torch.func.vmap(one, in_dims=(axes, named_axes, 0))(args, kwargs, gradient)
@@ -168,13 +168,14 @@ def _matrix_shape(module: Any, names: tuple[str, ...], rule: Any) -> tuple[int, 
     return rows, ("weight" in names) * (module.weight.numel() // rows) + ("bias" in names)
 
 
-def _rule_for(name: str, module: Any) -> Callable[..., ExampleGradients]:
+def _rule_for(name: str, module: nn.Module) -> Callable[..., ExampleGradients]:
     """Choose the per-example rule of a module that owns trainable parameters, or refuse it by name."""
+    options: Any = module
     for kind, rule in _RULES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
-            if rule is _convolution and module.groups > 1:
+            if rule is _convolution and options.groups > 1:
                 return _by_example
-            if rule is _embedding and (module.max_norm or module.scale_grad_by_freq or module.sparse):
+            if rule is _embedding and (options.max_norm or options.scale_grad_by_freq or options.sparse):
                 raise refusal(name, module, "max_norm, scale_grad_by_freq and sparse gradients change what is summed")
             return rule
     for path, part in module.named_modules():
@@ -183,7 +184,7 @@ def _rule_for(name: str, module: Any) -> Callable[..., ExampleGradients]:
             raise refusal(name, module, f"{where} has no per-example rule")
         if isinstance(part, _MIXES_EXAMPLES):
             raise refusal(name, module, f"{where} mixes the examples of a batch")
-        if isinstance(part, _RANDOM) and path and getattr(part, "p", 1) > 0:
+        if isinstance(part, _RANDOM) and path and getattr(part, "p", None) != 0:
             raise refusal(name, module, f"it owns parameters directly and {where} draws random numbers")
     return _by_example
 

@@ -23,7 +23,7 @@ _ROWS_AT_ONCE = 512
 def checksum_tensor(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes, in hexadecimal."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest() if flat.numel() else hashlib.sha256().hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest() if flat.numel() else hashlib.sha256().hexdigest()
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ class SegmentSummary:
     @classmethod
     def from_description(cls, described: Mapping[str, Any]) -> SegmentSummary:
         """Make the summary again from plain data."""
-        return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in described.items()})
+        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in described.items()}
+        return cls(**plain)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class UpdateRule(Protocol):
 class SGD:
     """`torch.optim.SGD`: momentum, dampening, Nesterov, L2 weight decay; the first step has no dampening."""
 
-    optimizer = torch.optim.SGD
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> LinearStep:
         """Read the coming step."""

@@ -126,7 +126,7 @@ def test_parameter_groups_with_rates_of_their_own():
 
 
 def test_the_exact_path_is_the_oracles():
-    truth, watched, store, model, queries = pair(cnn, OPTIMIZERS["nesterov-decay"])
+    truth, watched, store, model, queries = pair(cnn, OPTIMIZERS["nesterov-decay"], segment=3)
     before = [p.detach().clone() for p in model.parameters()]
     phi = oracle.covectors(truth, watched, queries, first_logit, nodes=8, pieces=2)
     expected = oracle.contributions(phi, oracle.displacements(truth)).numpy()
