@@ -112,8 +112,10 @@ class SegmentAccountant:
             self.visits += len(batch.ids)
         self.steps += 1
         self.total_steps += 1
-        if self.projector is None and self._warm():
-            self._bind()
+        if self.projector is None:
+            self._compact(batches)
+            if self._warm():
+                self._bind()
         if self.projector is not None:
             gaps = [self._enter(*held) for held in self._held]
             self._held = []
@@ -175,6 +177,11 @@ class SegmentAccountant:
         examples = sum(len(batch.ids) for _, batch, _ in self._held)
         held = sum(gradients.nbytes for _, batch, _ in self._held for _, gradients in batch.pieces)
         return examples >= self._projection.warm_up or held >= _HELD_BYTES
+
+    @staticmethod
+    def _compact(batches: Sequence[CapturedBatch]) -> None:
+        for batch in batches:
+            batch.pieces = [(position, gradients.compact()) for position, gradients in batch.pieces]
 
     def _bind(self) -> None:
         seen = (batch.pieces for _, batch, _ in self._held)

@@ -23,6 +23,7 @@ __all__ = [
     "DenseGradient",
     "EmbeddingGradient",
     "ExampleGradients",
+    "FormedGradient",
     "LinearGradient",
     "MatrixGradient",
 ]
@@ -47,6 +48,10 @@ class ExampleGradients(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of memory held."""
+
+    def compact(self) -> ExampleGradients:
+        """Return the same gradients in the form that holds less memory."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -95,11 +100,52 @@ class MatrixGradient(ExampleGradients):
             return full.flatten(1)
         return torch.cat([full[:, :, :-1].flatten(1), full[:, :, -1]], dim=1)
 
+    def compact(self) -> MatrixGradient:
+        """Return the same gradients in the form that holds less memory: in factors, or formed."""
+        g = self.output_gradients
+        rows, columns = self.matrix
+        if self.nbytes <= len(g) * rows * columns * g.element_size():
+            return self
+        return FormedGradient(self.sketch(None, None), self.weight, self.bias)
+
+    @property
+    @abstractmethod
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the matrix, the bias counted as a column."""
+
     def _split(self, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Split R into the columns for the weight and the column for the bias."""
         if right is None:
             return None, None
         return (right[:, :-1] if self.bias else right) if self.weight else None, right[:, -1] if self.bias else None
+
+
+@dataclass(frozen=True)
+class FormedGradient(MatrixGradient):
+    """G_i itself, ``(examples, rows, columns)``."""
+
+    output_gradients: Tensor
+    weight: bool
+    bias: bool
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return self.output_gradients.shape[1], self.output_gradients.shape[2]
+
+    def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Project from both sides, ``(examples, k_rows, k_columns)``."""
+        part = self.output_gradients if left is None else left @ self.output_gradients
+        return part if right is None else part @ right.T
+
+    def select(self, positions: Tensor) -> FormedGradient:
+        """Keep the examples at ``positions``."""
+        return replace(self, output_gradients=self.output_gradients[positions])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return self.output_gradients.nbytes
 
 
 @dataclass(frozen=True)
@@ -110,6 +156,11 @@ class LinearGradient(MatrixGradient):
     output_gradients: Tensor
     weight: bool
     bias: bool
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return self.output_gradients.shape[-1], self.weight * self.inputs.shape[-1] + self.bias
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""
@@ -152,6 +203,11 @@ class ConvolutionGradient(MatrixGradient):
     dilation: tuple[int, ...]
     weight: bool
     bias: bool
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return self.output_gradients.shape[1], self.weight * self.inputs.shape[1] * math.prod(self.kernel) + self.bias
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""
@@ -196,6 +252,11 @@ class EmbeddingGradient(MatrixGradient):
     vocabulary: int
     weight: bool = True
     bias: bool = False
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return self.vocabulary, self.output_gradients.shape[-1]
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""

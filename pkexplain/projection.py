@@ -134,12 +134,13 @@ class Kronecker(Projection):
 
     Args:
         k: Numbers a row and segment, at most.
-        warm_up_examples: Examples held back in memory until the directions are known.
+        warm_up_examples: Examples whose gradients wait in memory (1 GiB at most) until the directions are known; the
+            more of the training set they cover, the better the directions.
         seed: Seed of the random combinations and signs.
     """
 
     k: int = 2048
-    warm_up_examples: int = 256
+    warm_up_examples: int = 4096
     seed: int = 0
     kind: ClassVar[str] = "Kronecker"
 

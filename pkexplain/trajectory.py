@@ -22,8 +22,10 @@ _ROWS_AT_ONCE = 512
 
 def checksum_tensor(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes, in hexadecimal."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest() if flat.numel() else hashlib.sha256().hexdigest()
+    digest = hashlib.sha256()
+    if tensor.numel():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
