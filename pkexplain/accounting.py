@@ -18,9 +18,11 @@ from pkexplain.update_rules import LinearStep
 
 __all__ = ["CapturedBatch", "SegmentAccountant"]
 
-_AUDIT_EXAMPLES = 64
+_AUDIT_EXAMPLES = 32
 _AUDIT_NUMBERS = 1 << 23
 """Most numbers a segment keeps without projection: 32 MiB in float32."""
+_CHECKED_STEP = 16
+"""Every so many steps of a segment the captured gradients are compared with the gradient, beside the first."""
 _HELD_BYTES = 1 << 30
 """Most memory for gradients that wait for the projection to be fixed."""
 
@@ -117,15 +119,15 @@ class SegmentAccountant:
             if self._warm():
                 self._bind()
         if self.projector is not None:
-            gaps = [self._enter(*held) for held in self._held]
+            sums = [self._enter(*held) for held in self._held]
             self._held = []
-            whole = self.projector.project_vectors(captured[None])[0]
-            gap = float((sum(gaps, torch.zeros_like(whole)) - whole).norm() / whole.norm().clamp_min(1e-300))
-            self._capture_gap = max(self._capture_gap, gap) if len(gaps) == len(batches) else self._capture_gap
-        scaled = captured.clone()
+            if self.steps % _CHECKED_STEP == 0 and len(sums) == len(batches):
+                self._compare(sum(sums, torch.zeros_like(sums[0])), captured)
+        scaled = captured if set(scale.values()) == {1.0} else captured.clone()
         for group, span in self._spans.items():
-            scaled[span] *= scale[group]
             self._rates[group] += numbers[group].learning_rate
+            if scale[group] != 1.0:
+                scaled[span] *= scale[group]
         self._full.step(numbers, scaled, parameters)
         if self._rows is not None and self._rows.full:
             self._fold()
@@ -173,6 +175,13 @@ class SegmentAccountant:
         self._begin()
         return segment, summary
 
+    def _compare(self, captured: Tensor, gradient: Tensor) -> None:
+        """Hold the sum of a step's projected gradients, ``(columns,)``, against its gradient, ``(parameters,)``."""
+        assert self.projector is not None
+        whole = self.projector.project_vectors(gradient[None])[0]
+        gap = float((captured - whole).norm() / whole.norm().clamp_min(1e-300))
+        self._capture_gap = max(self._capture_gap, gap)
+
     def _warm(self) -> bool:
         examples = sum(len(batch.ids) for _, batch, _ in self._held)
         held = sum(gradients.nbytes for _, batch, _ in self._held for _, gradients in batch.pieces)
@@ -181,10 +190,14 @@ class SegmentAccountant:
     @staticmethod
     def _compact(batches: Sequence[CapturedBatch]) -> None:
         for batch in batches:
-            batch.pieces = [(position, gradients.compact()) for position, gradients in batch.pieces]
+            everyone = torch.arange(len(batch.ids), device=batch.ids.device)
+            for place, (position, gradients) in enumerate(batch.pieces):
+                compact = gradients.compact()
+                # a copy, as a layer's input may be a parameter, or a buffer that the next batch is written into
+                batch.pieces[place] = position, gradients.select(everyone) if compact is gradients else compact
 
     def _bind(self) -> None:
-        seen = (batch.pieces for _, batch, _ in self._held)
+        seen = [batch.pieces for _, batch, _ in self._held]
         self.projector = self._projection.bind(self._blocks, self._dtype, self._device, seen)
         self._rows = RowAccumulator(
             self._num_examples, self.projector.group_columns, self.projector.columns, self._dtype, self._device

@@ -25,10 +25,11 @@ class Capture:
 
     Args:
         layers: The layers to watch (from `find_layers`).
+        dtype: Number format of the gradients; None for that of each layer's output (which autocast may change).
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype | None = None) -> None:
+        self.layers, self._dtype = tuple(layers), dtype
         self._paused = False
 
     @contextmanager
@@ -52,7 +53,11 @@ class Capture:
     @contextmanager
     def collecting(self, examples: int) -> Iterator[Callable[[Tensor], list[tuple[int, ExampleGradients]]]]:
         """Yield a function that differentiates a scalar and returns every block's gradients, forming no ``.grad``."""
-        uses: list[tuple[Layer, tuple[Any, ...], dict[str, Any], Tensor]] = []
+        uses: list[tuple[Layer, tuple[Any, ...], dict[str, Any], Any]] = []
+
+        def note(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            # the edge, not the tensor: an in-place ReLU behind the layer makes of the tensor what it put out
+            uses.append((layer, args, kwargs, torch.autograd.graph.get_gradient_edge(output)))
 
         def gradients(scalar: Tensor) -> list[tuple[int, ExampleGradients]]:
             found: list[tuple[int, ExampleGradients]] = []
@@ -62,7 +67,7 @@ class Capture:
                     self._deliver(layer, args, kwargs, gradient, lambda b, g: found.append((b, g)))
             return found
 
-        with self._watching(examples, lambda *use: uses.append(use)):
+        with self._watching(examples, note):
             yield gradients
 
     @contextmanager
@@ -85,6 +90,7 @@ class Capture:
                 handle.remove()
 
     def _deliver(self, layer: Layer, args: Any, kwargs: Any, gradient: Tensor, sink: Any) -> None:
+        gradient = gradient.to(self._dtype or gradient.dtype)
         self._paused = True  # the rule may run the layer again, which is not a use to record
         try:
             with torch.no_grad():

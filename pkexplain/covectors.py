@@ -63,7 +63,8 @@ class OutputField:
 
     def __init__(self, model: nn.Module, layers: list[Layer], projector: Projector, trajectory: Trajectory) -> None:
         """Read the ledger's vectors of every segment."""
-        self._model, self._capture, self._projector, self._trajectory = model, Capture(layers), projector, trajectory
+        self._model, self._projector, self._trajectory = model, projector, trajectory
+        self._capture = Capture(layers, trajectory.dtype)
         self._named = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
         some = next(iter(self._named.values()))

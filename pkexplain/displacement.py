@@ -141,7 +141,9 @@ class _Parts:
 
     @classmethod
     def of(cls, ids: Tensor, rows: Tensor, derivatives: Tensor, columns: Mapping[int, slice]) -> _Parts:
-        return cls(ids, rows, derivatives, {g: rows[:, c].square().sum(1) for g, c in columns.items()})
+        return cls(
+            ids, rows, derivatives, {g: torch.linalg.vector_norm(rows[:, c], dim=1) ** 2 for g, c in columns.items()}
+        )
 
 
 @dataclass
@@ -182,6 +184,7 @@ class FullSpaceAccount:
         """Start the first segment with empty moments."""
         self._example_moment = torch.zeros_like(self.like)
         self._decay_moment = torch.zeros_like(self.like)
+        self._decays = False
         self._start()
 
     def _start(self) -> None:
@@ -201,7 +204,8 @@ class FullSpaceAccount:
             _follow(n, self._example_moment[span], self.examples[span], gradient[span])
             if n.coupled_decay:
                 _follow(n, self._decay_moment[span], self.decay[span], n.coupled_decay * parameters[span])
-            elif n.decay:
+                self._decays = True
+            elif self._decays and n.decay:
                 _follow(n, self._decay_moment[span], self.decay[span], None)
             if n.decoupled_decay:
                 self.decay[span] -= n.decoupled_decay * parameters[span]
@@ -217,5 +221,6 @@ def _follow(n: LinearStep, moment: Tensor, total: Tensor, gradient: Tensor | Non
     moment.mul_(n.decay)
     if gradient is not None:
         moment.add_(gradient, alpha=n.gain)
-        total.sub_(gradient, alpha=n.gradient_step)
+        if n.gradient_step:
+            total.sub_(gradient, alpha=n.gradient_step)
     total.sub_(moment, alpha=n.moment_step)

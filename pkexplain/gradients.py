@@ -33,6 +33,10 @@ class ExampleGradients(ABC):
     """The gradients of one block of parameters for every example of a batch, in parameter units."""
 
     @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of examples."""
+
+    @abstractmethod
     def dense(self) -> Tensor:
         """Form the gradients, ``(examples, numel)``, in the block's parameter order."""
 
@@ -60,6 +64,10 @@ class DenseGradient(ExampleGradients):
 
     values: Tensor
 
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.values)
+
     def dense(self) -> Tensor:
         """Return the gradients, ``(examples, numel)``."""
         return self.values
@@ -80,6 +88,10 @@ class MatrixGradient(ExampleGradients):
     weight: bool
     bias: bool
     output_gradients: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.output_gradients)
 
     @abstractmethod
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -164,16 +176,15 @@ class LinearGradient(MatrixGradient):
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""
-        g = self.output_gradients if left is None else self.output_gradients @ left.T
-        x = self.inputs
-        ones = x.new_ones(*x.shape[:2], 1)
+        x, ones = self.inputs, self.inputs.new_ones(*self.inputs.shape[:2], 1)
+        for_weight, for_bias = self._split(right)
         if right is None:
             x = torch.cat([part for part, wanted in ((x, self.weight), (ones, self.bias)) if wanted], dim=-1)
+        elif for_weight is None:
+            x = ones * right[:, -1]  # only the bias is trained
         else:
-            for_weight, for_bias = self._split(right)
-            x = x @ for_weight.T if for_weight is not None else ones * 0
-            x = x + for_bias if for_bias is not None else x
-        return torch.bmm(g.transpose(1, 2), x)
+            x = x @ for_weight.T if for_bias is None else x @ for_weight.T + for_bias
+        return _outer(left, self.output_gradients.transpose(1, 2), x.transpose(1, 2))
 
     def total(self) -> Tensor:
         """Sum over the examples, ``(numel,)``, as one long example."""
@@ -196,11 +207,12 @@ class LinearGradient(MatrixGradient):
 class ConvolutionGradient(MatrixGradient):
     """G_i = Σ_p g_i,p ⊗ [patch of x_i at p, 1] over output positions p; projecting patches is itself a convolution."""
 
-    inputs: Tensor  # padded, (examples, channels, *space)
+    inputs: Tensor  # (examples, channels, *space)
     output_gradients: Tensor  # (examples, rows, positions)
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
+    padding: tuple[int, ...]  # zeros at both ends of each axis
     weight: bool
     bias: bool
 
@@ -211,22 +223,23 @@ class ConvolutionGradient(MatrixGradient):
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""
-        g = self.output_gradients if left is None else left @ self.output_gradients
+        g = self.output_gradients
+        for_weight, for_bias = self._split(right)
         if right is None:
             parts = [self._patches()] if self.weight else []
             parts += [g.new_ones(len(g), 1, g.shape[2])] if self.bias else []
-            return torch.bmm(g, torch.cat(parts, dim=1).transpose(1, 2))
-        for_weight, for_bias = self._split(right)
-        if for_weight is None:
-            return g.sum(2)[:, :, None] * right[:, -1]  # only the bias is trained
-        filters = for_weight.reshape(-1, self.inputs.shape[1], *self.kernel)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-        x = convolve(self.inputs, filters, for_bias, self.stride, 0, self.dilation)
-        return torch.bmm(g, x.flatten(2).transpose(1, 2))
+            x = torch.cat(parts, dim=1)
+        elif for_weight is None:
+            x = right[None, :, -1:].expand(len(g), -1, g.shape[2])  # only the bias is trained
+        else:
+            filters = for_weight.reshape(-1, self.inputs.shape[1], *self.kernel)
+            convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+            x = convolve(self.inputs, filters, for_bias, self.stride, self.padding, self.dilation).flatten(2)
+        return _outer(left, g, x)
 
     def _patches(self) -> Tensor:
         """Unfold the inputs, ``(examples, channels * kernel, positions)``."""
-        x = self.inputs
+        x = F.pad(self.inputs, [size for size in reversed(self.padding) for _ in (0, 1)])
         for axis, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
             x = x.unfold(2 + axis, (size - 1) * gap + 1, step)[..., ::gap]
         n = len(self.kernel)
@@ -281,3 +294,14 @@ class EmbeddingGradient(MatrixGradient):
     def nbytes(self) -> int:
         """Bytes of memory held."""
         return self.tokens.nbytes + self.output_gradients.nbytes
+
+
+def _outer(left: Tensor | None, g: Tensor, x: Tensor) -> Tensor:
+    """Compute L Σ_t g_t ⊗ x_t from g ``(n, rows, t)`` and x ``(n, columns, t)``, the cheaper product first."""
+    x = x.transpose(1, 2)
+    if left is None:
+        return torch.bmm(g, x)
+    (kept, rows), (_, t, columns) = left.shape, x.shape
+    if kept * t * (rows + columns) < rows * columns * (t + kept):
+        return torch.bmm(left @ g, x)
+    return left @ torch.bmm(g, x)

@@ -24,7 +24,7 @@ from pkexplain.gradients import (
     LinearGradient,
 )
 
-__all__ = ["Block", "Layer", "find_layers", "flatten_blocks", "refusal"]
+__all__ = ["Block", "Layer", "find_layers", "flatten_blocks", "refusal", "refuse_mixing"]
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,13 @@ def _convolution(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Tensor, names: tuple[str, ...]
 ) -> ExampleGradients:
     x = (args[0] if args else kwargs["input"]).detach().to(gradient.dtype)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    return ConvolutionGradient(
-        x, gradient.flatten(2), module.kernel_size, module.stride, module.dilation, "weight" in names, "bias" in names
-    )
+    padding = module.padding
+    if isinstance(padding, str) or module.padding_mode != "zeros":  # uneven, or not of zeros: pad here
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        padding = (0,) * len(module.kernel_size)
+    sizes = (module.kernel_size, module.stride, module.dilation, padding)
+    return ConvolutionGradient(x, gradient.flatten(2), *sizes, "weight" in names, "bias" in names)
 
 
 def _embedding(
@@ -133,16 +135,28 @@ def _by_example(
     batched = lambda value: isinstance(value, Tensor) and value.ndim > 0 and len(value) == n  # noqa: E731
     axes = tuple(0 if batched(value) else None for value in args)
     named_axes = {name: 0 if batched(value) else None for name, value in kwargs.items()}
-    values = {name: getattr(module, name).detach() for name in names}
+    values = {f"inner.{name}": getattr(module, name).detach() for name in names}
+    bare = _WithoutHooks(module)
 
     def one(inputs: tuple[Any, ...], named: dict[str, Any], output_gradient: Tensor) -> dict[str, Tensor]:
         inputs = tuple([v[None] if axis == 0 else v for v, axis in zip(inputs, axes, strict=True)])
         named = {name: v[None] if named_axes[name] == 0 else v for name, v in named.items()}
-        pull: Any = torch.func.vjp(lambda p: torch.func.functional_call(module, p, inputs, named), values)[1]
-        return pull(output_gradient[None])[0]
+        output, pull = torch.func.vjp(lambda p: torch.func.functional_call(bare, p, inputs, named), values)[:2]
+        return pull(output_gradient[None].to(output.dtype))[0]
 
     gradients = torch.func.vmap(one, in_dims=(axes, named_axes, 0))(args, kwargs, gradient)
-    return DenseGradient(torch.cat([gradients[name].flatten(1) for name in names], dim=1))
+    return DenseGradient(torch.cat([gradients[name].to(gradient.dtype).flatten(1) for name in values], dim=1))
+
+
+class _WithoutHooks(nn.Module):
+    """A module whose own hooks stay silent: they have run, and may belong to the user or watch the whole model."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.forward(*args, **kwargs)
 
 
 _RULES: dict[type[nn.Module], Callable[..., ExampleGradients]] = {
@@ -155,7 +169,13 @@ _RULES: dict[type[nn.Module], Callable[..., ExampleGradients]] = {
     nn.GroupNorm: _scale_and_shift,
 }
 _MIXES_EXAMPLES = (nn.modules.batchnorm._BatchNorm,)
-_WITHOUT_RULE = (nn.RNNBase, nn.MultiheadAttention, nn.EmbeddingBag, nn.RNNCellBase)
+_WITHOUT_RULE = (
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.EmbeddingBag,
+    nn.RNNCellBase,
+    nn.utils.parametrize.ParametrizationList,  # its output is a weight, not one row per example
+)
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
@@ -173,6 +193,9 @@ def _rule_for(name: str, module: nn.Module) -> Callable[..., ExampleGradients]:
     options: Any = module
     for kind, rule in _RULES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
+            strange = [n for n, _ in module.named_parameters(recurse=False) if n not in ("weight", "bias")]
+            if strange:
+                raise refusal(name, module, f"its weight is made of {', '.join(strange)} (a hook of weight_norm?)")
             if rule is _convolution and options.groups > 1:
                 return _by_example
             if rule is _embedding and (options.max_norm or options.scale_grad_by_freq or options.sparse):
@@ -189,6 +212,17 @@ def _rule_for(name: str, module: nn.Module) -> Callable[..., ExampleGradients]:
     return _by_example
 
 
+def refuse_mixing(model: nn.Module) -> None:
+    """Refuse a model in which a batch's statistics reach its examples: such a gradient belongs to no single example.
+
+    Raises:
+        UnsupportedLayerError: A BatchNorm, trainable or not, normalises with the statistics of the batch.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, _MIXES_EXAMPLES) and (module.training or module.running_mean is None):
+            raise refusal(path, module, "it normalises with the statistics of the batch, which mixes its examples")
+
+
 def refusal(name: str, module: nn.Module, why: str) -> UnsupportedLayerError:
     """Say by name which layer cannot be recorded, why, and what to do."""
     return UnsupportedLayerError(
@@ -199,8 +233,8 @@ def refusal(name: str, module: nn.Module, why: str) -> UnsupportedLayerError:
             expected="Linear, Conv1d/2d/3d, Embedding, LayerNorm, GroupNorm, or a deterministic layer that treats "
             "every example alone",
             source="pkexplain.capture",
-            fix=f"Replace it (GroupNorm for BatchNorm) or freeze its parameters: model.get_submodule({name!r})"
-            ".requires_grad_(False)",
+            fix="Replace it (GroupNorm for BatchNorm), or freeze it and keep it in evaluation mode: "
+            f"model.get_submodule({name!r}).requires_grad_(False).eval()",
         )
     )
 
@@ -216,7 +250,7 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
         The layers, and the blocks in the order of the flat vector.
 
     Raises:
-        UnsupportedLayerError: A layer has no per-example rule.
+        UnsupportedLayerError: A layer has no per-example rule, or mixes the examples of a batch.
         ConfigurationError: Nothing is trainable, or a parameter is shared by two layers.
     """
     if not groups:
@@ -230,6 +264,7 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
                 fix="Set requires_grad=True on the parameters to train and give them to the optimizer",
             )
         )
+    refuse_mixing(model)
     names = {id(p): n for n, p in model.named_parameters()}
     found: list[tuple[int, str, nn.Module, Any, tuple[str, ...]]] = []
     owners: dict[str, str] = {}

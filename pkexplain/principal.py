@@ -8,7 +8,7 @@ forming G_i: for random signs Ω with E[Ω Ωᵀ] = I, (G_i Ω)(G_i Ω)ᵀ has e
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,11 @@ __all__ = ["principal_bases"]
 
 _WIDEST = 4096
 """The widest side whose principal directions are computed; a wider one (a vocabulary) gets random signs."""
-_SKETCHES = 16
-"""Random combinations that estimate a covariance."""
+_LEADING = 256
+"""How many directions of a wide side are looked for; no layer gets more of them."""
+_MOST_SKETCHES = 16
+_SAMPLES = 1
+"""Vectors that a covariance is estimated from, for each of its rows: examples times random combinations."""
 _RANDOM_WIDTH = 32
 """How many random signs a side gets that is too wide."""
 
@@ -36,10 +39,10 @@ class _Side:
     shares: list[float]  # shares[n - 1]: energy in the first n directions
 
     @classmethod
-    def principal(cls, gram: Tensor) -> _Side:
-        energies, vectors = torch.linalg.eigh(gram.double().cpu())
-        energies = energies.flip(0).clamp_min(0)
-        total = energies.sum()
+    def principal(cls, gram: Tensor, seed: int) -> _Side:
+        gram = gram.double().cpu()
+        energies, vectors = _leading(gram, seed) if len(gram) > 2 * _LEADING else torch.linalg.eigh(gram)
+        energies, total = energies.flip(0).clamp_min(0), gram.trace()
         shares = energies.cumsum(0) / total if total > 0 else torch.arange(1, len(energies) + 1) / len(energies)
         return cls(vectors.flip(1).T.contiguous(), shares.tolist())
 
@@ -53,29 +56,32 @@ class _Side:
         return torch.eye(side, dtype=self.basis.dtype) if n == side else self.basis[:n]
 
 
-def _grams(blocks: Sequence[Block], seen: Iterable[Pieces], seed: int) -> dict[tuple[int, int], Tensor]:
-    """Estimate Σ_i G_i G_iᵀ (side 0) and Σ_i G_iᵀ G_i (side 1) of every matrix block no wider than `_WIDEST`."""
-    grams: dict[tuple[int, int], Tensor] = {}
-    mixers: dict[tuple[int, int], Tensor] = {}
-    for pieces in seen:
-        for position, gradients in pieces:
-            if not isinstance(gradients, MatrixGradient):
-                continue
-            shape = blocks[position].matrix or (0, 0)
-            for side in (0, 1):
-                if shape[side] > _WIDEST:
-                    continue
-                key, other = (position, side), shape[1 - side]
-                if key not in mixers:
-                    like = gradients.output_gradients
-                    signs = random_signs(seed, 4 * position + side, (_SKETCHES, other))
-                    mixers[key] = signs.to(like.device, like.dtype)
-                    grams[key] = like.new_zeros(shape[side], shape[side])
-                mixed = gradients.sketch(*((None, mixers[key]) if side == 0 else (mixers[key], None)))
-                wide = mixed.permute(1, 0, 2) if side == 0 else mixed.permute(2, 0, 1)
-                wide = wide.flatten(1)
-                grams[key] += wide @ wide.T
-    return grams
+def _leading(gram: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Find the `_LEADING` largest eigenvalues, ascending, and eigenvectors of a wide matrix by subspace iteration."""
+    block = random_signs(seed, len(gram), (_LEADING, len(gram))).T
+    for _ in range(3):
+        block = torch.linalg.qr(gram @ block)[0]
+    energies, turn = torch.linalg.eigh(block.T @ gram @ block)
+    return energies, block @ turn
+
+
+def _gram(seen: Sequence[MatrixGradient], side: int, seed: int, stream: int) -> Tensor:
+    """Estimate Σ_i G_i G_iᵀ (side 0) or Σ_i G_iᵀ G_i (side 1) of one block."""
+    examples = sum(map(len, seen))
+    shape: tuple[int, int] = seen[0].matrix
+    combinations = min(_MOST_SKETCHES, -(-_SAMPLES * shape[side] // examples))
+    like = seen[0].output_gradients
+    mixer = random_signs(seed, stream, (combinations, shape[1 - side])).to(like.device, like.dtype)
+    gram = like.new_zeros(shape[side], shape[side])
+    waiting: list[Tensor] = []
+    for gradients in seen:
+        mixed = gradients.sketch(None, mixer) if side == 0 else gradients.sketch(mixer, None).transpose(1, 2)
+        waiting.append(mixed.transpose(0, 1).flatten(1))
+        if gradients is seen[-1] or sum([part.shape[1] for part in waiting]) >= shape[side]:
+            vectors = torch.cat(waiting, dim=1)
+            gram.addmm_(vectors, vectors.T)
+            waiting = []
+    return gram
 
 
 def _share_out(sides: dict[int, tuple[_Side, _Side]], weights: dict[int, float], k: int) -> dict[int, tuple[int, int]]:
@@ -111,7 +117,7 @@ def _share_out(sides: dict[int, tuple[_Side, _Side]], weights: dict[int, float],
 
 
 def principal_bases(
-    blocks: Sequence[Block], seen: Iterable[Pieces], k: int, seed: int
+    blocks: Sequence[Block], seen: Sequence[Pieces], k: int, seed: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Find the bases L and R of every matrix block.
 
@@ -126,19 +132,22 @@ def principal_bases(
     Returns:
         For each matrix block's position, L ``(n_rows, rows)`` and R ``(n_columns, columns)``, rows orthonormal.
     """
-    grams = _grams(blocks, seen, seed)
     sides: dict[int, tuple[_Side, _Side]] = {}
     weights: dict[int, float] = {}
     for position, block in enumerate(blocks):
         if block.matrix is None:
             continue
-        found = [grams.get((position, side)) for side in (0, 1)]
-        pair = [
-            _Side.random(block.matrix[side], seed, 4 * position + 2 + side) if gram is None else _Side.principal(gram)
-            for side, gram in enumerate(found)
-        ]
+        mine = [g for pieces in seen for p, g in pieces if p == position and isinstance(g, MatrixGradient)]
+        pair, energy = [], 1.0
+        for side, width in enumerate(block.matrix):
+            stream = 4 * position + side
+            if mine and width <= _WIDEST:
+                gram = _gram(mine, side, seed, stream)
+                pair.append(_Side.principal(gram, seed))
+                energy = float(gram.trace())
+            else:
+                pair.append(_Side.random(width, seed, stream + 2))
         sides[position] = (pair[0], pair[1])
-        traces = [float(gram.trace()) for gram in found if gram is not None]
-        weights[position] = max(traces, default=1.0) ** 0.5
+        weights[position] = energy**0.5
     sizes = _share_out(sides, weights, k)
     return {p: (sides[p][0].first(a), sides[p][1].first(b)) for p, (a, b) in sizes.items()}

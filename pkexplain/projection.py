@@ -8,7 +8,7 @@ is stored with the run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ class Projection(ABC):
         return torch.float16 if dtype == torch.float32 else dtype
 
     @abstractmethod
-    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Iterable[Pieces]) -> Projector:
+    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Sequence[Pieces]) -> Projector:
         """Make the map for a model's blocks.
 
         Args:
@@ -70,7 +70,7 @@ class Identity(Projection):
         """Return the recorder's own number format: an exact row is not rounded."""
         return dtype
 
-    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Iterable[Pieces]) -> Projector:
+    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Sequence[Pieces]) -> Projector:
         """Make the map for a model's blocks."""
         return Projector(blocks, [IdentityMap(block.span) for block in blocks], dtype, device)
 
@@ -100,7 +100,7 @@ class SparseSign(Projection):
         """Refuse sizes that make no map."""
         _positive(self, k=self.k, nonzeros=self.nonzeros)
 
-    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Iterable[Pieces]) -> Projector:
+    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Sequence[Pieces]) -> Projector:
         """Make the map for a model's blocks; each parameter group gets columns in proportion to its size."""
         sizes: dict[int, int] = {}
         for block in blocks:
@@ -153,7 +153,7 @@ class Kronecker(Projection):
         """Examples whose gradients must be seen before the map is fixed."""
         return self.warm_up_examples
 
-    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Iterable[Pieces]) -> Projector:
+    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Sequence[Pieces]) -> Projector:
         """Find the principal directions of the gradients seen and make the map."""
         loose = sum(width for width in self._loose_widths(blocks).values())
         bases = principal_bases(blocks, seen, self.k - loose, self.seed)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pkexplain.accounting import CapturedBatch, SegmentAccountant
 from pkexplain.capture import Capture
 from pkexplain.errors import ConfigurationError, NonFiniteGradientError, RecordingError, message
-from pkexplain.layers import find_layers, flatten_blocks
+from pkexplain.layers import find_layers, flatten_blocks, refuse_mixing
 from pkexplain.model_io import InputShapes, LossDerivatives, check_ids
 from pkexplain.projection import Kronecker, Projection
 from pkexplain.store import Store, open_store
@@ -81,7 +81,7 @@ class Recorder:
         in_group = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
         groups = {n: in_group[id(p)] for n, p in model.named_parameters() if p.requires_grad and id(p) in in_group}
         layers, blocks = find_layers(model, groups)
-        self._blocks, self._capture = tuple(blocks), Capture(layers)
+        self._blocks, self._capture = tuple(blocks), Capture(layers, dtype)
         named = dict(model.named_parameters())
         self._names = [name for block in blocks for name in block.parameters]
         self._parameters = [named[name] for name in self._names]
@@ -108,6 +108,7 @@ class Recorder:
         self._handles = [
             self._optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             self._optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            *(parameter.register_hook(self._sum_into(i)) for i, parameter in enumerate(self._parameters)),
         ]
         self._open = True
         return self
@@ -134,6 +135,7 @@ class Recorder:
         Raises:
             ExampleIdError: The ids are out of range, repeated, or of the wrong length or type.
             RecordingError: The loop broke the contract: nested, closed, no backward pass, two of them, no step.
+            UnsupportedLayerError: A BatchNorm is in training mode.
             NonFiniteGradientError: The loss or a gradient is not finite; the optimizer has not stepped.
         """
         if self._active is not None:
@@ -141,11 +143,11 @@ class Recorder:
         if not self._open:
             fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"
             raise _broken("the recorder is not open", "a step before it was entered or after it was closed", fix)
+        refuse_mixing(self._model)  # a BatchNorm may have gone back to training mode
         batch = CapturedBatch(check_ids(ids, self._num_examples).to(self._device))
         if self._segments == "epoch" and self._accountant.visits + len(batch.ids) > self._num_examples:
             self._end_segment()  # the loader dropped its last, smaller batch
         self._active, self._stepped = batch, False
-        handles = [p.register_hook(self._sum_into(batch, i)) for i, p in enumerate(self._parameters)]
         try:
             with (
                 self._inputs.noting(len(batch.ids)),
@@ -160,20 +162,14 @@ class Recorder:
             raise
         finally:
             self._active = None
-            for handle in handles:
-                handle.remove()
         limit = self._num_examples if self._segments == "epoch" else None
-        done = self._accountant.visits >= limit if limit else self._accountant.steps == self._segments
+        done = self._accountant.visits >= limit if limit else self._accountant.steps >= self._segments
         if self._stepped and done:
             self._end_segment()
 
     def _check_contract(self, batch: CapturedBatch, accumulate: bool) -> None:
         if not batch.summed:
-            raise _broken(
-                "backward was never called",
-                "no gradient of a recorded parameter",
-                "Call loss.backward() inside the 'with recorder.step(ids):' block",
-            )
+            raise _without_backward()
         if accumulate and self._stepped:
             raise _broken(
                 "the optimizer stepped on a batch that was only to accumulate",
@@ -189,11 +185,14 @@ class Recorder:
         if accumulate:
             self._pending.append(batch)
 
-    def _sum_into(self, batch: CapturedBatch, index: int) -> Callable[[Tensor], None]:
+    def _sum_into(self, index: int) -> Callable[[Tensor], None]:
         """Make the hook that adds one parameter's gradient, as autograd sums it, to the flat vector."""
         start = sum(p.numel() for p in self._parameters[:index])
 
         def add(gradient: Tensor) -> None:
+            batch = self._active
+            if batch is None:
+                return  # a backward pass of the user's own, between the steps
             if index in batch.summed:
                 raise _broken(
                     "backward was called a second time",
@@ -217,7 +216,9 @@ class Recorder:
             raise _broken(
                 "optimizer.step() was called a second time", "two steps in one", "Record each step in its own block"
             )
-        batches = [*self._pending, batch] if batch.summed else self._pending
+        if not batch.summed:
+            raise _without_backward()
+        batches = [*self._pending, batch]
         if not torch.isfinite(self._captured).all():
             raise _not_finite(batches)
         if not self._checked:
@@ -346,6 +347,11 @@ def _broken(wrong: str, got: str, fix: str) -> RecordingError:
     return RecordingError(
         message("recorder.step(ids)", wrong, got=got, expected=expected, source="the training loop", fix=fix)
     )
+
+
+def _without_backward() -> RecordingError:
+    fix = "Call loss.backward() inside the 'with recorder.step(ids):' block, before optimizer.step()"
+    return _broken("backward was never called", "no gradient of a recorded parameter", fix)
 
 
 def _not_finite(batches: Sequence[CapturedBatch]) -> NonFiniteGradientError:

@@ -1,0 +1,675 @@
+"""The recorder in a training loop: what it refuses, and that it changes nothing."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pkexplain as pk
+from pkexplain.errors import (
+    ConfigurationError,
+    ExampleIdError,
+    NonFiniteGradientError,
+    RecordingError,
+    UnsupportedLayerError,
+    UnsupportedOptimizerError,
+)
+from tests.conftest import batches, digits, mlp, train
+
+EXAMPLES = 24
+
+
+class Loop:
+    """A recorder that is entered, with a model, an optimizer and data around it."""
+
+    def __init__(self, model=None, optimizer=None, num_examples=EXAMPLES, **options):
+        self.inputs, self.targets = digits(EXAMPLES)
+        self.model = mlp() if model is None else model
+        self.optimizer = optimizer or torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.store = pk.MemoryStore()
+        options = {"projection": pk.Identity(), "dtype": torch.float64, **options}
+        self.recorder = pk.Recorder(self.store, self.model, self.optimizer, num_examples=num_examples, **options)
+
+    def __enter__(self):
+        self.recorder.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.recorder.__exit__(*error)
+
+    def backward(self, ids, factor=1.0):
+        self.optimizer.zero_grad()
+        (F.cross_entropy(self.model(self.inputs[ids]), self.targets[ids]) * factor).backward()
+
+    def step(self, ids, **options):
+        with self.recorder.step(ids, **options):
+            self.backward(ids)
+            self.optimizer.step()
+
+    def parameters(self):
+        return [p.detach().clone() for p in self.model.parameters()]
+
+    def explain(self, **options):
+        explainer = pk.Explainer(self.store, self.model, quadrature=pk.Quadrature(4, 64), **options)
+        return explainer.explain(self.inputs[0], output=pk.Logit(0))
+
+
+@pytest.fixture
+def loop():
+    with Loop() as entered:
+        yield entered
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def hooks(model, optimizer):
+    found = [m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules()]
+    found += [p._backward_hooks for p in model.parameters()]
+    return [h for h in (*found, optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks) if h]
+
+
+def values(explanation):
+    return {check.name: check.value for check in explanation.checks}
+
+
+def failed(explanation):
+    return {check.name for check in explanation.checks if not check.passed}
+
+
+# --------------------------------------------------------------------------------------------------------------- ids
+
+
+@pytest.mark.parametrize(
+    ("ids", "wrong"),
+    [
+        ([0, 24], r"ids are out of range\. Got \[24\]; expected different whole numbers from 0 to 23"),
+        ([0, -1], r"ids are out of range\. Got \[-1\]; "),
+        ([3, 4, 3], r"ids are repeated in one batch\. Got \[3\]; "),
+        ([0.0, 1.0], r"the ids are not whole numbers\. Got torch\.float32; "),
+        (torch.tensor([True, False]), r"the ids are not whole numbers\. Got torch\.bool; "),
+        (["a", "b"], r"the ids are not numbers\. Got \['a', 'b'\]; .* Let the data loader return each row number"),
+        (3, r"the ids are not numbers\. Got 3; "),
+        (None, r"the ids are not numbers\. Got None; "),
+        ([[0, 1], [2]], r"the ids are not numbers\. "),
+        ([[0, 1], [2, 3]], r"a list with one id per example\. Got shape \(2, 2\); "),
+        ([], r"a list with one id per example\. Got shape \(0,\); "),
+        (np.array([1.5]), r"the ids are not whole numbers"),
+    ],
+)
+def test_ids_that_cannot_be_are_refused(loop, ids, wrong):
+    with (
+        pytest.raises(ExampleIdError, match=rf"^recorder\.step\(ids\): .*{wrong}.*\(from num_examples=24\)"),
+        loop.recorder.step(ids),
+    ):
+        pytest.fail("the block must not run")
+    loop.step([0, 1])  # and nothing is broken
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2], [0], range(5)])
+def test_another_number_of_ids_than_rows_is_refused_before_the_optimizer_steps(loop, ids):
+    before = loop.parameters()
+    wrong = rf"layer '0': its output .* shape \(2, 12\); expected {len(ids)} rows \(from the number of ids"
+    with pytest.raises(ExampleIdError, match=wrong), loop.recorder.step(ids):
+        loop.backward([0, 1])
+        loop.optimizer.step()
+    assert equal(before, loop.parameters())
+
+
+@pytest.mark.parametrize(
+    "ids", [[5, 3], (5, 3), range(2, 4), np.array([5, 3]), np.array([5, 3], dtype=np.int32), torch.tensor([5, 3])]
+)
+def test_ids_may_be_any_whole_numbers(loop, ids):
+    loop.step(list(ids))
+    loop.__exit__(None, None, None)
+    rows = loop.store.trajectory().segment(0).rows
+    assert sorted(int(i) for i in ids) == rows.abs().sum(1).nonzero()[:, 0].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- broken contract
+
+
+def test_an_example_whose_loss_is_nan_is_named_and_the_optimizer_does_not_step(loop):
+    loop.step([0, 1])
+    before = loop.parameters()
+    loop.inputs[7, 3] = float("nan")
+    with (
+        pytest.raises(NonFiniteGradientError, match=r"the optimizer has not stepped\. Got .* from example 7; expected"),
+        loop.recorder.step([6, 7, 8]),
+    ):
+        loop.backward([6, 7, 8])
+        loop.optimizer.step()
+    assert equal(before, loop.parameters())
+    loop.step([6, 8])
+    loop.__exit__(None, None, None)
+    assert values(loop.explain())["displacement gap"] < 1e-12
+
+
+def test_a_loss_that_is_infinite_as_a_whole_names_the_batch(loop):
+    with (
+        pytest.raises(NonFiniteGradientError, match=r"from examples 6, 8; .*skip the batch or lower the rate"),
+        loop.recorder.step([6, 8]),
+    ):
+        loop.backward([6, 8], factor=float("inf"))
+        loop.optimizer.step()
+
+
+def broken(wrong):
+    return pytest.raises(RecordingError, match=rf"^recorder\.step\(ids\): {wrong}")
+
+
+def test_backward_that_is_never_called(loop):
+    before = loop.parameters()
+    with broken(r"backward was never called\. Got .* Call loss\.backward\(\) inside"), loop.recorder.step([0, 1]):
+        loop.model(loop.inputs[:2])
+    with broken("backward was never called"), loop.recorder.step([0, 1]):
+        loop.optimizer.step()
+    with broken("backward was never called"), loop.recorder.step([0, 1], accumulate=True):
+        pass
+    loop.optimizer.zero_grad()
+    with broken("backward was never called"), loop.recorder.step([0, 1]):
+
+        def closure():
+            loss = F.cross_entropy(loop.model(loop.inputs[:2]), loop.targets[:2])
+            loss.backward()
+            return loss
+
+        loop.optimizer.step(closure)
+    assert equal(before, loop.parameters())
+
+
+def test_backward_that_is_called_twice(loop):
+    wrong = r"backward was called a second time\. Got a second gradient of '\d\.(weight|bias)'; .*accumulate=True"
+    with broken(wrong), loop.recorder.step([0, 1]):
+        loss = F.cross_entropy(loop.model(loop.inputs[:2]), loop.targets[:2])
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+
+def test_a_step_inside_a_step(loop):
+    with broken("it is nested in another step"), loop.recorder.step([0, 1]), loop.recorder.step([2, 3]):
+        pass
+    loop.step([0, 1])
+
+
+def test_a_step_outside_the_recorder():
+    loop = Loop()
+    with broken("the recorder is not open"), loop.recorder.step([0]):
+        pass
+    with loop:
+        loop.step([0, 1])
+    with broken(r"the recorder is not open\. Got a step before it was entered or after it was closed"):
+        loop.step([0, 1])
+
+
+def test_an_optimizer_step_outside_a_recorded_step(loop):
+    loop.backward([0, 1])
+    before = loop.parameters()
+    with broken(r"optimizer\.step\(\) was called outside a recorded step"):
+        loop.optimizer.step()
+    assert equal(before, loop.parameters())
+
+
+def test_two_optimizer_steps_in_one_recorded_step(loop):
+    with broken(r"optimizer\.step\(\) was called a second time"), loop.recorder.step([0, 1]):
+        loop.backward([0, 1])
+        loop.optimizer.step()
+        once = loop.parameters()
+        loop.optimizer.step()
+    assert equal(once, loop.parameters())
+
+
+def test_no_optimizer_step(loop):
+    with broken(r"the optimizer did not step\. .* or pass accumulate=True"), loop.recorder.step([0, 1]):
+        loop.backward([0, 1])
+
+
+def test_an_optimizer_step_on_a_batch_that_only_accumulates(loop):
+    with broken("the optimizer stepped on a batch that was only to accumulate"):
+        loop.step([0, 1], accumulate=True)
+
+
+def test_a_parameter_used_by_hand_is_refused_by_name_at_the_first_step():
+    class ByHand(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.Linear(64, 12), nn.Linear(12, 10)
+
+        def forward(self, x):
+            return self.out(F.gelu(F.linear(x, self.inner.weight)))
+
+    with Loop(ByHand().double()) as loop:
+        before = loop.parameters()
+        wrong = r"parameters inner\.weight, inner\.bias: .*do not sum to the gradient\. Got 100% .*F\.linear"
+        with pytest.raises(RecordingError, match=wrong):
+            loop.step([0, 1])
+        assert equal(before, loop.parameters())
+
+
+def test_a_parameter_used_by_hand_later_on_is_warned_of():
+    class Sometimes(nn.Module):
+        by_hand = False
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.Linear(64, 12, bias=False), nn.Linear(12, 10)
+
+        def forward(self, x):
+            return self.out(F.gelu(F.linear(x, self.inner.weight) if self.by_hand else self.inner(x)))
+
+    with Loop(Sometimes().double(), segments=1) as loop:
+        loop.step([0, 1])
+        loop.model.by_hand = True
+        with pytest.warns(UserWarning, match=r"^pkexplain: in segment 1 the captured gradients missed up to \d+%"):
+            loop.step([2, 3])
+    assert {"displacement gap", "capture gap"} <= failed(loop.explain())
+
+
+def test_batchnorm_that_goes_back_to_training_mode_is_refused_at_the_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Linear(12, 10)).double()
+    model[1].eval().requires_grad_(False)
+    with Loop(model) as loop:
+        loop.step([0, 1])
+        model.train()
+        with pytest.raises(UnsupportedLayerError, match="layer '1': .*statistics of the batch"):
+            loop.step([2, 3])
+        model[1].eval()
+        loop.step([2, 3])
+    assert values(loop.explain())["displacement gap"] < 1e-12
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ({"num_examples": 0}, r"Recorder\(num_examples=…\): .* Got 0; expected a whole number from 1 up"),
+        ({"num_examples": 8.0}, r"Recorder\(num_examples=…\): .* Got 8\.0; "),
+        ({"num_examples": True}, r"Recorder\(num_examples=…\): .* Got True; "),
+        ({"segments": "step"}, r"Recorder\(segments=…\): .* Got 'step'; expected \"epoch\" or a number of steps"),
+        ({"segments": 0}, r"Recorder\(segments=…\): .* Got 0; "),
+        ({"lookahead": -1}, r"Recorder\(lookahead=…\): .* Got -1; "),
+        ({"dtype": torch.float16}, r"Recorder\(dtype=…\): .* Got torch\.float16; expected float32 or float64"),
+    ],
+)
+def test_arguments_that_cannot_be(options, wrong):
+    with pytest.raises(ConfigurationError, match=f"^{wrong}"):
+        Loop(**options)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.LBFGS])
+def test_an_optimizer_without_a_rule_is_refused_with_those_that_have_one(kind):
+    model = mlp()
+    name = re.escape(f"{kind.__module__}.{kind.__name__}")
+    with pytest.raises(UnsupportedOptimizerError, match=rf"Got {name}; expected torch\.optim\.SGD \(from"):
+        Loop(model, kind(model.parameters()))
+
+
+def test_an_optimizer_derived_from_sgd_is_not_taken_for_it():
+    class Mine(torch.optim.SGD):
+        pass
+
+    model = mlp()
+    with pytest.raises(UnsupportedOptimizerError, match=r"Got .*Mine; expected torch\.optim\.SGD"):
+        Loop(model, Mine(model.parameters(), lr=0.1))
+
+
+def test_a_model_without_a_trainable_parameter():
+    model = mlp().requires_grad_(False)
+    with pytest.raises(ConfigurationError, match=r"no parameter would change\. Got no trainable parameter"):
+        Loop(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    other = mlp()
+    with pytest.raises(ConfigurationError, match="no parameter would change"):
+        Loop(mlp(), torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapped_model_is_refused(wrap):
+    wrapped = wrap(mlp())
+    with pytest.raises(ConfigurationError, match=r"hooks do not reach the layers of a wrapped model\. Got \w+; "):
+        Loop(wrapped)
+
+
+def test_nothing_is_written_before_the_model_is_accepted(tmp_path):
+    model = nn.LSTM(3, 3)
+    with pytest.raises(UnsupportedLayerError):
+        pk.Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), lr=0.1), num_examples=3)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------ it changes nothing
+
+
+@pytest.mark.parametrize("projection", [pk.Identity(), pk.SparseSign(64), pk.Kronecker(64)], ids=lambda p: p.kind)
+def test_the_trained_model_is_bitwise_that_of_training_without_a_recorder(projection):
+    inputs, targets = digits(EXAMPLES, torch.float32)
+
+    def trained(record):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 12), nn.Dropout(0.3), nn.ReLU(inplace=True), nn.Linear(12, 10))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01, nesterov=True)
+        options = {"num_examples": EXAMPLES, "projection": projection, "segments": 4}
+        recorder = pk.Recorder(pk.MemoryStore(), model, optimizer, **options) if record else None
+        random.seed(1), np.random.seed(1)
+        train(model, optimizer, inputs, targets, batches(EXAMPLES, 8, 3), recorder=recorder, clip_norm=0.7)
+        states = torch.get_rng_state(), random.random(), np.random.rand()
+        return [p.detach() for p in model.parameters()], [p.grad for p in model.parameters()], states, model, optimizer
+
+    plain, plain_grads, plain_states, _, _ = trained(False)
+    recorded, grads, states, model, optimizer = trained(True)
+    assert equal(plain, recorded)
+    assert equal(plain_grads, grads)
+    assert torch.equal(plain_states[0], states[0])
+    assert plain_states[1:] == states[1:]
+    assert not hooks(model, optimizer)
+
+
+@pytest.mark.parametrize("where", ["block", "loop", "backward"])
+def test_no_hook_is_left_after_an_exception(where):
+    loop = Loop()
+    with pytest.raises(ZeroDivisionError), loop:
+        loop.step([0, 1])
+        if where == "loop":
+            raise ZeroDivisionError
+        with loop.recorder.step([2, 3]):
+            if where == "backward":
+                loop.backward([2, 3])
+            raise ZeroDivisionError
+    assert not hooks(loop.model, loop.optimizer)
+    assert len(loop.store.trajectory()) == 1
+    assert loop.explain().passed
+
+
+def test_only_the_hooks_of_the_recorder_are_removed(loop):
+    seen = []
+    handle = loop.model[0].register_forward_hook(lambda *_: seen.append(1))
+    loop.step([0, 1])
+    loop.__exit__(None, None, None)
+    assert len(hooks(loop.model, loop.optimizer)) == 1
+    handle.remove()
+    assert seen == [1]
+
+
+def test_a_users_hook_on_a_layer_that_is_differentiated_again_runs_once():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.out = nn.Parameter(torch.ones(64)), nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.out(x * self.gate)
+
+    seen = []
+    for batch in ([0], [1, 2]):  # a batch of one, too, in which a layer's example looks like the whole batch
+        with Loop(Gate().double()) as loop:
+            handle = loop.model.register_forward_hook(lambda *_: seen.append(1))
+            loop.step(batch)
+            handle.remove()
+        assert len(seen) == 1
+        seen.clear()
+        assert loop.explain().passed
+
+
+# ------------------------------------------------------------------------------------------ what is recorded
+
+
+def account(loop):
+    trajectory = loop.store.trajectory()
+    return [trajectory.segment(t) for t in range(len(trajectory))], trajectory
+
+
+def test_two_accumulated_batches_are_one_large_batch():
+    with Loop(segments=2) as whole:
+        for ids in ([0, 1, 2, 3], [4, 5, 6, 7]):
+            whole.step(ids)
+    with Loop(segments=2) as parts:
+        for ids in ([0, 1, 2, 3], [4, 5, 6, 7]):
+            parts.optimizer.zero_grad()
+            for half, accumulate in ((ids[:3], True), (ids[3:], False)):
+                with parts.recorder.step(half, accumulate=accumulate):
+                    loss = F.cross_entropy(parts.model(parts.inputs[half]), parts.targets[half], reduction="sum")
+                    (loss / 4).backward()
+                    if not accumulate:
+                        parts.optimizer.step()
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    np.testing.assert_allclose(parts.explain().contributions, whole.explain().contributions, rtol=1e-9, atol=1e-14)
+    assert parts.store.trajectory().boundaries == (0, 2)
+
+
+def test_an_accumulated_example_may_come_twice():
+    with Loop() as loop:
+        with loop.recorder.step([0, 1], accumulate=True):
+            loop.backward([0, 1])
+        with loop.recorder.step([1, 2]):
+            F.cross_entropy(loop.model(loop.inputs[1:3]), loop.targets[1:3]).backward()
+            loop.optimizer.step()
+    assert loop.explain().passed
+    assert values(loop.explain())["displacement gap"] < 1e-12
+
+
+@pytest.mark.parametrize("change", ["clip", "unscale", "both"])
+def test_one_factor_on_the_gradient_is_found_and_recorded(change):
+    with Loop() as loop:
+        for ids in batches(EXAMPLES, 8, 1):
+            with loop.recorder.step(ids):
+                loop.backward(ids, 1.0 if change == "clip" else 512.0)
+                if change != "clip":
+                    for p in loop.model.parameters():
+                        p.grad /= 512.0
+                if change != "unscale":
+                    nn.utils.clip_grad_norm_(loop.model.parameters(), 0.3)
+                loop.optimizer.step()
+    (segment,), trajectory = account(loop)
+    low, high = trajectory.summaries[0].rescaled
+    assert low < (1.0 if change == "clip" else 1 / 500)
+    assert high <= 1.0
+    assert segment.optimizer.norm() < 1e-12
+    assert loop.explain().passed
+
+
+@pytest.mark.parametrize("change", ["noise", "clip by value", "penalty", "parameter"])
+def test_what_belongs_to_no_example_is_on_the_optimizer_line_and_fails_its_check(change):
+    torch.manual_seed(0)
+    with Loop() as loop:
+        for ids in batches(EXAMPLES, 8, 1):
+            with loop.recorder.step(ids):
+                loop.backward(ids)
+                for p in loop.model.parameters():
+                    if change == "noise":
+                        p.grad += 0.05 * torch.randn_like(p.grad)
+                    if change == "clip by value":
+                        p.grad.clamp_(-0.01, 0.01)
+                    if change == "penalty":
+                        p.grad += 0.1 * p.detach()
+                loop.optimizer.step()
+            if change == "parameter":
+                with torch.no_grad():
+                    loop.model[2].weight += 0.01
+    (segment,), trajectory = account(loop)
+    moved = trajectory.checkpoint(1).parameters - trajectory.checkpoint(0).parameters
+    whole = segment.rows.sum(0) + segment.decay + segment.optimizer
+    torch.testing.assert_close(whole, moved)
+    assert trajectory.summaries[0].optimizer_share > 0.01
+    explanation = loop.explain()
+    assert failed(explanation) == {"optimizer share"}
+    assert abs(explanation.ledger.remainders["optimizer"]) > 1e-3
+    assert abs(explanation.gap) < 1e-9  # it is named, not lost
+
+
+def test_frozen_parameters_are_not_recorded_and_not_moved():
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    with Loop(model) as loop:
+        for ids in batches(EXAMPLES, 8, 2):
+            loop.step(ids)
+    _, trajectory = account(loop)
+    assert [block.parameters for block in trajectory.fingerprint.blocks] == [("0.bias",), ("2.weight", "2.bias")]
+    assert set(trajectory.fingerprint.frozen) == {"0.weight"}
+    assert loop.explain().passed
+
+
+def test_parameters_that_the_optimizer_does_not_hold_are_not_recorded():
+    model = mlp()
+    with Loop(model, torch.optim.SGD(model[2].parameters(), lr=0.1)) as loop:
+        loop.step([0, 1])
+    assert set(account(loop)[1].fingerprint.frozen) == {"0.weight", "0.bias"}
+
+
+def test_a_schedule_is_followed():
+    with Loop(segments=3) as loop:
+        schedule = torch.optim.lr_scheduler.StepLR(loop.optimizer, 1, gamma=0.5)
+        for ids in batches(EXAMPLES, 8, 2):
+            loop.step(ids)
+            schedule.step()
+    segments, trajectory = account(loop)
+    sums = [summary.learning_rate_sum[0] for summary in trajectory.summaries]
+    assert sums == pytest.approx([0.05 * 1.75, 0.05 * 1.75 / 8])
+    assert all(segment.optimizer.norm() < 1e-12 for segment in segments)
+
+
+def test_a_segment_is_an_epoch_also_where_the_last_batch_is_dropped():
+    with Loop() as loop:
+        for _ in range(3):
+            for ids in ([*range(10)], [*range(10, 20)]):  # of 24 examples
+                loop.step(ids)
+    _, trajectory = account(loop)
+    assert trajectory.boundaries == (0, 2, 4, 6)
+    assert [summary.visits for summary in trajectory.summaries] == [20, 20, 20]
+
+
+def test_a_segment_is_an_epoch():
+    with Loop() as loop:
+        for ids in batches(EXAMPLES, 10, 2):
+            loop.step(ids)
+    _, trajectory = account(loop)
+    assert trajectory.boundaries == (0, 3, 6)
+    assert [summary.visits for summary in trajectory.summaries] == [24, 24]
+
+
+def test_a_segment_is_a_number_of_steps_and_the_last_may_be_shorter():
+    with Loop(segments=2) as loop:
+        for ids in batches(EXAMPLES, 8, 1) + batches(EXAMPLES, 8, 1):
+            loop.step(ids)
+        loop.step([0])
+    assert account(loop)[1].boundaries == (0, 2, 4, 6, 7)
+
+
+def test_a_segment_ends_also_where_its_last_step_raised_behind_the_optimizer():
+    with Loop(segments=2) as loop:
+        loop.step([0, 1])
+        with pytest.raises(ZeroDivisionError), loop.recorder.step([2, 3]):
+            loop.backward([2, 3])
+            loop.optimizer.step()
+            raise ZeroDivisionError
+        for _ in range(4):
+            loop.step([4, 5])
+    assert account(loop)[1].boundaries == (0, 3, 5, 6)
+
+
+def test_momentum_goes_on_moving_parameters_in_the_next_segment():
+    with Loop(segments=1) as loop:
+        loop.step([0, 1])
+        loop.step([2, 3])
+    segments, _ = account(loop)
+    assert segments[0].rows.abs().sum(1).nonzero()[:, 0].tolist() == [0, 1]
+    assert segments[1].rows.abs().sum(1).nonzero()[:, 0].tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(segments[1].rows[:2], 0.9 * segments[0].rows[:2])
+
+
+def test_an_input_buffer_that_is_written_over_does_no_harm():
+    inputs, targets = digits(EXAMPLES, torch.float32)
+    found = []
+    for reused in (False, True):
+        model, store = mlp(dtype=torch.float32), pk.MemoryStore()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pk.Recorder(store, model, optimizer, num_examples=EXAMPLES, projection=pk.Kronecker(40)) as recorder:
+            buffer = torch.empty(8, 64)
+            for ids in torch.arange(EXAMPLES).split(8):
+                x = buffer.copy_(inputs[ids]) if reused else inputs[ids]
+                with recorder.step(ids):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), targets[ids]).backward()
+                    optimizer.step()
+        found.append(store.trajectory().segment(0))
+    torch.testing.assert_close(found[1].row_sum, found[0].row_sum)
+    torch.testing.assert_close(found[1].rows, found[0].rows)
+
+
+def test_a_layer_whose_input_is_a_parameter_is_recorded_as_it_was():
+    class LearnedQuery(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.out = nn.Parameter(torch.randn(1, 64)), nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.out(self.query.expand(len(x), 64)) * x[:, :10]
+
+    torch.manual_seed(0)
+    model = LearnedQuery().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with Loop(model, optimizer, projection=pk.Kronecker(60)) as loop:
+        for ids in batches(EXAMPLES, 8, 1):
+            loop.step(ids)
+    assert values(loop.explain())["displacement gap"] < 1e-12
+
+
+@pytest.mark.parametrize("projection", [pk.Identity(), pk.SparseSign(256), pk.Kronecker(256)], ids=lambda p: p.kind)
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_the_run_may_have_another_number_format_than_the_model(projection, kinds):
+    model_dtype, run_dtype = kinds
+    inputs, targets = digits(EXAMPLES, model_dtype)
+    model, store = mlp(dtype=model_dtype), pk.MemoryStore()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    recorder = pk.Recorder(store, model, optimizer, num_examples=EXAMPLES, projection=projection, dtype=run_dtype)
+    train(model, optimizer, inputs, targets, batches(EXAMPLES, 8, 1), recorder=recorder)
+    explanation = pk.Explainer(store, model).explain(inputs[0], output=pk.Logit(0))
+    assert values(explanation)["displacement gap"] < 1e-3
+    assert values(explanation)["quadrature gap"] < 1e-2
+    assert store.trajectory().checkpoint(0).parameters.dtype == run_dtype
+
+
+def test_training_under_autocast_is_recorded():
+    inputs, targets = digits(EXAMPLES, torch.float32)
+    model, store = mlp(dtype=torch.float32), pk.MemoryStore()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with pk.Recorder(store, model, optimizer, num_examples=EXAMPLES, projection=pk.Kronecker(256)) as recorder:
+        for ids in batches(EXAMPLES, 8, 1):
+            with recorder.step(ids):
+                optimizer.zero_grad()
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss = F.cross_entropy(model(inputs[ids]), targets[ids])
+                loss.backward()
+                optimizer.step()
+    assert values(pk.Explainer(store, model).explain(inputs[0]))["displacement gap"] < 1e-2
+
+
+def test_vanishing_gradients_leave_finite_rows():
+    inputs, targets = digits(EXAMPLES, torch.float32)
+    model, store = mlp(dtype=torch.float32), pk.MemoryStore()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with pk.Recorder(store, model, optimizer, num_examples=EXAMPLES, projection=pk.Kronecker(64)) as recorder:
+        for factor, ids in ((1.0, [0, 1]), (1e-39, [2, 3])):
+            with recorder.step(ids):
+                optimizer.zero_grad()
+                (F.cross_entropy(model(inputs[ids]), targets[ids]) * factor).backward()
+                optimizer.step()
+    (segment,) = [store.trajectory().segment(0)]
+    assert torch.isfinite(segment.rows).all()
+    assert torch.isfinite(segment.row_sum).all()
+    assert np.isfinite(pk.Explainer(store, model).explain(inputs[0]).contributions).all()
+
+
+def test_a_recorder_cannot_be_entered_twice(loop):
+    with pytest.raises(pk.PkexplainError, match=r"^recording into memory: it already holds a run\. "):
+        loop.recorder.__enter__()
+    loop.step([0, 1])
