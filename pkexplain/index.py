@@ -162,8 +162,11 @@ class RowIndex:
         return index if fits else None
 
     def _save(self) -> None:
-        """Keep the index beside the run; a run that cannot be written to keeps it in memory alone."""
-        if self._file is None:
+        """Keep the index beside the run; a run that cannot be written to keeps it in memory alone.
+
+        A flat index is the rows once more, at twice their size, and as quickly made as read: it is not kept.
+        """
+        if self._file is None or self.factory == "Flat":
             return
         temporary = self._file.with_suffix(".tmp")
         try:

@@ -8,6 +8,7 @@ forming G_i: for random signs Ω with E[Ω Ωᵀ] = I, (G_i Ω)(G_i Ω)ᵀ has e
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ _MOST_SKETCHES = 16
 _SAMPLES = 1
 """Vectors that a covariance is estimated from, for each of its rows: examples times random combinations."""
 _RANDOM_WIDTH = 32
-"""How many random signs a side gets that is too wide."""
+"""How many random signs a side gets that is too wide, and at most one of a layer that has not been seen."""
 
 
 @dataclass
@@ -47,8 +48,9 @@ class _Side:
         return cls(vectors.flip(1).T.contiguous(), shares.tolist())
 
     @classmethod
-    def random(cls, side: int, seed: int, stream: int) -> _Side:
-        return cls(random_signs(seed, stream, (_RANDOM_WIDTH, side)), [])
+    def random(cls, side: int, most: int, seed: int, stream: int) -> _Side:
+        width = _RANDOM_WIDTH if side > _WIDEST else min(_RANDOM_WIDTH, side, most)
+        return cls(random_signs(seed, stream, (width, side)), [])
 
     def first(self, n: int) -> Tensor:
         """Return the first n directions; all of them are as good as no rotation, which costs nothing."""
@@ -134,6 +136,7 @@ def principal_bases(
     """
     sides: dict[int, tuple[_Side, _Side]] = {}
     weights: dict[int, float] = {}
+    most = max(1, math.isqrt(max(k, 0) // (2 * len(blocks))))  # a layer that has not been seen gets half an even share
     for position, block in enumerate(blocks):
         if block.matrix is None:
             continue
@@ -146,7 +149,7 @@ def principal_bases(
                 pair.append(_Side.principal(gram, seed))
                 energy = float(gram.trace())
             else:
-                pair.append(_Side.random(width, seed, stream + 2))
+                pair.append(_Side.random(width, most, seed, stream + 2))
         sides[position] = (pair[0], pair[1])
         weights[position] = energy**0.5
     sizes = _share_out(sides, weights, k)

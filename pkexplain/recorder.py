@@ -162,10 +162,13 @@ class Recorder:
             raise
         finally:
             self._active = None
-        limit = self._num_examples if self._segments == "epoch" else None
-        done = self._accountant.visits >= limit if limit else self._accountant.steps >= self._segments
-        if self._stepped and done:
+        if self._stepped and self._segment_is_full():
             self._end_segment()
+
+    def _segment_is_full(self) -> bool:
+        if isinstance(self._segments, int):
+            return self._accountant.steps >= self._segments
+        return self._accountant.visits >= self._num_examples
 
     def _check_contract(self, batch: CapturedBatch, accumulate: bool) -> None:
         if not batch.summed:

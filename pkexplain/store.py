@@ -163,6 +163,7 @@ class DirectoryStore(Store):
             target.parent.mkdir(exist_ok=True)
             temporary = target.with_suffix(".tmp")
             safetensors.torch.save_file(content, temporary)
+            temporary.chmod((self.path / "manifest.json").stat().st_mode)  # safetensors makes files for the owner alone
             self._files[name] = {"bytes": temporary.stat().st_size, "sha256": checksum_file(temporary)}
             _flush_and_rename(temporary, target)
         except (OSError, safetensors.SafetensorError) as error:

@@ -80,10 +80,13 @@ def significant(value: float, digits: int = 3) -> str:
         digits: Significant digits.
 
     Returns:
-        The number, for example ``"0.0123"`` or ``"1.20e-05"``, or ``"–"`` for nan.
+        The number, for example ``"0.0123"``, ``"1,210"`` or ``"1.20e-05"``, or ``"–"`` for nan.
     """
     if math.isnan(value):
         return "–"
+    rounded = float(f"{value:.{digits}g}")
+    if 10**digits <= abs(rounded) < 10**6:
+        return f"{rounded:,.0f}"
     return f"{value:#.{digits}g}".removesuffix(".")
 
 
@@ -212,10 +215,13 @@ def _checks(explanation: Explanation) -> Table:
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("tolerance", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    table.add_column("meaning")
+    wrong = [check for check in explanation.checks if not check.passed]
+    if wrong:
+        table.add_column("what to look at")
     for check in explanation.checks:
         verdict = "pass" if check.passed else "FAIL"
-        table.add_row(check.name, significant(check.value), f"{check.tolerance:g}", verdict, check.meaning)
+        row = [check.name, significant(check.value), f"{check.tolerance:g}", verdict]
+        table.add_row(*row, *([check.meaning if check in wrong else ""] if wrong else []))
     return table
 
 

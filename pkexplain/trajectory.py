@@ -18,6 +18,8 @@ from pkexplain.projector import Projector
 __all__ = ["Checkpoint", "ModelFingerprint", "Segment", "SegmentSummary", "Trajectory", "checksum_tensor"]
 
 _ROWS_AT_ONCE = 512
+_SMALLEST_EXPONENT = -126
+"""Of the powers of two that float32 holds in full; a row that needs a smaller one is rounded to zero, not to infinity."""
 
 
 def checksum_tensor(tensor: Tensor) -> str:
@@ -82,7 +84,7 @@ class Segment:
         """Round rows to ``row_dtype``, each with a power of two of its own, and sum them as rounded."""
         if row_dtype == torch.float16:
             largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).double()
-            exponent = torch.where(largest > 0, largest.log2().ceil() - 14, 0.0)
+            exponent = torch.where(largest > 0, largest.log2().ceil() - 14, 0.0).clamp_min(_SMALLEST_EXPONENT)
             scale = torch.exp2(exponent).to(torch.float32)
         else:
             scale = torch.ones(len(rows), dtype=torch.float32, device=rows.device)

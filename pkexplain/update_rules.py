@@ -72,9 +72,10 @@ class SGD:
         rate, momentum = float(group["lr"]), float(group["momentum"])
         sign = -1.0 if group["maximize"] else 1.0
         l2 = sign * float(group["weight_decay"])  # the gradient is negated before the decay is added
-        if momentum == 0:
-            return LinearStep(0.0, 0.0, 0.0, sign * rate, coupled_decay=l2, learning_rate=rate)
-        gain = 1.0 if state.get("momentum_buffer") is None else 1.0 - float(group["dampening"])
+        first = state.get("momentum_buffer") is None
+        if momentum == 0:  # a buffer from before waits, unchanged, for momentum to come back
+            return LinearStep(float(not first), 0.0, 0.0, sign * rate, coupled_decay=l2, learning_rate=rate)
+        gain = 1.0 if first else 1.0 - float(group["dampening"])
         steps = (sign * rate * momentum, sign * rate) if group["nesterov"] else (sign * rate, 0.0)
         return LinearStep(momentum, gain, *steps, coupled_decay=l2, learning_rate=rate)
 

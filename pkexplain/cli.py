@@ -1,0 +1,244 @@
+"""The command line: thin, over what Python users call."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pkexplain.errors import PkexplainError, QueryError, RunDamagedError, message
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="pkexplain",
+    help="Which training examples made this model say this, by how much, and does it add up?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a recorded run.")]
+
+
+def _console(error: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=error, highlight=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the run and the report go.")] = Path("pkexplain-demo"),
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the 4,500 training digits.")] = 12,
+) -> None:
+    """Train on real MNIST digits, record, index, explain, and write the report."""
+    from pkexplain.demo import run_demo
+    from pkexplain.progress import ProgressBar
+
+    console = _console()
+    console.print(f"Training a small CNN on 4,500 MNIST digits for {epochs} epochs, recording every step …")
+    result = run_demo(out, epochs=epochs, progress=ProgressBar())
+    console.print(f"Test accuracy {result.accuracy:.1%} on 500 digits.")
+    for question, explanation in zip(result.questions, result.explanations, strict=True):
+        console.print(f"\n[bold]{question}[/bold]\n")
+        console.out(str(explanation))
+    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    console.print(f"Time: {spent}")
+    console.print(f"The run:    {result.run}")
+    console.print(f"The report: [bold]{result.report.resolve().as_uri()}[/bold]", soft_wrap=True)
+
+
+@app.command()
+def inspect(run: RunArgument) -> None:
+    """Show what is in a run, in a table."""
+    from rich.table import Table
+
+    from pkexplain.store import DirectoryStore
+
+    store = DirectoryStore(run)
+    manifest = store.manifest()
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    parameters = sum(math.prod(shape) for block in manifest["model"]["blocks"] for shape in block["shapes"])
+    about = Table.grid(padding=(0, 2))
+    projection = ", ".join(f"{name} {value}" for name, value in manifest["projection"].items() if name != "kind")
+    rows = [
+        ("run", str(run)),
+        ("id", manifest["run_id"]),
+        ("made with", f"pkexplain {manifest['pkexplain']}, torch {manifest['torch']}"),
+        ("optimizer", f"{manifest['optimizer']['kind']}, {len(manifest['optimizer']['groups'])} parameter group(s)"),
+        ("training examples", f"{manifest['num_examples']:,}"),
+        ("parameters", f"{parameters:,} recorded, {len(manifest['model']['frozen'])} tensors frozen"),
+        ("projection", f"{manifest['projection']['kind']} ({projection}), {manifest['columns']} numbers a row"),
+        ("on disk", f"{size / 2**20:,.1f} MiB in {len(manifest['files'])} files"),
+    ]
+    for name, value in rows:
+        about.add_row(name, value)
+    console = _console()
+    console.print(about)
+    table = Table(title="Segments", title_justify="left")
+    for column in ("segment", "last step", "visits", "Σ learning rate", "displacement gap", "optimizer ‖share‖"):
+        table.add_column(column, justify="right")
+    for t, segment in enumerate(manifest["segments"]):
+        rate = ", ".join(f"{value:.4g}" for value in segment["learning_rate_sum"])
+        gaps = (f"{segment['displacement_gap']:.1e}", f"{segment['optimizer_share']:.1e}")
+        table.add_row(str(t), f"{segment['last_step']:,}", f"{segment['visits']:,}", rate, *gaps)
+    console.print(table)
+
+
+@app.command()
+def verify(
+    run: RunArgument,
+    tolerance: Annotated[float, typer.Option(help="Largest displacement gap that passes.")] = 0.01,
+) -> None:
+    """Check every file's checksum and every segment's displacement gap; exit status 1 on damage."""
+    from pkexplain.progress import ProgressBar
+    from pkexplain.store import DirectoryStore
+
+    store = DirectoryStore(run)
+    manifest = store.manifest()
+    console, bar, wrong = _console(), ProgressBar(), 0
+    for done, name in enumerate(manifest["files"], start=1):
+        try:
+            store.verify(name)
+        except RunDamagedError as error:
+            wrong += 1
+            _console(error=True).print(f"[red]damaged[/red] {error}", soft_wrap=True)
+        bar("verifying", done, len(manifest["files"]))
+    for t, segment in enumerate(manifest["segments"]):
+        if not segment["displacement_gap"] <= tolerance:
+            wrong += 1
+            gap = segment["displacement_gap"]
+            _console(error=True).print(f"[red]gap[/red] segment {t}: displacement gap {gap:.2g} above {tolerance:g}")
+    files, segments = len(manifest["files"]), len(manifest["segments"])
+    if wrong:
+        console.print(f"{wrong} problem(s) in {files} files and {segments} segments.")
+        raise typer.Exit(1)
+    largest = max((segment["displacement_gap"] for segment in manifest["segments"]), default=0.0)
+    console.print(f"{files} files whole, {segments} segments; largest displacement gap {largest:.1e}.")
+
+
+@app.command()
+def explain(
+    run: RunArgument,
+    model: Annotated[str, typer.Option(help="package.module:build, a function that returns the model.")],
+    query: Annotated[Path, typer.Option(help="One query or a batch: a .npy or .safetensors file, or .json lists.")],
+    output: Annotated[str, typer.Option(help="logit:3, log-probability:3, margin:3, loss:3 or value:0.")] = "logit",
+    k: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 10,
+    index: Annotated[str, typer.Option(help="A faiss factory string.")] = "Flat",
+    report: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="package.module:load, a function that returns the training set, for the report.")
+    ] = None,
+) -> None:
+    """Explain a prediction: the ledger, the checks and the top training examples."""
+    from pkexplain.explainer import Explainer
+    from pkexplain.progress import ProgressBar
+
+    explainer = Explainer(run, _call(model, "--model"), index=index, progress=ProgressBar())
+    found = explainer.explain(_read_query(query), output=parse_output(output), k=k)
+    explanations = found if isinstance(found, list) else [found]
+    for explanation in explanations:
+        typer.echo(str(explanation))
+    if report is not None:
+        from pkexplain.report import write_report
+
+        training_set = _call(dataset, "--dataset") if dataset else None
+        typer.echo(f"The report: {write_report(explanations, report, dataset=training_set).resolve().as_uri()}")
+
+
+def parse_output(text: str) -> Any:
+    """Read an output as it is written on the command line, for example ``logit:3``.
+
+    Raises:
+        QueryError: There is no such output.
+    """
+    from pkexplain import outputs
+
+    name, _, number = text.partition(":")
+    kinds: dict[str, Any] = {
+        "logit": outputs.Logit,
+        "log-probability": outputs.LogProbability,
+        "margin": outputs.Margin,
+        "loss": outputs.Loss,
+        "value": outputs.Value,
+    }
+    if name in kinds and (number.isdigit() or (not number and name != "loss")):
+        return kinds[name](*([int(number)] if number else []))
+    raise QueryError(
+        message(
+            f"--output {text}",
+            "there is no such output",
+            got=repr(text),
+            expected=", ".join(f"{kind}:NUMBER" for kind in kinds),
+            source="pkexplain.outputs",
+            fix="For the score of class 3, write --output logit:3",
+        )
+    )
+
+
+def _call(path: str, option: str) -> Any:
+    """Import ``package.module:function`` from the Python path or the working directory, and call it."""
+    module, _, name = path.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise QueryError(
+            message(
+                f"{option} {path}",
+                f"it cannot be imported ({error})",
+                got=repr(path),
+                expected="package.module:function",
+                source="the Python path and the working directory",
+                fix="Name a function without arguments in a module that Python can import from here",
+            )
+        ) from error
+    finally:
+        sys.path.pop(0)
+    return function()
+
+
+def _read_query(file: Path) -> Any:
+    """Read a query without unpickling anything."""
+    import numpy as np
+    import torch
+
+    try:
+        if file.suffix == ".npy":
+            return torch.from_numpy(np.load(file, allow_pickle=False))
+        if file.suffix == ".json":
+            return torch.tensor(json.loads(file.read_text(encoding="utf-8")))
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(file)
+            return next(iter(tensors.values())) if len(tensors) == 1 else tensors
+        wrong = "this kind of file is not read"
+    except Exception as error:  # every library has its own errors for a bad file
+        wrong = f"it cannot be read ({error})"
+    raise QueryError(
+        message(
+            f"--query {file}",
+            wrong,
+            got=file.name,
+            expected="a .npy, .safetensors or .json file of numbers",
+            source="the command line",
+            fix="Save the query with numpy.save('query.npy', x)",
+        )
+    )
+
+
+def main() -> None:
+    """Run the command line; an error of ours is shown as its message, with exit status 1."""
+    try:
+        app()
+    except PkexplainError as error:
+        _console(error=True).print(f"[bold red]error:[/bold red] {error}", soft_wrap=True)
+        sys.exit(1)

