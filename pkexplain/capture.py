@@ -61,6 +61,8 @@ class Capture:
 
         def gradients(scalar: Tensor) -> list[tuple[int, ExampleGradients]]:
             found: list[tuple[int, ExampleGradients]] = []
+            if not scalar.requires_grad:  # it does not depend on a layer
+                return found
             outputs = torch.autograd.grad(scalar, [use[3] for use in uses], allow_unused=True)
             for (layer, args, kwargs, _), gradient in zip(uses, outputs, strict=True):
                 if gradient is not None:

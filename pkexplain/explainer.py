@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pkexplain.checks import checks_of
 from pkexplain.correction import CorrectedCovectors, correct
 from pkexplain.covectors import OutputField, integrate
-from pkexplain.errors import ConfigurationError, message
+from pkexplain.errors import ConfigurationError, QueryError, message
 from pkexplain.explanation import Contribution, Cost, Explanation, Ledger
 from pkexplain.index import RowIndex
 from pkexplain.layers import find_layers
@@ -202,6 +202,17 @@ class Explainer:
         last = len(self._trajectory) - 1
         self._field.move_to(last, 1.0)
         prediction = self._field.prediction(queries)
+        if prediction.isnan().any():
+            raise QueryError(
+                message(
+                    "explaining a query",
+                    "the model's prediction is not a number",
+                    got=f"nan for query {int(prediction.isnan().flatten(1).any(1).nonzero()[0])}",
+                    expected="numbers",
+                    source="the model after training",
+                    fix="Look for nan in the query, and at the learning rate of the run",
+                )
+            )
         if not torch.equal(prediction, self._field.prediction(queries)):
             raise ConfigurationError(
                 message(

@@ -226,10 +226,10 @@ class ConvolutionGradient(MatrixGradient):
         g = self.output_gradients
         for_weight, for_bias = self._split(right)
         if right is None:
-            parts = [self._patches()] if self.weight else []
-            parts += [g.new_ones(len(g), 1, g.shape[2])] if self.bias else []
-            x = torch.cat(parts, dim=1)
-        elif for_weight is None:
+            parts = [_outer(left, g, self._patches())] if self.weight else []
+            parts += [_outer(left, g, g.new_ones(1, 1, 1).expand(len(g), 1, g.shape[2]))] if self.bias else []
+            return torch.cat(parts, dim=2)
+        if for_weight is None:
             x = right[None, :, -1:].expand(len(g), -1, g.shape[2])  # only the bias is trained
         else:
             filters = for_weight.reshape(-1, self.inputs.shape[1], *self.kernel)
@@ -298,10 +298,8 @@ class EmbeddingGradient(MatrixGradient):
 
 def _outer(left: Tensor | None, g: Tensor, x: Tensor) -> Tensor:
     """Compute L Σ_t g_t ⊗ x_t from g ``(n, rows, t)`` and x ``(n, columns, t)``, the cheaper product first."""
-    x = x.transpose(1, 2)
-    if left is None:
-        return torch.bmm(g, x)
-    (kept, rows), (_, t, columns) = left.shape, x.shape
-    if kept * t * (rows + columns) < rows * columns * (t + kept):
-        return torch.bmm(left @ g, x)
-    return left @ torch.bmm(g, x)
+    (_, rows, t), columns = g.shape, x.shape[1]
+    if left is not None and len(left) * t * (rows + columns) < rows * columns * (t + len(left)):
+        return torch.bmm(left @ g, x.transpose(1, 2))
+    outer = torch.bmm(x, g.transpose(1, 2)).transpose(1, 2)  # the few columns first: twice as fast
+    return outer if left is None else left @ outer

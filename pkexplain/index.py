@@ -7,6 +7,7 @@ stored rows.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -176,7 +177,8 @@ class RowIndex:
             os.replace(temporary, self._file)
             self._file.with_suffix(".json").write_text(described, encoding="utf-8")
         except (OSError, RuntimeError):
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _describe(self, file: Path) -> dict[str, Any]:
         size = file.stat().st_size

@@ -197,6 +197,8 @@ def as_queries(x: Any, shapes: Mapping[str, Mapping[str, Any]], device: torch.de
         named = {str(name): value for name, value in x.items()}
     else:
         named = {str(i): value for i, value in enumerate(x if isinstance(x, tuple) else (x,))}
+    if not named:
+        raise _bad_query(next(iter(shapes), "0"), "there is none", "nothing", shapes)
     singles = set()
     for name, value in list(named.items()):
         try:
@@ -216,6 +218,10 @@ def as_queries(x: Any, shapes: Mapping[str, Mapping[str, Any]], device: torch.de
                 raise _bad_query(name, "it has another shape", f"shape {tuple(tensor.shape)}", shapes)
             tensor = tensor.to(kind) if kind.is_floating_point else tensor
             singles.add(single)
+        elif shapes:
+            raise _bad_query(
+                name, "no such input was seen while recording", f"{name!r} beside {', '.join(shapes)}", shapes
+            )
         named[name] = tensor
     if len(singles) > 1:
         raise _bad_query(next(iter(named)), "some inputs have a batch dimension and some have not", "both", shapes)

@@ -151,6 +151,7 @@ class DirectoryStore(Store):
             raise _exists(self) from error
         except OSError as error:
             raise self._unwritable("manifest.json", error) from error
+        self._files, self._read = {}, {}  # of a run that was here before
         self.commit(manifest)
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -164,6 +165,7 @@ class DirectoryStore(Store):
             temporary = target.with_suffix(".tmp")
             safetensors.torch.save_file(content, temporary)
             temporary.chmod((self.path / "manifest.json").stat().st_mode)  # safetensors makes files for the owner alone
+            self._read.pop(name, None)
             self._files[name] = {"bytes": temporary.stat().st_size, "sha256": checksum_file(temporary)}
             _flush_and_rename(temporary, target)
         except (OSError, safetensors.SafetensorError) as error:
@@ -177,6 +179,7 @@ class DirectoryStore(Store):
         try:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
             _flush_and_rename(temporary, self.path / "manifest.json")
+            self._known = None
         except OSError as error:
             raise self._unwritable("manifest.json", error) from error
 

@@ -19,7 +19,7 @@ __all__ = ["Checkpoint", "ModelFingerprint", "Segment", "SegmentSummary", "Traje
 
 _ROWS_AT_ONCE = 512
 _SMALLEST_EXPONENT = -126
-"""Of the powers of two that float32 holds in full; a row that needs a smaller one is rounded to zero, not to infinity."""
+"""Of the powers of two that float32 holds in full; a row that needs a smaller one becomes zero, not infinity."""
 
 
 def checksum_tensor(tensor: Tensor) -> str:

@@ -16,7 +16,7 @@ WIDTH = 4
 
 numbers = st.integers(-15, 15).map(lambda tenths: tenths / 10)
 linear_steps = st.builds(LinearStep, decay=numbers, gain=numbers, moment_step=numbers, gradient_step=numbers)
-plain_steps = st.builds(LinearStep, decay=st.just(0.0), gain=st.just(0.0), moment_step=st.just(0.0), gradient_step=numbers)  # fmt: skip
+plain_steps = numbers.map(lambda gradient_step: LinearStep(0.0, 0.0, 0.0, gradient_step))
 steps = st.fixed_dictionaries({0: linear_steps | plain_steps, 1: linear_steps | plain_steps})
 batch = st.lists(st.integers(0, EXAMPLES - 1), unique=True, min_size=1)
 visited = st.tuples(steps, st.lists(batch, min_size=1, max_size=2))  # a step of one batch, or of two accumulated ones
@@ -43,7 +43,12 @@ def gather(run, folds=lambda place: False, order=lambda ids: ids):
             for ids in visits:
                 ids = order(ids)
                 place += 1
-                rows.add(len(unfolded) - 1, torch.tensor(ids), gradients(ids, place), torch.full((len(ids),), -0.5, dtype=torch.float64))
+                rows.add(
+                    len(unfolded) - 1,
+                    torch.tensor(ids),
+                    gradients(ids, place),
+                    torch.full((len(ids),), -0.5, dtype=torch.float64),
+                )
             if folds(place):
                 rows.fold(unfolded)
                 unfolded = []

@@ -1,6 +1,6 @@
 """Make tests/golden/projection.json: what the seeds of projections mean, for good, on every device and platform.
 
-    python -m tests.golden.projection
+python -m tests.golden.projection
 """
 
 from __future__ import annotations

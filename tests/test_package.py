@@ -1,0 +1,90 @@
+"""The package as a whole: what it exports, and that importing it costs and changes little."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pkexplain as pk
+
+HEAVY = ["faiss", "captum", "jinja2", "matplotlib", "transformers", "datasets", "rich", "typer", "scipy", "sklearn"]
+LOOK = """
+import json, logging, random, sys
+import numpy, torch
+threads, state = torch.get_num_threads(), torch.get_rng_state()
+numpy.random.seed(0); random.seed(0)
+drawn = numpy.random.get_state()[1].tolist(), random.getstate()
+handlers = list(logging.getLogger().handlers)
+before = set(sys.modules)
+import pkexplain
+for name in pkexplain.__all__:
+    if name not in ("ProgressBar", "write_report"):
+        getattr(pkexplain, name)
+print(json.dumps({
+    "loaded": sorted({name.partition(".")[0] for name in set(sys.modules) - before}),
+    "threads": threads == torch.get_num_threads(),
+    "random": bool(torch.equal(state, torch.get_rng_state()))
+    and drawn == (numpy.random.get_state()[1].tolist(), random.getstate()),
+    "handlers": handlers == list(logging.getLogger().handlers),
+}))
+"""
+MODULES = sorted(m.name for m in pkgutil.walk_packages(pk.__path__, "pkexplain."))
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1, "importing prints something"
+    return json.loads(lines[0])
+
+
+def test_importing_loads_nothing_heavy(fresh):
+    assert not set(HEAVY) & set(fresh["loaded"])
+    assert "pkexplain" in fresh["loaded"]
+
+
+def test_importing_changes_nothing(fresh):
+    assert fresh["threads"]
+    assert fresh["random"]
+    assert fresh["handlers"]
+
+
+def test_exports_are_sorted_and_complete():
+    assert pk.__all__ == sorted(pk.__all__)
+    public = {name for name, value in vars(pk).items() if not name.startswith("_") and not isinstance(value, type(sys))}
+    public -= {"annotations", "TYPE_CHECKING", "Any"}
+    later = {"ProgressBar", "write_report", "__version__"}
+    assert public | later == set(pk.__all__)
+    for name in pk.__all__:
+        assert getattr(pk, name) is not None
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="module 'pkexplain' has no attribute 'Explain'"):
+        _ = pk.Explain
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_exports(name):
+    if name == "pkexplain.__main__":
+        pytest.skip("a script")
+    module = importlib.import_module(name)
+    assert module.__doc__, "no docstring"
+    exported = getattr(module, "__all__", None)
+    assert exported is not None, "no __all__"
+    assert len(set(exported)) == len(exported)
+    for exported_name in exported:
+        assert hasattr(module, exported_name)
+
+
+def test_the_version_is_that_of_the_project():
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'\nversion = "{pk.__version__}"\n' in project
