@@ -18,7 +18,7 @@ from pkexplain.update_rules import LinearStep
 
 __all__ = ["CapturedBatch", "SegmentAccountant"]
 
-_AUDIT_EXAMPLES = 32
+_AUDIT_EXAMPLES = 16
 _AUDIT_NUMBERS = 1 << 23
 """Most numbers a segment keeps without projection: 32 MiB in float32."""
 _CHECKED_STEP = 16
@@ -33,13 +33,19 @@ class CapturedBatch:
 
     Attributes:
         ids: Row numbers in the training set, ``(batch,)``.
-        pieces: Block positions with per-example gradients.
+        pieces: Block positions with per-example gradients, as long as they wait for the projection to be fixed.
+        rows: Their sum in projection space, ``(batch, columns)``, where it is.
+        audited: Where the audited examples are in the batch, ``(chosen,)``.
+        audit_rows: Their gradients without projection, ``(chosen, parameters)``.
         derivatives: Loss derivatives, ``(batch,)``, or None where the model's output was not seen.
         summed: Parameters whose gradient has arrived.
     """
 
     ids: Tensor
     pieces: list[tuple[int, ExampleGradients]] = field(default_factory=list)
+    rows: Tensor | None = None
+    audited: Tensor | None = None
+    audit_rows: Tensor | None = None
     derivatives: Tensor | None = None
     summed: set[int] = field(default_factory=set)
 
@@ -87,6 +93,13 @@ class SegmentAccountant:
         self._unfolded: list[Mapping[int, LinearStep]] = []
         self._rates = dict.fromkeys(self._spans, 0.0)
         self._capture_gap, self._smallest, self._largest = 0.0, 1.0, 1.0
+
+    def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
+        """Take one block's gradients as the backward pass reaches them: project them, or keep them until it can."""
+        if self.projector is None:
+            batch.pieces.append((position, gradients))
+        else:
+            self._project(batch, position, gradients)
 
     def step(
         self,
@@ -207,7 +220,10 @@ class SegmentAccountant:
         """Project a batch and note its rows; return their sum as captured, ``(columns,)``."""
         assert self.projector is not None
         assert self._rows is not None
-        rows = self.projector.project(batch.pieces, len(batch.ids)).to(self._dtype)
+        for piece in batch.pieces:
+            self._project(batch, *piece)
+        assert batch.rows is not None
+        rows, batch.pieces = batch.rows, []
         total = rows.sum(0)
         derivatives = batch.derivatives
         if derivatives is None:
@@ -215,15 +231,26 @@ class SegmentAccountant:
         derivatives = derivatives.to(self._dtype) * next(iter(scale.values()))
         _scale(rows, self.projector.group_columns, scale)
         self._rows.add(place, batch.ids, rows, derivatives)
-        audited = self._audit_place[batch.ids]
-        chosen = (audited >= 0).nonzero()[:, 0]
-        if len(chosen):
-            dense = torch.zeros(len(chosen), self._audit.columns, dtype=self._dtype, device=self._device)
-            for position, gradients in batch.pieces:
-                dense[:, self._blocks[position].span] += gradients.select(chosen).dense()
-            _scale(dense, self._spans, scale)
-            self._audit.add(place, audited[chosen], dense, derivatives[chosen])
+        if batch.audited is not None and batch.audit_rows is not None:
+            _scale(batch.audit_rows, self._spans, scale)
+            places = self._audit_place[batch.ids[batch.audited]]
+            self._audit.add(place, places, batch.audit_rows, derivatives[batch.audited])
         return total
+
+    def _project(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
+        """Add one block's gradients to a batch's rows, and to those of its audited examples."""
+        assert self.projector is not None
+        if batch.rows is None:
+            batch.rows = torch.zeros(len(batch.ids), self.projector.columns, dtype=self._dtype, device=self._device)
+            chosen = (self._audit_place[batch.ids] >= 0).nonzero()[:, 0]
+            if len(chosen):
+                batch.audited = chosen
+                size = (len(chosen), self._audit.columns)
+                batch.audit_rows = torch.zeros(size, dtype=self._dtype, device=self._device)
+        self.projector.add(batch.rows, position, gradients)
+        if batch.audited is not None and batch.audit_rows is not None:
+            span = self._blocks[position].span
+            batch.audit_rows[:, span] += gradients.select(batch.audited).dense()
 
     def _fold(self) -> None:
         assert self._rows is not None

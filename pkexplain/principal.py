@@ -28,6 +28,8 @@ _LEADING = 256
 _MOST_SKETCHES = 16
 _SAMPLES = 1
 """Vectors that a covariance is estimated from, for each of its rows: examples times random combinations."""
+_ENOUGH = 2048
+"""Examples that are enough to estimate a narrow covariance; of more, every second or third batch is taken."""
 _RANDOM_WIDTH = 32
 """How many random signs a side gets that is too wide, and at most one of a layer that has not been seen."""
 
@@ -69,8 +71,10 @@ def _leading(gram: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 def _gram(seen: Sequence[MatrixGradient], side: int, seed: int, stream: int) -> Tensor:
     """Estimate Σ_i G_i G_iᵀ (side 0) or Σ_i G_iᵀ G_i (side 1) of one block."""
-    examples = sum(map(len, seen))
     shape: tuple[int, int] = seen[0].matrix
+    enough = max(_ENOUGH, _SAMPLES * shape[side])
+    seen = seen[:: max(1, sum(map(len, seen)) // enough)]
+    examples = sum(map(len, seen))
     combinations = min(_MOST_SKETCHES, -(-_SAMPLES * shape[side] // examples))
     like = seen[0].output_gradients
     mixer = random_signs(seed, stream, (combinations, shape[1 - side])).to(like.device, like.dtype)

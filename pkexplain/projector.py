@@ -132,7 +132,7 @@ class Projector:
 
     def __init__(self, blocks: Sequence[Block], maps: Sequence[Map], dtype: torch.dtype, device: Any) -> None:
         """Gather the maps and move their tables."""
-        self.blocks = tuple(blocks)
+        self.blocks, self.dtype, self.device = tuple(blocks), dtype, device
         self.maps = tuple(maps)
         self.columns = max(m.columns.stop for m in maps)
         self.group_columns: dict[int, slice] = {}
@@ -145,6 +145,10 @@ class Projector:
                 if isinstance(value, Tensor):
                     setattr(part, name, value.to(device=device, dtype=dtype if value.is_floating_point() else None))
 
+    def add(self, rows: Tensor, position: int, gradients: ExampleGradients) -> None:
+        """Project one block's gradients and add them to ``rows``, ``(examples, columns)``, in place."""
+        rows[:, self.maps[position].columns] += self.maps[position].gradients(gradients)
+
     def project(self, pieces: Pieces, examples: int) -> Tensor:
         """Project the captured gradients of a batch.
 
@@ -155,13 +159,11 @@ class Projector:
         Returns:
             ``(examples, columns)``.
         """
-        rows: Tensor | None = None
-        for position, gradients in pieces:
-            part = self.maps[position].gradients(gradients)
-            rows = part.new_zeros(examples, self.columns) if rows is None else rows
-            rows[:, self.maps[position].columns] += part
-        if rows is None:
+        if not pieces:
             raise ValueError("project needs at least one block's gradients")
+        rows = torch.zeros(examples, self.columns, dtype=self.dtype, device=self.device)
+        for piece in pieces:
+            self.add(rows, *piece)
         return rows
 
     def project_vectors(self, vectors: Tensor) -> Tensor:

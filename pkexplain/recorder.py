@@ -152,7 +152,7 @@ class Recorder:
             with (
                 self._inputs.noting(len(batch.ids)),
                 self._derivatives.noting(batch),
-                self._capture.during_backward(len(batch.ids), lambda b, g: batch.pieces.append((b, g))),
+                self._capture.during_backward(len(batch.ids), lambda b, g: self._accountant.receive(batch, b, g)),
             ):
                 yield
             self._check_contract(batch, accumulate)
