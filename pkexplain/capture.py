@@ -99,7 +99,7 @@ class Capture:
                 for position, names in layer.blocks:
                     sink(position, layer.rule(layer.module, args, kwargs, gradient, names))
         except RuntimeError as error:
-            if isinstance(error, PkexplainError):
+            if isinstance(error, (PkexplainError, torch.OutOfMemoryError)):
                 raise
             why = f"its per-example rule failed ({error})"
             raise refusal(layer.name, layer.module, why) from error

@@ -145,11 +145,13 @@ class ModelFingerprint:
         blocks: The recorded parameters, in the order of the flat vector.
         frozen: Shape of every parameter that was not recorded, with a checksum of its values.
         buffers: Shape of every stored buffer.
+        dtypes: Number format of every parameter.
     """
 
     blocks: tuple[Block, ...]
     frozen: Mapping[str, tuple[tuple[int, ...], str]]
     buffers: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
 
     @classmethod
     def of(cls, model: nn.Module, blocks: tuple[Block, ...]) -> ModelFingerprint:
@@ -158,7 +160,8 @@ class ModelFingerprint:
         frozen = {
             name: (tuple(p.shape), checksum_tensor(p)) for name, p in model.named_parameters() if name not in recorded
         }
-        return cls(blocks, frozen, {name: tuple(b.shape) for name, b in model.named_buffers()})
+        dtypes = {name: str(p.dtype) for name, p in model.named_parameters()}
+        return cls(blocks, frozen, {name: tuple(b.shape) for name, b in model.named_buffers()}, dtypes)
 
     def describe(self) -> dict[str, Any]:
         """Describe it in plain data."""
@@ -179,7 +182,8 @@ class ModelFingerprint:
             for b in described["blocks"]
         )
         frozen = {name: (tuple(shape), checksum) for name, (shape, checksum) in described["frozen"].items()}
-        return cls(blocks, frozen, {name: tuple(shape) for name, shape in described["buffers"].items()})
+        buffers = {name: tuple(shape) for name, shape in described["buffers"].items()}
+        return cls(blocks, frozen, buffers, described["dtypes"])
 
     def check(self, model: nn.Module) -> None:
         """Compare with a model.
@@ -194,6 +198,9 @@ class ModelFingerprint:
             if here.get(name) != wanted.get(name):
                 raise _mismatch(name, here.get(name, "no such parameter"), wanted.get(name, "no such parameter"))
         named = dict(model.named_parameters())
+        for name, dtype in self.dtypes.items():
+            if str(named[name].dtype) != dtype:
+                raise _mismatch(name, named[name].dtype, dtype)
         for name, (_, checksum) in self.frozen.items():
             if checksum_tensor(named[name]) != checksum:
                 raise _mismatch(name, "other values", "the values it was frozen at")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 
@@ -611,3 +612,8 @@ def test_progress_is_told(run):
     of = [(done, total) for what, done, total in told if what == "covectors"]
     assert [done for done, _ in of] == list(range(1, len(of) + 1))
     assert of[-1][0] == of[-1][1]
+
+
+def test_a_model_of_another_number_format_is_refused(run):
+    with pytest.raises(ModelMismatchError, match=r"'0\.weight'.*Got torch\.float64; expected torch\.float32"):
+        pk.Explainer(run.store, copy.deepcopy(run.model).double())
