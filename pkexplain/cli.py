@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 
 from pkexplain.errors import PkexplainError, QueryError, RunDamagedError, message
 
-__all__ = ["app"]
+__all__ = ["app", "main", "parse_output"]
 
 app = typer.Typer(
     name="pkexplain",
@@ -33,6 +34,13 @@ def _console(error: bool = False) -> Any:
     return Console(stderr=error, highlight=False)
 
 
+def _complain(word: str, text: str) -> None:
+    """Print an error; its text may hold brackets, as in ``pkexplain[demo]``, and is shown as it is."""
+    from rich.markup import escape
+
+    _console(error=True).print(f"[bold red]{word}[/bold red] {escape(text)}", soft_wrap=True)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the run and the report go.")] = Path("pkexplain-demo"),
@@ -47,18 +55,19 @@ def demo(
     result = run_demo(out, epochs=epochs, progress=ProgressBar())
     console.print(f"Test accuracy {result.accuracy:.1%} on 500 digits.")
     for question, explanation in zip(result.questions, result.explanations, strict=True):
-        console.print(f"\n[bold]{question}[/bold]\n")
+        console.print(f"\n[bold]{question}[/bold]\n", soft_wrap=True)
         console.out(str(explanation))
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     console.print(f"Time: {spent}")
-    console.print(f"The run:    {result.run}")
-    console.print(f"The report: [bold]{result.report.resolve().as_uri()}[/bold]", soft_wrap=True)
+    console.out(f"The run:    {result.run}")
+    console.out(f"The report: {result.report.resolve().as_uri()}")
 
 
 @app.command()
 def inspect(run: RunArgument) -> None:
     """Show what is in a run, in a table."""
     from rich.table import Table
+    from rich.text import Text
 
     from pkexplain.store import DirectoryStore
 
@@ -79,7 +88,7 @@ def inspect(run: RunArgument) -> None:
         ("on disk", f"{size / 2**20:,.1f} MiB in {len(manifest['files'])} files"),
     ]
     for name, value in rows:
-        about.add_row(name, value)
+        about.add_row(name, Text(value))  # a path may hold brackets
     console = _console()
     console.print(about)
     table = Table(title="Segments", title_justify="left")
@@ -109,13 +118,12 @@ def verify(
             store.verify(name)
         except RunDamagedError as error:
             wrong += 1
-            _console(error=True).print(f"[red]damaged[/red] {error}", soft_wrap=True)
+            _complain("damaged", str(error))
         bar("verifying", done, len(manifest["files"]))
     for t, segment in enumerate(manifest["segments"]):
         if not segment["displacement_gap"] <= tolerance:
             wrong += 1
-            gap = segment["displacement_gap"]
-            _console(error=True).print(f"[red]gap[/red] segment {t}: displacement gap {gap:.2g} above {tolerance:g}")
+            _complain("gap", f"segment {t}: {segment['displacement_gap']:.2g} is above {tolerance:g}")
     files, segments = len(manifest["files"]), len(manifest["segments"])
     if wrong:
         console.print(f"{wrong} problem(s) in {files} files and {segments} segments.")
@@ -138,11 +146,18 @@ def explain(
     ] = None,
 ) -> None:
     """Explain a prediction: the ledger, the checks and the top training examples."""
+    from torch import nn
+
     from pkexplain.explainer import Explainer
     from pkexplain.progress import ProgressBar
+    from pkexplain.store import DirectoryStore
 
-    explainer = Explainer(run, _call(model, "--model"), index=index, progress=ProgressBar())
-    found = explainer.explain(_read_query(query), output=parse_output(output), k=k)
+    inputs = DirectoryStore(run).manifest()["inputs"]
+    asked, wanted, built = _read_query(query, inputs), parse_output(output), _call(model, "--model")
+    if not isinstance(built, nn.Module):
+        raise _bad_function(model, "--model", f"it returns a {type(built).__name__}, not a torch.nn.Module")
+    explainer = Explainer(run, built, index=index, progress=ProgressBar())
+    found = explainer.explain(asked, output=wanted, k=k)
     explanations = found if isinstance(found, list) else [found]
     for explanation in explanations:
         typer.echo(str(explanation))
@@ -169,7 +184,7 @@ def parse_output(text: str) -> Any:
         "loss": outputs.Loss,
         "value": outputs.Value,
     }
-    if name in kinds and (number.isdigit() or (not number and name != "loss")):
+    if name in kinds and (number.isdecimal() or (not number and name != "loss")):
         return kinds[name](*([int(number)] if number else []))
     raise QueryError(
         message(
@@ -186,27 +201,35 @@ def parse_output(text: str) -> Any:
 def _call(path: str, option: str) -> Any:
     """Import ``package.module:function`` from the Python path or the working directory, and call it."""
     module, _, name = path.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise QueryError(
-            message(
-                f"{option} {path}",
-                f"it cannot be imported ({error})",
-                got=repr(path),
-                expected="package.module:function",
-                source="the Python path and the working directory",
-                fix="Name a function without arguments in a module that Python can import from here",
-            )
-        ) from error
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise _bad_function(path, option, f"it cannot be imported ({error})") from error
+        if not callable(function):
+            raise _bad_function(path, option, f"it is a {type(function).__name__}, which cannot be called")
+        return function()  # what it imports may lie in the working directory, too
     finally:
-        sys.path.pop(0)
-    return function()
+        sys.path.remove(here)
 
 
-def _read_query(file: Path) -> Any:
-    """Read a query without unpickling anything."""
+def _bad_function(path: str, option: str, wrong: str) -> QueryError:
+    return QueryError(
+        message(
+            f"{option} {path}",
+            wrong,
+            got=repr(path),
+            expected="package.module:function",
+            source="the Python path and the working directory",
+            fix="Name a function without arguments in a module that Python can import from here",
+        )
+    )
+
+
+def _read_query(file: Path, inputs: Collection[str]) -> Any:
+    """Read a query without unpickling anything; a single tensor needs no name, unless it is one of the inputs'."""
     import numpy as np
     import torch
 
@@ -219,7 +242,8 @@ def _read_query(file: Path) -> Any:
             from safetensors.torch import load_file
 
             tensors = load_file(file)
-            return next(iter(tensors.values())) if len(tensors) == 1 else tensors
+            alone = len(tensors) == 1 and not tensors.keys() <= set(inputs)
+            return next(iter(tensors.values())) if alone else tensors
         wrong = "this kind of file is not read"
     except Exception as error:  # every library has its own errors for a bad file
         wrong = f"it cannot be read ({error})"
@@ -240,5 +264,5 @@ def main() -> None:
     try:
         app()
     except PkexplainError as error:
-        _console(error=True).print(f"[bold red]error:[/bold red] {error}", soft_wrap=True)
+        _complain("error:", str(error))
         sys.exit(1)
