@@ -105,6 +105,7 @@ class SegmentAccountant:
         self,
         batches: Sequence[CapturedBatch],
         captured: Tensor,
+        attributed: Tensor | None,
         applied: Tensor,
         numbers: Mapping[int, LinearStep],
         parameters: Tensor,
@@ -114,6 +115,7 @@ class SegmentAccountant:
         Args:
             batches: The batches whose gradients it applies.
             captured: The gradient that their backward passes made, ``(parameters,)``.
+            attributed: The part of it that the examples gave, ``(parameters,)``, where it is less than the whole.
             applied: The gradient that the optimizer was given, ``(parameters,)``.
             numbers: The step's numbers for each parameter group.
             parameters: θ before the step, ``(parameters,)``.
@@ -136,7 +138,8 @@ class SegmentAccountant:
             self._held = []
             if self.steps % _CHECKED_STEP == 1 and len(sums) == len(batches):
                 self._compare(sum(sums, torch.zeros_like(sums[0])), captured)
-        scaled = captured if set(scale.values()) == {1.0} else captured.clone()
+        attributed = captured if attributed is None else attributed
+        scaled = attributed if set(scale.values()) == {1.0} else attributed.clone()
         for group, span in self._spans.items():
             self._rates[group] += numbers[group].learning_rate
             if scale[group] != 1.0:

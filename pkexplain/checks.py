@@ -59,7 +59,8 @@ def checks_of(
             abs(optimizer),
             OPTIMIZER_TOLERANCE,
             "How much of f_T − f_0 no example and no weight decay explains: rounding, or a gradient changed between "
-            "backward and step. Where it fails, look for clipping by value or parameters changed by hand.",
+            "backward and step. Where it fails, look for a forgotten zero_grad(), clipping by value, a penalty in the "
+            "loss, or parameters changed by hand.",
         ),
         Check(
             "displacement gap",

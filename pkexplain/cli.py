@@ -80,6 +80,7 @@ def inspect(run: RunArgument) -> None:
     rows = [
         ("run", str(run)),
         ("id", manifest["run_id"]),
+        ("training", manifest["ended"]),
         ("made with", f"pkexplain {manifest['pkexplain']}, torch {manifest['torch']}"),
         ("optimizer", f"{manifest['optimizer']['kind']}, {len(manifest['optimizer']['groups'])} parameter group(s)"),
         ("training examples", f"{manifest['num_examples']:,}"),

@@ -19,7 +19,7 @@ from pkexplain.explanation import Contribution, Cost, Explanation, Ledger
 from pkexplain.index import RowIndex
 from pkexplain.layers import find_layers
 from pkexplain.model_io import QueryBatch, as_queries
-from pkexplain.outputs import Logit, Output, as_output
+from pkexplain.outputs import Logit, Output, Value, as_output
 from pkexplain.quadrature import Quadrature
 from pkexplain.store import DirectoryStore, Store, open_store
 
@@ -118,7 +118,8 @@ class Explainer:
         Args:
             x: One query in the shape of the training inputs, or a batch of them; a tensor, a tuple of positional
                 inputs or a mapping of named inputs.
-            output: What to explain; by default the logit of the class that the final model predicts.
+            output: What to explain; by default the logit of the class that the final model predicts, or the one number
+                that it predicts.
             k: How many proponents and how many opponents to show.
             reading: ``"path"``: contributions that add up.
 
@@ -198,7 +199,6 @@ class Explainer:
 
     def _chunks(self, queries: QueryBatch, output: Any) -> Any:
         """Settle the output on the final prediction, and cut the queries into pieces that fit in memory."""
-        wanted = as_output(output if output is not None else Logit())
         last = len(self._trajectory) - 1
         self._field.move_to(last, 1.0)
         pieces = torch.arange(len(queries)).split(_MOST_QUERIES_AT_ONCE)
@@ -226,7 +226,9 @@ class Explainer:
                     fix="Make the randomness depend on self.training, as torch's Dropout does",
                 )
             )
-        settled = wanted.settle(prediction)
+        if output is None:
+            output = Value() if prediction[0].numel() == 1 else Logit()
+        settled = as_output(output).settle(prediction)
         names = settled.names(len(queries))
         kept = self._projector.columns * len(self._trajectory) * self._quadrature.budget // self._quadrature.nodes
         size = max(1, min(_MOST_QUERIES_AT_ONCE, _NUMBERS_AT_ONCE // kept))

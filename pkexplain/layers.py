@@ -225,6 +225,7 @@ def refuse_mixing(model: nn.Module) -> None:
 
 def refusal(name: str, module: nn.Module, why: str) -> UnsupportedLayerError:
     """Say by name which layer cannot be recorded, why, and what to do."""
+    hint = " (GroupNorm for BatchNorm)" if isinstance(module, _MIXES_EXAMPLES) else ""
     return UnsupportedLayerError(
         message(
             f"recording layer {name or '(the model itself)'!r}",
@@ -232,8 +233,8 @@ def refusal(name: str, module: nn.Module, why: str) -> UnsupportedLayerError:
             got=type(module).__name__,
             expected="Linear, Conv1d/2d/3d, Embedding, LayerNorm, GroupNorm, or a deterministic layer that treats "
             "every example alone",
-            source="pkexplain.capture",
-            fix="Replace it (GroupNorm for BatchNorm), or freeze it and keep it in evaluation mode: "
+            source="the layers that can be recorded",
+            fix=f"Replace it{hint}, or freeze it and keep it in evaluation mode: "
             f"model.get_submodule({name!r}).requires_grad_(False).eval()",
         )
     )

@@ -146,12 +146,14 @@ class ModelFingerprint:
         frozen: Shape of every parameter that was not recorded, with a checksum of its values.
         buffers: Shape of every stored buffer.
         dtypes: Number format of every parameter.
+        modules: Type of every module, by path; a function called in a forward pass is not seen.
     """
 
     blocks: tuple[Block, ...]
     frozen: Mapping[str, tuple[tuple[int, ...], str]]
     buffers: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
+    modules: Mapping[str, str]
 
     @classmethod
     def of(cls, model: nn.Module, blocks: tuple[Block, ...]) -> ModelFingerprint:
@@ -161,7 +163,8 @@ class ModelFingerprint:
             name: (tuple(p.shape), checksum_tensor(p)) for name, p in model.named_parameters() if name not in recorded
         }
         dtypes = {name: str(p.dtype) for name, p in model.named_parameters()}
-        return cls(blocks, frozen, {name: tuple(b.shape) for name, b in model.named_buffers()}, dtypes)
+        buffers = {name: tuple(b.shape) for name, b in model.named_buffers()}
+        return cls(blocks, frozen, buffers, dtypes, _types(model))
 
     def describe(self) -> dict[str, Any]:
         """Describe it in plain data."""
@@ -183,7 +186,7 @@ class ModelFingerprint:
         )
         frozen = {name: (tuple(shape), checksum) for name, (shape, checksum) in described["frozen"].items()}
         buffers = {name: tuple(shape) for name, shape in described["buffers"].items()}
-        return cls(blocks, frozen, buffers, described["dtypes"])
+        return cls(blocks, frozen, buffers, described["dtypes"], described["modules"])
 
     def check(self, model: nn.Module) -> None:
         """Compare with a model.
@@ -197,6 +200,11 @@ class ModelFingerprint:
         for name in [*wanted, *(n for n in here if n not in wanted)]:
             if here.get(name) != wanted.get(name):
                 raise _mismatch(name, here.get(name, "no such parameter"), wanted.get(name, "no such parameter"))
+        types = _types(model)
+        for path in [*self.modules, *(p for p in types if p not in self.modules)]:
+            got, expected = (where.get(path, "no such module") for where in (types, self.modules))
+            if got != expected:
+                raise _mismatch(path or "(the model itself)", got, expected, "module")
         named = dict(model.named_parameters())
         for name, dtype in self.dtypes.items():
             if str(named[name].dtype) != dtype:
@@ -210,10 +218,14 @@ class ModelFingerprint:
                 raise _mismatch(name, buffers.get(name, "no such buffer"), shape)
 
 
-def _mismatch(name: str, got: Any, expected: Any) -> ModelMismatchError:
+def _types(model: nn.Module) -> dict[str, str]:
+    return {path: type(module).__name__ for path, module in model.named_modules()}
+
+
+def _mismatch(name: str, got: Any, expected: Any, kind: str = "parameter") -> ModelMismatchError:
     return ModelMismatchError(
         message(
-            f"explaining with parameter {name!r}",
+            f"explaining with {kind} {name!r}",
             "the model is not the one that was recorded",
             got=got,
             expected=expected,

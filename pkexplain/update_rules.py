@@ -99,7 +99,7 @@ def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
             "it has no update rule, so its displacements would be wrong",
             got=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
             expected=known,
-            source="pkexplain.update_rules",
+            source="the optimizers that can be recorded",
             fix="Train with one of these",
         )
     )

@@ -444,11 +444,11 @@ def test_other_frozen_values_and_buffers_are_refused():
 
 
 def test_a_model_that_is_random_in_evaluation_mode_is_refused(run):
-    class Noise(nn.Module):
+    class ReLU(nn.Module):  # of the recorded type by name
         def forward(self, x):
             return x + torch.rand_like(x)
 
-    model = nn.Sequential(run.model[0], Noise(), run.model[2])
+    model = nn.Sequential(run.model[0], ReLU(), run.model[2])
     with pytest.raises(
         ConfigurationError, match=r"the model draws random numbers in evaluation mode\. .* self\.training"
     ):
@@ -617,3 +617,20 @@ def test_progress_is_told(run):
 def test_a_model_of_another_number_format_is_refused(run):
     with pytest.raises(ModelMismatchError, match=r"'0\.weight'.*Got torch\.float64; expected torch\.float32"):
         pk.Explainer(run.store, copy.deepcopy(run.model).double())
+
+
+def test_a_model_of_other_modules_is_refused(run):
+    with pytest.raises(ModelMismatchError, match=r"module '1': .* Got GELU; expected ReLU"):
+        pk.Explainer(run.store, mlp(activation=torch.nn.GELU, dtype=torch.float32))
+
+
+def test_a_model_of_one_number_is_explained_by_its_value():
+    inputs, _ = digits(40, torch.float32)
+    model, store = torch.nn.Sequential(torch.nn.Linear(64, 1)), pk.MemoryStore()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pk.Recorder(store, model, optimizer, num_examples=32) as recorder, recorder.step(range(32)):
+        model(inputs[:32]).square().mean().backward()
+        optimizer.step()
+    explanation = pk.Explainer(store, model).explain(inputs[35])
+    assert explanation.output == "value[0]"
+    assert explanation.final == pytest.approx(model(inputs[35]).item(), rel=1e-5)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -241,7 +243,7 @@ def test_a_parameter_used_by_hand_is_refused_by_name_at_the_first_step():
 
     with Loop(ByHand().double()) as loop:
         before = loop.parameters()
-        wrong = r"parameters inner\.weight, inner\.bias: .*do not sum to the gradient\. Got 100% .*F\.linear"
+        wrong = r"parameters inner\.weight, inner\.bias: .*do not sum to the gradient\. Got none of it.*F\.linear"
         with pytest.raises(RecordingError, match=wrong):
             loop.step([0, 1])
         assert equal(before, loop.parameters())
@@ -682,3 +684,55 @@ def test_a_recorder_cannot_be_entered_twice(loop):
     with pytest.raises(pk.PkexplainError, match=r"^recording into memory: it already holds a run\. "):
         loop.recorder.__enter__()
     loop.step([0, 1])
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-2])
+def test_a_penalty_in_the_loss_goes_to_the_optimizer_line(strength):
+    """What the penalty moves is what weight decay of twice its strength moves: there it is the decay line."""
+    inputs, targets = digits(64)
+    loop = batches(48, 16, 2)
+    lines = []
+    for penalty in (True, False):
+        model, store = mlp(), pk.MemoryStore()
+        decay = 0.0 if penalty else 2 * strength
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=decay)
+        recorder = pk.Recorder(
+            store, model, optimizer, num_examples=48, projection=pk.Identity(), segments=3, dtype=torch.float64
+        )
+
+        def loss(outputs, wanted, model=model, penalty=penalty):
+            squares = sum(p.square().sum() for p in model.parameters())
+            return F.cross_entropy(outputs, wanted) + penalty * strength * squares
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, optimizer, inputs, targets, loop, recorder=recorder, loss=loss)
+        warned = [str(w.message) for w in caught if "weight_decay" in str(w.message)]
+        assert bool(warned) == (penalty and strength > 1e-3)
+        explainer = pk.Explainer(store, model, tolerance=1e-9, quadrature=pk.Quadrature(nodes=8, budget=256))
+        explanation = explainer.explain(inputs[50], output=pk.Logit(0))
+        lines.append((explanation.ledger.remainders, explanation.contributions))
+        gaps = {check.name: check.value for check in explanation.checks}
+        assert gaps["displacement gap"] < 1e-9
+    (with_penalty, these), (with_decay, those) = lines
+    assert with_penalty["optimizer"] == pytest.approx(with_decay["decay"], rel=1e-6)
+    assert abs(with_penalty["optimizer"]) > 1e-6
+    np.testing.assert_allclose(these, those, rtol=1e-6, atol=1e-12)
+
+
+def test_a_run_says_how_it_ended():
+    inputs, targets = digits(32)
+    ends = []
+    for error in (None, KeyboardInterrupt):
+        model, store = mlp(), pk.MemoryStore()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        recorder = pk.Recorder(store, model, optimizer, num_examples=32, dtype=torch.float64)
+        with contextlib.suppress(KeyboardInterrupt), recorder:
+            assert store.manifest()["ended"] == "still recording, or killed"
+            with recorder.step(range(16)):
+                F.cross_entropy(model(inputs[:16]), targets[:16]).backward()
+                optimizer.step()
+            if error:
+                raise error
+        ends.append(store.manifest()["ended"])
+    assert ends == ["finished", "interrupted by KeyboardInterrupt"]

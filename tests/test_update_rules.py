@@ -121,7 +121,7 @@ def test_an_optimizer_without_a_rule_is_refused_with_the_list_of_those_that_have
     adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
     match = (
         r"^recording an optimizer: it has no update rule, so its displacements would be wrong\. "
-        r"Got torch\.optim\.adam\.Adam; expected torch\.optim\.SGD \(from pkexplain\.update_rules\)\. Train with one"
+        r"Got torch\.optim\.adam\.Adam; expected torch\.optim\.SGD \(from the optimizers that can be recorded\)\. "
     )
     with pytest.raises(UnsupportedOptimizerError, match=match):
         rule_for(adam)

@@ -240,4 +240,4 @@ def name_label(names: Sequence[str] | Mapping[Any, str] | None, label: object) -
         return clean(str(names.get(label, label)))
     if names is not None and isinstance(label, int) and 0 <= label < len(names):
         return clean(str(names[label]))
-    return clean(str(label))
+    return clean(f"{label:.6g}" if isinstance(label, float) else str(label))

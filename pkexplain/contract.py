@@ -1,0 +1,101 @@
+"""What a training loop and the arguments of a recorder must keep to, and what is said where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pkexplain.accounting import CapturedBatch
+from pkexplain.errors import ConfigurationError, NonFiniteGradientError, RecordingError, message
+
+__all__ = ["broken", "check_arguments", "not_finite", "used_by_hand", "without_backward"]
+
+
+def check_arguments(model: nn.Module, **given: Any) -> None:
+    """Refuse what cannot be recorded, by argument.
+
+    Raises:
+        ConfigurationError: An argument cannot be.
+    """
+    n, segments, lookahead = given["num_examples"], given["segments"], given["lookahead"]
+    rules: list[tuple[str, bool, str, str]] = [
+        ("num_examples", _is_count(n), "a whole number from 1 up", "Give len(train)"),
+        ("segments", segments == "epoch" or _is_count(segments), '"epoch" or a number of steps', "Leave it out"),
+        ("lookahead", lookahead in ("auto", "exact") or _is_count(lookahead), '"auto" or steps', "Leave it out"),
+        ("dtype", given["dtype"] in (torch.float32, torch.float64), "float32 or float64", "Leave it out"),
+    ]
+    for name, fits, expected, fix in rules:
+        if not fits:
+            source = "the signature of Recorder"
+            wrong = "the value cannot be"
+            raise ConfigurationError(
+                message(f"Recorder({name}=…)", wrong, got=repr(given[name]), expected=expected, source=source, fix=fix)
+            )
+    if hasattr(model, "_orig_mod") or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ConfigurationError(
+            message(
+                "Recorder(model=…)",
+                "hooks do not reach the layers of a wrapped model",
+                got=type(model).__name__,
+                expected="the model itself",
+                source="pkexplain.capture",
+                fix="Record the model without torch.compile, DataParallel or DistributedDataParallel",
+            )
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def broken(wrong: str, got: str, fix: str) -> RecordingError:
+    """Say how the training loop broke the contract of `Recorder.step`."""
+    expected = "one forward, one backward and one optimizer step in each block"
+    return RecordingError(
+        message("recorder.step(ids)", wrong, got=got, expected=expected, source="the training loop", fix=fix)
+    )
+
+
+def without_backward() -> RecordingError:
+    """Say that there is no gradient to record."""
+    fix = "Call loss.backward() inside the 'with recorder.step(ids):' block, before optimizer.step()"
+    return broken("backward was never called", "no gradient of a recorded parameter", fix)
+
+
+def used_by_hand(parameters: Sequence[str]) -> RecordingError:
+    """Say which parameters have a gradient that no layer captured."""
+    return RecordingError(
+        message(
+            f"recording parameters {', '.join(parameters)}",
+            "the per-example gradients captured do not sum to the gradient",
+            got="none of it captured",
+            expected="all of it, from the layer's own forward pass",
+            source="the parameter's own gradient at the first step",
+            fix="Use these parameters only through their module's forward, never by hand "
+            "(F.linear(x, layer.weight)), or freeze them",
+        )
+    )
+
+
+def not_finite(batches: Sequence[CapturedBatch]) -> NonFiniteGradientError:
+    """Say which examples' loss derivatives are not finite, or whose batch it was."""
+    blamed = [
+        int(i)
+        for batch in batches
+        if batch.derivatives is not None
+        for i in batch.ids[~torch.isfinite(batch.derivatives)]
+    ]
+    ids = blamed or [int(i) for batch in batches for i in batch.ids]
+    return NonFiniteGradientError(
+        message(
+            "recorder.step(ids)",
+            "the loss or a gradient is not finite; the optimizer has not stepped",
+            got=f"nan or infinity from example{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:8]))}",
+            expected="finite gradients",
+            source="the backward pass",
+            fix="Look at these examples and at the learning rate; skip the batch or lower the rate",
+        )
+    )
