@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 
 HERE = Path(__file__).parent
 REPORT = HERE.parent / "build" / "demo" / "why.html"
-WIDTH, HEIGHT = 1100, 1560
+WIDTH, HEIGHT = 1200, 1560
 
 
 def main() -> None:
