@@ -58,7 +58,7 @@ def demo(
         console.print(f"\n[bold]{question}[/bold]\n", soft_wrap=True)
         console.out(str(explanation))
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
-    console.print(f"Time: {spent}")
+    console.out(f"Time: {spent}")
     console.out(f"The run:    {result.run}")
     console.out(f"The report: {result.report.resolve().as_uri()}")
 
@@ -138,7 +138,13 @@ def explain(
     run: RunArgument,
     model: Annotated[str, typer.Option(help="package.module:build, a function that returns the model.")],
     query: Annotated[Path, typer.Option(help="One query or a batch: a .npy or .safetensors file, or .json lists.")],
-    output: Annotated[str, typer.Option(help="logit:3, log-probability:3, margin:3, loss:3 or value:0.")] = "logit",
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="logit:3, log-probability:3, margin:3, loss:3 or value:0; without a number, of the predicted class. "
+            "By default the logit, or the one number that the model predicts."
+        ),
+    ] = None,
     k: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 10,
     index: Annotated[str, typer.Option(help="A faiss factory string.")] = "Flat",
     report: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
@@ -154,7 +160,8 @@ def explain(
     from pkexplain.store import DirectoryStore
 
     inputs = DirectoryStore(run).manifest()["inputs"]
-    asked, wanted, built = _read_query(query, inputs), parse_output(output), _call(model, "--model")
+    asked, wanted = _read_query(query, inputs), None if output is None else parse_output(output)
+    built = _call(model, "--model")
     if not isinstance(built, nn.Module):
         raise _bad_function(model, "--model", f"it returns a {type(built).__name__}, not a torch.nn.Module")
     explainer = Explainer(run, built, index=index, progress=ProgressBar())

@@ -210,9 +210,9 @@ def _is_demo_run(run: Path, model: nn.Module, examples: int) -> bool:
     try:
         manifest = DirectoryStore(run).manifest()
         ModelFingerprint.from_description(manifest["model"]).check(model)
-    except RunError:
+        return manifest["num_examples"] == examples
+    except (RunError, KeyError, TypeError):  # the last two: a manifest of another version, which says less
         return False
-    return manifest["num_examples"] == examples
 
 
 def _choose(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, list[int], list[int]]:

@@ -101,7 +101,7 @@ def test_inspect_shows_the_run_and_its_segments(disk_run, monkeypatch):
     result = call("inspect", disk_run.store)
     assert result.exit_code == 0
     manifest = pk.DirectoryStore(disk_run.store).manifest()
-    for text in (str(disk_run.store), manifest["run_id"], "SGD", "96", "910 recorded", "Kronecker"):
+    for text in (str(disk_run.store), manifest["run_id"], "finished", "SGD", "96", "910 recorded", "Kronecker"):
         assert text in result.output
     rows = [line for line in result.output.splitlines() if re.match(r"│\s+\d", line)]
     assert len(rows) == 2
@@ -215,6 +215,30 @@ def test_an_output_without_a_number_is_that_of_the_predicted_class(explain):
         result = explain(output=text)
         assert result.exit_code == 0, result.output
         assert text.partition(":")[0] in result.output.splitlines()[0]
+
+
+def test_a_model_of_one_number_is_explained_without_naming_an_output(source, tmp_path):
+    inputs, _ = digits(20, torch.float32)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 1), torch.nn.Flatten(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pk.Recorder(tmp_path / "one", model, optimizer, num_examples=20) as recorder, recorder.step(range(20)):
+        torch.nn.functional.mse_loss(model(inputs), inputs.mean(1)).backward()
+        optimizer.step()
+    (tmp_path / f"{source}.py").write_text(
+        "from torch import nn\n\n\ndef build():\n    return nn.Sequential(nn.Linear(64, 1), nn.Flatten(0))\n"
+    )
+    np.save(tmp_path / "q.npy", inputs[0].numpy())
+    result = call("explain", tmp_path / "one", "--model", f"{source}:build", "--query", tmp_path / "q.npy")
+    assert result.exit_code == 0, result.exception
+    assert result.output.startswith("value[0]")
+
+
+def test_an_output_that_the_model_does_not_have_is_refused(explain):
+    result = explain(output="logit:77")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, QueryError)
+    assert "there is no such class" in str(result.exception)
+    assert "a class from 0 to 9" in str(result.exception)
 
 
 @pytest.mark.parametrize("text", ["", "logits:3", "logit:x", "logit:-1", "logit:²", "loss", "logit:3:4"])

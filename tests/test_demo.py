@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ import pkexplain as pk
 from pkexplain.demo import _choose as choose
 from pkexplain.demo import build_cnn, load_digits, run_demo, train_cnn
 from pkexplain.errors import MissingDependencyError, RunExistsError
+from pkexplain.store import FORMAT_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,15 @@ def test_a_run_of_anything_else_is_never_deleted(disk_run):
     with pytest.raises(RunExistsError, match="it already holds a run"):
         run_demo(disk_run.store.parent, epochs=1)
     assert (disk_run.store / "manifest.json").read_bytes() == before
+
+
+def test_a_run_whose_manifest_says_less_is_never_deleted(tmp_path):
+    (tmp_path / "run").mkdir()
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": {}, "model": {"blocks": []}}))
+    with pytest.raises(RunExistsError, match="it already holds a run"):
+        run_demo(tmp_path, epochs=1)
+    assert manifest.exists()
 
 
 class Answers(torch.nn.Module):
