@@ -13,7 +13,7 @@ import pkexplain as pk
 from pkexplain.demo import _choose as choose
 from pkexplain.demo import build_cnn, load_digits, run_demo, train_cnn
 from pkexplain.errors import MissingDependencyError, RunExistsError
-from pkexplain.store import FORMAT_VERSION
+from pkexplain.store import FORMAT_VERSION, _checksum_json
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +74,12 @@ def test_a_run_of_anything_else_is_never_deleted(disk_run):
     assert (disk_run.store / "manifest.json").read_bytes() == before
 
 
-def test_a_run_whose_manifest_says_less_is_never_deleted(tmp_path):
-    (tmp_path / "run").mkdir()
+@pytest.mark.parametrize("model", [{}, {"blocks": [], "frozen": {}, "buffers": {}, "dtypes": {}}, None])
+def test_a_run_whose_manifest_says_less_is_never_deleted(tmp_path, model):
+    content = {"format_version": FORMAT_VERSION, "files": {}, "model": model}
     manifest = tmp_path / "run" / "manifest.json"
-    manifest.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": {}, "model": {"blocks": []}}))
+    manifest.parent.mkdir()
+    manifest.write_text(json.dumps({**content, "sha256": _checksum_json(content)}))
     with pytest.raises(RunExistsError, match="it already holds a run"):
         run_demo(tmp_path, epochs=1)
     assert manifest.exists()
