@@ -50,6 +50,14 @@ class CapturedBatch:
     summed: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class _Target:
+    """Where rows go once the projection is fixed."""
+
+    projector: Projector
+    rows: RowAccumulator
+
+
 class SegmentAccountant:
     """Follows the optimizer's steps and closes segments.
 
@@ -82,9 +90,8 @@ class SegmentAccountant:
         self._audit_place[self._audit_ids] = torch.arange(audited, device=device)
         self._audit = RowAccumulator(audited, self._spans, size, dtype, device)
         self._full = FullSpaceAccount(self._spans, torch.zeros(size, dtype=dtype, device=device))
-        self._rows: RowAccumulator | None = None
         self._held: list[tuple[int, CapturedBatch, dict[int, float]]] = []
-        self.projector: Projector | None = None
+        self._target: _Target | None = None
         self.total_steps = 0
         self._begin()
 
@@ -92,20 +99,25 @@ class SegmentAccountant:
         self.steps, self.visits = 0, 0
         self._unfolded: list[Mapping[int, LinearStep]] = []
         self._rates = dict.fromkeys(self._spans, 0.0)
-        self._capture_gap, self._smallest, self._largest = 0.0, 1.0, 1.0
+        self.capture_gap, self._smallest, self._largest = 0.0, 1.0, 1.0
+
+    @property
+    def projector(self) -> Projector | None:
+        """The projection, once it is fixed."""
+        return self._target.projector if self._target else None
 
     def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         """Take one block's gradients as the backward pass reaches them: project them, or keep them until it can."""
-        if self.projector is None:
+        if self._target is None:
             batch.pieces.append((position, gradients))
         else:
-            self._project(batch, position, gradients)
+            self._project(self._target.projector, batch, position, gradients)
 
     def step(
         self,
         batches: Sequence[CapturedBatch],
         captured: Tensor,
-        attributed: Tensor | None,
+        attributed: Tensor,
         applied: Tensor,
         numbers: Mapping[int, LinearStep],
         parameters: Tensor,
@@ -115,7 +127,7 @@ class SegmentAccountant:
         Args:
             batches: The batches whose gradients it applies.
             captured: The gradient that their backward passes made, ``(parameters,)``.
-            attributed: The part of it that the examples gave, ``(parameters,)``, where it is less than the whole.
+            attributed: The part of it that the examples gave, ``(parameters,)``; the same vector where it is the whole.
             applied: The gradient that the optimizer was given, ``(parameters,)``.
             numbers: The step's numbers for each parameter group.
             parameters: θ before the step, ``(parameters,)``.
@@ -129,24 +141,24 @@ class SegmentAccountant:
             self.visits += len(batch.ids)
         self.steps += 1
         self.total_steps += 1
-        if self.projector is None:
+        if self._target is None:
             self._compact(batches)
-            if self._warm():
-                self._bind()
-        if self.projector is not None:
-            sums = [self._enter(*held) for held in self._held]
-            self._held = []
-            if self.steps % _CHECKED_STEP == 1 and len(sums) == len(batches):
-                self._compare(sum(sums, torch.zeros_like(sums[0])), captured)
-        attributed = captured if attributed is None else attributed
+            self._target = self._bind() if self._warm() else None
+        if self._target is not None:
+            waited = len(self._held) > len(batches)
+            total = self._enter_held(self._target)
+            if self.steps % _CHECKED_STEP == 1 and not waited:
+                self._compare(self._target.projector, total, attributed)
         scaled = attributed if set(scale.values()) == {1.0} else attributed.clone()
         for group, span in self._spans.items():
             self._rates[group] += numbers[group].learning_rate
             if scale[group] != 1.0:
                 scaled[span] *= scale[group]
         self._full.step(numbers, scaled, parameters)
-        if self._rows is not None and self._rows.full:
-            self._fold()
+        if self._target is not None and self._target.rows.full:
+            for rows in (self._target.rows, self._audit):
+                rows.fold(self._unfolded)
+            self._unfolded = []
 
     def close(self, displacement: Tensor) -> tuple[Segment, SegmentSummary]:
         """End the segment and begin the next.
@@ -157,14 +169,9 @@ class SegmentAccountant:
         Returns:
             The segment as it will be stored, and its summary.
         """
-        if self.projector is None:
-            self._bind()
-        for held in self._held:
-            self._enter(*held)
-        self._held = []
-        assert self._rows is not None
-        assert self.projector is not None
-        rows, derivatives = self._rows.close(self._unfolded)
+        target = self._target = self._target or self._bind()
+        self._enter_held(target)
+        rows, derivatives = target.rows.close(self._unfolded)
         audit_rows, _ = self._audit.close(self._unfolded)
         examples, decay = self._full.close()
         left = displacement - examples - decay
@@ -177,7 +184,7 @@ class SegmentAccountant:
             audit_ids=self._audit_ids,
             audit_rows=audit_rows,
         )
-        whole, explained = self.projector.project_vectors(torch.stack([displacement, displacement - decay - left]))
+        whole, explained = target.projector.project_vectors(torch.stack([displacement, displacement - decay - left]))
         gap = (explained.double() - segment.row_sum).norm() / whole.double().norm().clamp_min(1e-300)
         summary = SegmentSummary(
             last_step=self.total_steps,
@@ -185,20 +192,19 @@ class SegmentAccountant:
             learning_rate_sum=tuple(self._rates.values()),
             displacement_gap=float(gap),
             optimizer_share=float(left.norm() / displacement.norm().clamp_min(1e-30)),
-            capture_gap=self._capture_gap,
+            capture_gap=self.capture_gap,
             rescaled=(self._smallest, self._largest),
         )
         self._begin()
         return segment, summary
 
     def note_capture_gap(self, gap: float) -> None:
-        """Count a gap between captured gradients and gradient that was measured elsewhere."""
-        self._capture_gap = max(self._capture_gap, gap)
+        """Count a gap between what was captured and what it should sum to, where it is the segment's largest."""
+        self.capture_gap = max(self.capture_gap, gap)
 
-    def _compare(self, captured: Tensor, gradient: Tensor) -> None:
+    def _compare(self, projector: Projector, captured: Tensor, gradient: Tensor) -> None:
         """Hold the sum of a step's projected gradients, ``(columns,)``, against its gradient, ``(parameters,)``."""
-        assert self.projector is not None
-        whole = self.projector.project_vectors(gradient[None])[0]
+        whole = projector.project_vectors(gradient[None])[0]
         self.note_capture_gap(float((captured - whole).norm() / whole.norm().clamp_min(1e-300)))
 
     def _warm(self) -> bool:
@@ -215,54 +221,54 @@ class SegmentAccountant:
                 # a copy, as a layer's input may be a parameter, or a buffer that the next batch is written into
                 batch.pieces[place] = position, gradients.select(everyone) if compact is gradients else compact
 
-    def _bind(self) -> None:
+    def _bind(self) -> _Target:
         seen = [batch.pieces for _, batch, _ in self._held]
-        self.projector = self._projection.bind(self._blocks, self._dtype, self._device, seen)
-        self._rows = RowAccumulator(
-            self._num_examples, self.projector.group_columns, self.projector.columns, self._dtype, self._device
-        )
+        projector = self._projection.bind(self._blocks, self._dtype, self._device, seen)
+        columns, groups = projector.columns, projector.group_columns
+        return _Target(projector, RowAccumulator(self._num_examples, groups, columns, self._dtype, self._device))
 
-    def _enter(self, place: int, batch: CapturedBatch, scale: Mapping[int, float]) -> Tensor:
-        """Project a batch and note its rows; return their sum as captured, ``(columns,)``."""
-        assert self.projector is not None
-        assert self._rows is not None
+    def _enter_held(self, target: _Target) -> Tensor:
+        """Note the rows of the batches that wait; return their sum as captured, ``(columns,)``."""
+        total = torch.zeros(target.projector.columns, dtype=self._dtype, device=self._device)
+        for place, batch, scale in self._held:
+            total += self._enter(target, place, batch, scale)
+        self._held = []
+        return total
+
+    def _enter(self, target: _Target, place: int, batch: CapturedBatch, scale: Mapping[int, float]) -> Tensor:
         for piece in batch.pieces:
-            self._project(batch, *piece)
-        assert batch.rows is not None
-        rows, batch.pieces = batch.rows, []
+            self._project(target.projector, batch, *piece)
+        rows, batch.pieces = self._rows_of(target.projector, batch), []
         total = rows.sum(0)
         derivatives = batch.derivatives
         if derivatives is None:
             derivatives = torch.full((len(batch.ids),), float("nan"), device=self._device)
         derivatives = derivatives.to(self._dtype) * next(iter(scale.values()))
-        _scale(rows, self.projector.group_columns, scale)
-        self._rows.add(place, batch.ids, rows, derivatives)
+        _scale(rows, target.projector.group_columns, scale)
+        target.rows.add(place, batch.ids, rows, derivatives)
         if batch.audited is not None and batch.audit_rows is not None:
             _scale(batch.audit_rows, self._spans, scale)
             places = self._audit_place[batch.ids[batch.audited]]
             self._audit.add(place, places, batch.audit_rows, derivatives[batch.audited])
         return total
 
-    def _project(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
+    def _project(self, projector: Projector, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         """Add one block's gradients to a batch's rows, and to those of its audited examples."""
-        assert self.projector is not None
-        if batch.rows is None:
-            batch.rows = torch.zeros(len(batch.ids), self.projector.columns, dtype=self._dtype, device=self._device)
-            chosen = (self._audit_place[batch.ids] >= 0).nonzero()[:, 0]
-            if len(chosen):
-                batch.audited = chosen
-                size = (len(chosen), self._audit.columns)
-                batch.audit_rows = torch.zeros(size, dtype=self._dtype, device=self._device)
-        self.projector.add(batch.rows, position, gradients)
+        projector.add(self._rows_of(projector, batch), position, gradients)
         if batch.audited is not None and batch.audit_rows is not None:
             span = self._blocks[position].span
             batch.audit_rows[:, span] += gradients.select(batch.audited).dense()
 
-    def _fold(self) -> None:
-        assert self._rows is not None
-        self._rows.fold(self._unfolded)
-        self._audit.fold(self._unfolded)
-        self._unfolded = []
+    def _rows_of(self, projector: Projector, batch: CapturedBatch) -> Tensor:
+        """Return a batch's rows in projection space, zero before the first block has come."""
+        if batch.rows is None:
+            batch.rows = torch.zeros(len(batch.ids), projector.columns, dtype=self._dtype, device=self._device)
+            chosen = (self._audit_place[batch.ids] >= 0).nonzero()[:, 0]
+            if len(chosen):
+                size = (len(chosen), self._audit.columns)
+                batch.audited = chosen
+                batch.audit_rows = torch.zeros(size, dtype=self._dtype, device=self._device)
+        return batch.rows
 
 
 def _scale(rows: Tensor, columns: Mapping[int, slice], scale: Mapping[int, float]) -> None:

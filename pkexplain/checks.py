@@ -14,11 +14,32 @@ from pkexplain.trajectory import Trajectory
 
 __all__ = ["checks_of"]
 
-DISPLACEMENT_TOLERANCE = 1e-2
-OPTIMIZER_TOLERANCE = 1e-2
-PROJECTION_TOLERANCE = 0.5
-AUDIT_TOLERANCE = 0.2
-COMPLETENESS_TOLERANCE = 1e-4
+_TOLERANCES = {
+    "optimizer share": 1e-2,
+    "displacement gap": 1e-2,
+    "capture gap": 1e-2,
+    "projection gap": 0.5,
+    "audit error": 0.2,
+    "completeness gap": 1e-4,
+}
+_MEANINGS = {
+    "quadrature gap": "What the integral over training misses of f_T − f_0, in full space before any correction; its "
+    "tolerance was {state}. Where it fails, give Explainer a Quadrature with a larger budget, or record more segments.",
+    "optimizer share": "How much of f_T − f_0 no example and no weight decay explains: rounding, or a gradient changed "
+    "between backward and step. Where it fails, look for a forgotten zero_grad(), clipping by value, a penalty in the "
+    "loss, or parameters changed by hand.",
+    "displacement gap": "How far the stored rows are from adding up to what moved the parameters, relative to ‖Δθ‖, "
+    "worst segment. Where it fails, look for a parameter used outside its layer, or a penalty that the loss gained "
+    "after the first step.",
+    "capture gap": "The largest share of a measured step's gradient that the per-example gradients did not sum to and "
+    "that is not on the optimizer line. Where it fails, look as for the displacement gap.",
+    "projection gap": "What the compressed rows missed of the examples' total before the completeness correction. "
+    "Where it fails, contributions are rough: record with a larger k.",
+    "audit error": "Relative error of the contributions of {audited} examples whose displacements were also kept "
+    "without compression. Where it fails, record with a larger k.",
+    "completeness gap": "What the contributions shown miss of the account. The correction closes it, so it tells only "
+    "that the arithmetic was done; the other checks are the evidence.",
+}
 
 
 def checks_of(
@@ -39,69 +60,26 @@ def checks_of(
     covectors = corrected.covectors
     changes = covectors.outputs[row].diff()
     change = abs(float(changes.sum())) or float("nan")
-    quadrature = float((changes - covectors.displacement[row]).sum()) / change
-    optimizer = float(covectors.optimizer[row].sum()) / change
-    projection = float((corrected.explained[row] - corrected.uncorrected[row]).sum()) / change
-    completeness = float((corrected.explained[row] - corrected.corrected[row]).sum()) / change
-    displacement = max(summary.displacement_gap for summary in trajectory.summaries)
-    capture = max(summary.capture_gap for summary in trajectory.summaries)
-    state = "met" if covectors.settled[row] else "not met within the budget"
-    checks = [
-        Check(
-            "quadrature gap",
-            abs(quadrature),
-            tolerance,
-            "What the integral over training misses of f_T − f_0, in full space before any correction; its tolerance "
-            f"was {state}. Where it fails, give Explainer a Quadrature with a larger budget, or record more segments.",
-        ),
-        Check(
-            "optimizer share",
-            abs(optimizer),
-            OPTIMIZER_TOLERANCE,
-            "How much of f_T − f_0 no example and no weight decay explains: rounding, or a gradient changed between "
-            "backward and step. Where it fails, look for a forgotten zero_grad(), clipping by value, a penalty in the "
-            "loss, or parameters changed by hand.",
-        ),
-        Check(
-            "displacement gap",
-            displacement,
-            DISPLACEMENT_TOLERANCE,
-            "How far the stored rows are from adding up to what moved the parameters, relative to ‖Δθ‖, worst segment. "
-            "Where it fails, a parameter was used outside its layer or changed outside optimizer.step().",
-        ),
-        Check(
-            "capture gap",
-            capture,
-            DISPLACEMENT_TOLERANCE,
-            "The largest share of a step's gradient that the per-example gradients did not sum to.",
-        ),
-        Check(
-            "projection gap",
-            abs(projection),
-            PROJECTION_TOLERANCE,
-            "What the compressed rows missed of the examples' total before the completeness correction. Where it "
-            "fails, contributions are rough: record with a larger k.",
-        ),
-    ]
+    explained = corrected.explained[row]
+    values = {
+        "quadrature gap": float((changes - covectors.displacement[row]).sum()) / change,
+        "optimizer share": float(covectors.optimizer[row].sum()) / change,
+        "displacement gap": max(summary.displacement_gap for summary in trajectory.summaries),
+        "capture gap": max(summary.capture_gap for summary in trajectory.summaries),
+        "projection gap": float((explained - corrected.uncorrected[row]).sum()) / change,
+        "completeness gap": float((explained - corrected.corrected[row]).sum()) / change,
+    }
     if audited is not None:
         exact = covectors.audit[row].sum(0)
-        error = float((audited[row] - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
-        checks.append(
-            Check(
-                "audit error",
-                error,
-                AUDIT_TOLERANCE,
-                f"Relative error of the contributions of {len(exact)} examples whose displacements were also kept "
-                "without compression. Where it fails, record with a larger k.",
-            )
-        )
-    checks.append(
-        Check(
-            "completeness gap",
-            abs(completeness),
-            COMPLETENESS_TOLERANCE,
-            "What the contributions shown miss of the account. The correction closes it, so it tells only that the "
-            "arithmetic was done; the other checks are the evidence.",
-        )
+        size = exact.norm().clamp_min(torch.finfo(exact.dtype).tiny)
+        values["audit error"] = float((audited[row] - exact).norm() / size)
+    facts = {
+        "state": "met" if covectors.settled[row] else "not met within the budget",
+        "audited": 0 if audited is None else audited.shape[1],
+    }
+    tolerances = {"quadrature gap": tolerance, **_TOLERANCES}
+    return tuple(
+        Check(name, abs(values[name]), tolerances[name], meaning.format(**facts))
+        for name, meaning in _MEANINGS.items()
+        if name in values
     )
-    return tuple(checks)

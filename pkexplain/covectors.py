@@ -124,8 +124,6 @@ class OutputField:
         products = vectors.new_zeros(len(queries), len(vectors))
         for position, piece in pieces:
             products += piece.dense().to(self.dtype) @ vectors[:, self._trajectory.fingerprint.blocks[position].span].T
-        if not pieces:
-            return vectors.new_zeros(len(queries), len(vectors) + self._projector.columns)
         return torch.cat([products, self._projector.project(pieces, len(queries)).to(self.dtype)], dim=1)
 
 
@@ -134,7 +132,7 @@ class _Progress:
     """The parts of one query, their integrals and their errors."""
 
     allowed: float
-    gradients_left: int
+    budget: int
     integrals: dict[Part, Tensor] = field(default_factory=dict)
     errors: dict[Part, float] = field(default_factory=dict)
     forward_passes: int = 0
@@ -165,24 +163,11 @@ def integrate(
     Returns:
         The covectors of all queries.
     """
-    segments = len(field_._trajectory)
-    everyone = torch.arange(len(queries))
-    values: dict[tuple[int, float], dict[int, float]] = defaultdict(dict)
-    ends = []
-    for t in range(segments + 1):
-        field_.move_to(t, 0.0) if t < segments else field_.move_to(t - 1, 1.0)
-        ends.append(field_.value(queries, output).cpu())
-        for q, value in enumerate(ends[-1].tolist()):
-            values[(t, 0.0)][q] = value
-            if t:
-                values[(t - 1, 1.0)][q] = value
-    outputs = torch.stack(ends, dim=1)
-    budget = quadrature.budget * segments
-    progress = [
-        _Progress(tolerance * abs(float(outputs[q, -1] - outputs[q, 0])), budget, forward_passes=segments + 1)
-        for q in range(len(queries))
-    ]
-    wanted: dict[Part, list[int]] = {Part(t, 0, 0): everyone.tolist() for t in range(segments)}
+    outputs, values = _at_checkpoints(field_, queries, output)
+    segments = outputs.shape[1] - 1
+    allowed = tolerance * (outputs[:, -1] - outputs[:, 0]).abs()
+    progress = [_Progress(float(a), quadrature.budget * segments, forward_passes=segments + 1) for a in allowed]
+    wanted: dict[Part, list[int]] = {Part(t, 0, 0): list(range(len(queries))) for t in range(segments)}
     nodes, weights = quadrature.rule()
     done = planned = 0
     while wanted:
@@ -191,22 +176,38 @@ def integrate(
             members = torch.tensor(wanted[part])
             some, some_output = queries.select(members), output.select(members)
             _values_at(field_, part, some, some_output, wanted[part], values, progress)
-            total = None
+            integral = torch.zeros((), dtype=field_.dtype, device=field_.device)
             for node, weight in zip(nodes, weights, strict=True):
                 field_.move_to(part.segment, part.start + part.width * float(node))
-                features = field_.features(some, some_output, part.segment) * (float(weight) * part.width)
-                total = features if total is None else total + features
-            assert total is not None
-            for row, q in enumerate(wanted[part]):
+                integral = integral + field_.features(some, some_output, part.segment) * (float(weight) * part.width)
+            for q, features in zip(wanted[part], integral, strict=True):
                 state = progress[q]
                 change = values[(part.segment, part.end)][q] - values[(part.segment, part.start)][q]
-                state.integrals[part] = total[row]
-                state.errors[part] = change - float(total[row, 0])
+                state.integrals[part] = features
+                state.errors[part] = change - float(features[0])
                 state.backward_passes += len(nodes)
             done += 1
             on_part(done, planned)
         wanted = _refine(progress, quadrature)
     return _gather(field_, progress, outputs)
+
+
+_Values = dict[tuple[int, float], dict[int, float]]
+"""f by place on the trajectory (segment, τ) and query."""
+
+
+def _at_checkpoints(field_: OutputField, queries: QueryBatch, output: Output) -> tuple[Tensor, _Values]:
+    """Compute f at every checkpoint, ``(queries, segments + 1)``, and note it at the ends of the segments."""
+    segments = len(field_._trajectory)
+    values: _Values = defaultdict(dict)
+    ends = []
+    for t in range(segments + 1):
+        field_.move_to(t, 0.0) if t < segments else field_.move_to(t - 1, 1.0)
+        ends.append(field_.value(queries, output).cpu())
+        values[(t, 0.0)] = dict(enumerate(ends[-1].tolist()))
+        if t:
+            values[(t - 1, 1.0)] = values[(t, 0.0)]
+    return torch.stack(ends, dim=1), values
 
 
 def _values_at(
@@ -215,7 +216,7 @@ def _values_at(
     queries: QueryBatch,
     output: Output,
     members: list[int],
-    values: dict[tuple[int, float], dict[int, float]],
+    values: _Values,
     progress: list[_Progress],
 ) -> None:
     """Make sure that f is known at both ends of a part."""
@@ -235,7 +236,7 @@ def _refine(progress: list[_Progress], quadrature: Quadrature) -> dict[Part, lis
         if not quadrature.unsettled(state.errors.values(), state.allowed):
             state.settled = True
             continue
-        left = state.gradients_left - state.backward_passes
+        left = state.budget - state.backward_passes
         for part in quadrature.worst(state.errors, state.allowed, left):
             del state.errors[part], state.integrals[part]
             for half in part.halves():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pkexplain.errors import ConfigurationError, message
 from pkexplain.model_io import as_queries
-from pkexplain.outputs import Logit, Output, as_output
+from pkexplain.outputs import Output, settle_output
 from pkexplain.projection import Identity
 from pkexplain.store import Store, open_store
 from pkexplain.trajectory import Trajectory
@@ -69,7 +69,7 @@ def path_kernel(
         run: A run recorded with ``projection=pkexplain.Identity()``.
         model: The model; it is left as it was.
         x: One query or a batch, as for `pkexplain.Explainer.explain`.
-        output: What to explain; by default the logit of the class that the final model predicts.
+        output: What to explain, as for `pkexplain.Explainer.explain`.
         nodes: Gauss–Legendre nodes on each piece.
         pieces: Equal pieces of each segment.
 
@@ -97,8 +97,7 @@ def path_kernel(
     queries = as_queries(x, trajectory.inputs, next(model.parameters()).device)
     field = _Field(model, trajectory)
     final = field.at(len(trajectory) - 1, 1.0, lambda: queries.run(model).detach())
-    settled = as_output(output if output is not None else Logit()).settle(final)
-    roots, weights = np.polynomial.legendre.leggauss(nodes)
+    settled = settle_output(output, final)
     contributions = torch.zeros(len(queries), trajectory.num_examples, dtype=torch.float64)
     kernels, remainders = torch.zeros_like(contributions), torch.zeros(2, len(queries), dtype=torch.float64)
     ends = torch.zeros(2, len(queries), dtype=torch.float64)
@@ -109,14 +108,7 @@ def path_kernel(
         ends[0, q] = float(field.at(0, 0.0, value).detach())
         ends[1, q] = float(field.at(len(trajectory) - 1, 1.0, value).detach())
         for t in range(len(trajectory)):
-            segment, covector = trajectory.segment(t), None
-            for piece in range(pieces):
-                for root, weight in zip(roots, weights, strict=True):
-                    tau = (piece + (float(root) + 1) / 2) / pieces
-                    gradient = field.at(t, tau, lambda value=value: field.gradient(value()))
-                    part = gradient.double() * (float(weight) / 2 / pieces)
-                    covector = part if covector is None else covector + part
-            assert covector is not None
+            segment, covector = trajectory.segment(t), field.covector(t, value, nodes, pieces)
             moved = segment.read_rows(slice(None), torch.float64) @ covector
             derivatives = segment.loss_derivatives.double()
             contributions[q] += moved
@@ -151,6 +143,16 @@ class _Field:
             self._model.train(training)
             for p, flag in zip(self._parameters, wanted, strict=True):
                 p.requires_grad_(flag)
+
+    def covector(self, segment: int, value: Callable[[], Tensor], nodes: int, pieces: int) -> Tensor:
+        """Integrate the gradient over a segment with a Gauss–Legendre rule on equal pieces, ``(parameters,)``."""
+        roots, weights = np.polynomial.legendre.leggauss(nodes)
+        total = torch.zeros(sum(p.numel() for p in self._parameters), dtype=torch.float64)
+        for piece in range(pieces):
+            for root, weight in zip(roots, weights, strict=True):
+                tau = (piece + (float(root) + 1) / 2) / pieces
+                total += self.at(segment, tau, lambda: self.gradient(value())).double() * float(weight) / 2 / pieces
+        return total
 
     def gradient(self, value: Tensor) -> Tensor:
         parts = torch.autograd.grad(value, self._parameters, allow_unused=True, materialize_grads=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from pkexplain.explanation import Contribution, Cost, Explanation, Ledger
 from pkexplain.index import RowIndex
 from pkexplain.layers import find_layers
 from pkexplain.model_io import QueryBatch, as_queries
-from pkexplain.outputs import Logit, Output, Value, as_output
+from pkexplain.outputs import Output, settle_output
 from pkexplain.quadrature import Quadrature
 from pkexplain.store import DirectoryStore, Store, open_store
 
@@ -197,7 +197,7 @@ class Explainer:
             message("Explainer.explain", wrong, got=got, expected=expected, source=source, fix=fix)
         )
 
-    def _chunks(self, queries: QueryBatch, output: Any) -> Any:
+    def _chunks(self, queries: QueryBatch, output: Any) -> Iterator[tuple[QueryBatch, Output, list[str]]]:
         """Settle the output on the final prediction, and cut the queries into pieces that fit in memory."""
         last = len(self._trajectory) - 1
         self._field.move_to(last, 1.0)
@@ -226,9 +226,7 @@ class Explainer:
                     fix="Make the randomness depend on self.training, as torch's Dropout does",
                 )
             )
-        if output is None:
-            output = Value() if prediction[0].numel() == 1 else Logit()
-        settled = as_output(output).settle(prediction)
+        settled = settle_output(output, prediction)
         names = settled.names(len(queries))
         kept = self._projector.columns * len(self._trajectory) * self._quadrature.budget // self._quadrature.nodes
         size = max(1, min(_MOST_QUERIES_AT_ONCE, _NUMBERS_AT_ONCE // kept))
@@ -245,7 +243,8 @@ class Explainer:
     def _cost(self, corrected: CorrectedCovectors, row: int) -> Cost:
         covectors = corrected.covectors
         budget = self._quadrature.budget * len(self._trajectory)
-        return Cost(int(covectors.forward_passes[row]), int(covectors.backward_passes[row]), budget)
+        passes = int(covectors.forward_passes[row]), int(covectors.backward_passes[row])
+        return Cost(*passes, budget, exhausted=not covectors.settled[row])
 
     def _scan(self, projected: Tensor) -> np.ndarray:
         """Compute all contributions from the stored rows, ``(queries, num_examples)``, in float64."""
@@ -287,7 +286,11 @@ class Explainer:
         ids = self._segments[0].audit_ids
         if not len(ids):
             return None
-        return torch.stack([self._by_segment(ids, projected).sum(1) for projected in corrected.projected])
+        total = torch.zeros(len(corrected.projected), len(ids), dtype=torch.float64)
+        for t, segment in enumerate(self._segments):
+            covector = corrected.projected[:, t].cpu()
+            total += covector @ segment.read_rows(ids, covector.dtype).T
+        return total
 
 
 class _Scan:

@@ -106,16 +106,13 @@ class Cost:
         forward_passes: Evaluations of the model's output for this query.
         backward_passes: Gradients of the model's output for this query.
         budget: The largest number of gradients that was allowed.
+        exhausted: Whether the budget ran out before the quadrature met its tolerance.
     """
 
     forward_passes: int
     backward_passes: int
     budget: int
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether the whole budget was spent."""
-        return self.backward_passes >= self.budget
+    exhausted: bool = False
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,13 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
             local.setdefault(groups[full], []).append(name)
         rule = _rule_for(path, module) if local else None
         found += [(group, path, module, rule, tuple(members)) for group, members in local.items()]
+    return _lay_out(found, names)
+
+
+def _lay_out(
+    found: list[tuple[int, str, nn.Module, Any, tuple[str, ...]]], names: dict[int, str]
+) -> tuple[list[Layer], list[Block]]:
+    """Place the parameters found (group, path, module, rule, local names) one after another, group after group."""
     blocks: list[Block] = []
     layers: dict[str, Layer] = {}
     start = 0

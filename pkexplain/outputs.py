@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pkexplain.errors import QueryError, message
 
-__all__ = ["Custom", "LogProbability", "Logit", "Loss", "Margin", "Output", "Value", "as_output"]
+__all__ = ["Custom", "LogProbability", "Logit", "Loss", "Margin", "Output", "Value", "as_output", "settle_output"]
 
 Index = int | Sequence[int] | Tensor | None
 
@@ -82,8 +82,7 @@ class _OfClass(Output):
 
     def select(self, positions: Tensor) -> Output:
         """Keep the queries at ``positions``."""
-        assert isinstance(self.index, Tensor)
-        return replace(self, index=self.index[positions])
+        return replace(self, index=torch.as_tensor(self.index)[positions])
 
     def _tensor(self, queries: int) -> Tensor:
         index = torch.as_tensor(self.index)
@@ -218,6 +217,22 @@ class Custom(Output):
             wrong = f"the function does not give one number for each query but a {got}"
             raise _no_output(f"output={self.names(1)[0]}", wrong, prediction, f"shape ({len(prediction)},)")
         return self
+
+
+def settle_output(output: Output | Callable[[Tensor], Tensor] | None, prediction: Tensor) -> Output:
+    """Settle what is to be explained on the final prediction.
+
+    Args:
+        output: An output or any function of the prediction; None for the logit of the predicted class, or for the one
+            number where the prediction is no more.
+        prediction: The model's final prediction, ``(queries, …)``.
+
+    Raises:
+        QueryError: It is no output, or not one of this prediction.
+    """
+    if output is None:
+        output = Value() if prediction[0].numel() == 1 else Logit()
+    return as_output(output).settle(prediction)
 
 
 def as_output(output: Output | Callable[[Tensor], Tensor]) -> Output:

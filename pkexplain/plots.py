@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pkexplain.errors import MissingDependencyError, message
 from pkexplain.explanation import Explanation
 from pkexplain.report.data import Example, build_section
 from pkexplain.report.items import TrainingSet, clean, name_label
@@ -214,17 +213,6 @@ def _axes(ax: Axes | None, *, height: float) -> Axes:
 
 
 def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            message(
-                "pkexplain.plots",
-                "the plotting package is not installed",
-                got=str(error),
-                expected="matplotlib",
-                source="the plots extra",
-                fix="Install it with: pip install 'pkexplain[plots]'",
-            )
-        ) from error
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")

@@ -153,14 +153,12 @@ class Projector:
         """Project the captured gradients of a batch.
 
         Args:
-            pieces: Block positions with gradients; a block may come several times, its parts are added.
+            pieces: Block positions with gradients; a block may come several times, its parts are added, or not at all.
             examples: The batch size.
 
         Returns:
             ``(examples, columns)``.
         """
-        if not pieces:
-            raise ValueError("project needs at least one block's gradients")
         rows = torch.zeros(examples, self.columns, dtype=self.dtype, device=self.device)
         for piece in pieces:
             self.add(rows, *piece)

@@ -126,7 +126,7 @@ class Recorder:
         self._ended = "finished" if kind is None else f"interrupted by {kind.__name__}"
         if self._accountant.steps:
             self._end_segment()
-        elif self._summaries:
+        else:
             self._store.commit(self._manifest())
 
     @contextmanager
@@ -245,10 +245,13 @@ class Recorder:
         }
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         applied = torch.cat([g.detach().flatten().to(self._dtype) for g in gradients])
-        self._accountant.step(batches, self._captured, self._attributed, applied, numbers, self._flat())
+        attributed = self._captured if self._attributed is None else self._attributed
+        self._accountant.step(batches, self._captured, attributed, applied, numbers, self._flat())
 
     def _after_step(self) -> None:
         self._stepped = True
+        if self._attributed is None and self._accountant.capture_gap > _ROUNDING:
+            self._attributed = torch.zeros_like(self._captured)  # from here on the examples' part is followed by itself
         self._forget()
 
     def _forget(self) -> None:
@@ -261,8 +264,8 @@ class Recorder:
     def _check_capture(self, batches: Sequence[CapturedBatch]) -> None:
         """Hold the sum of what was captured against every block's gradient, once, before the first step.
 
-        A gradient that no layer captured is refused; one that the examples give only in part (a penalty in the loss) is
-        followed from here on, so that the rest goes to the ledger's ``optimizer`` line.
+        A gradient that no layer captured is refused. Where the examples give only a part of one (a penalty in the loss)
+        their sum is followed by itself from here on, so that the rest goes to the ledger's ``optimizer`` line.
         """
         attributed, short = torch.zeros_like(self._captured), {}
         for position, block in enumerate(self._blocks):
@@ -272,9 +275,8 @@ class Recorder:
             gap = float((attributed[block.span] - whole).norm() / whole.norm()) if whole.norm() > 0 else 0.0
             if gap > _CAPTURE_TOLERANCE and not pieces:
                 raise used_by_hand(block.parameters)
-            if gap > _ROUNDING:
-                short.update(dict.fromkeys(block.parameters, gap))
-            self._accountant.note_capture_gap(gap)
+            short.update(dict.fromkeys(block.parameters, gap) if gap > _ROUNDING else {})
+            self._accountant.note_capture_gap(gap if gap <= _ROUNDING else 0.0)  # the rest has its own line
         self._checked = True
         if short:
             self._attributed = attributed
@@ -304,7 +306,9 @@ class Recorder:
         if summary.capture_gap > _CAPTURE_TOLERANCE:
             warnings.warn(
                 f"pkexplain: in segment {t} the captured gradients missed up to {summary.capture_gap:.0%} of a step's "
-                "gradient; a layer was used outside its module's forward. The displacement gap shows how much.",
+                "gradient: the loss gained a penalty, or a weight was used outside its module's forward. From the step "
+                "where this was seen on, what is missing goes to the ledger's optimizer line; until then the "
+                "displacement gap shows it.",
                 stacklevel=3,
             )
 

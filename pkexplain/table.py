@@ -227,7 +227,7 @@ def _checks(explanation: Explanation) -> Table:
 
 def _cost(explanation: Explanation) -> str:
     cost = explanation.cost
-    spent = " (all of it)" if cost.exhausted else ""
+    spent = ", which ran out" if cost.exhausted else ""
     return (
         f"Cost: {cost.forward_passes:,} forward and {cost.backward_passes:,} backward passes; "
         f"budget {cost.budget:,}{spent}."

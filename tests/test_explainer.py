@@ -634,3 +634,12 @@ def test_a_model_of_one_number_is_explained_by_its_value():
     explanation = pk.Explainer(store, model).explain(inputs[35])
     assert explanation.output == "value[0]"
     assert explanation.final == pytest.approx(model(inputs[35]).item(), rel=1e-5)
+
+
+def test_a_budget_that_runs_out_is_said_also_where_some_of_it_is_left(run):
+    hasty = pk.Quadrature(nodes=2, budget=5)  # 15 gradients for 3 segments: 6 at first, then 4 a halving
+    spent = pk.Explainer(run.store, run.model, tolerance=1e-12, quadrature=hasty).explain(run.queries[0])
+    assert spent.cost.backward_passes == 14
+    assert spent.cost.budget == 15
+    assert spent.cost.exhausted
+    assert not pk.Explainer(run.store, run.model, tolerance=0.5).explain(run.queries[0]).cost.exhausted

@@ -44,11 +44,6 @@ def test_an_explanation_passes_where_every_check_does(explanation):
     assert not make_explanation(failing=True).passed
 
 
-def test_a_budget_is_exhausted_when_it_is_spent():
-    assert pk.Cost(3, 8, 8).exhausted
-    assert not pk.Cost(3, 7, 8).exhausted
-
-
 def test_gross_is_what_was_pushed_either_way(explanation):
     assert explanation.gross == pytest.approx(np.abs(explanation.contributions).sum())
     assert explanation.gross > abs(explanation.total)

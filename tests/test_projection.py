@@ -279,9 +279,9 @@ def test_a_kind_of_another_version_is_refused():
         projection_from_description({"kind": "Fourier", "k": 8})
 
 
-def test_nothing_to_project_is_an_error():
-    with pytest.raises(ValueError, match="at least one block"):
-        Seen(mlp).bind(pk.Identity()).project([], 3)
+def test_nothing_projects_to_zero():
+    projector = Seen(mlp).bind(pk.SparseSign(k=32))
+    assert torch.equal(projector.project([], 3), torch.zeros(3, 32, dtype=projector.dtype))
 
 
 def test_rows_are_stored_in_half_precision_except_exact_ones():

@@ -714,6 +714,8 @@ def test_a_penalty_in_the_loss_goes_to_the_optimizer_line(strength):
         lines.append((explanation.ledger.remainders, explanation.contributions))
         gaps = {check.name: check.value for check in explanation.checks}
         assert gaps["displacement gap"] < 1e-9
+        assert gaps["capture gap"] < 1e-9  # what is missing is on its line
+        assert not [w for w in caught if "captured gradients missed" in str(w.message)]
     (with_penalty, these), (with_decay, those) = lines
     assert with_penalty["optimizer"] == pytest.approx(with_decay["decay"], rel=1e-6)
     assert abs(with_penalty["optimizer"]) > 1e-6
@@ -736,3 +738,28 @@ def test_a_run_says_how_it_ended():
                 raise error
         ends.append(store.manifest()["ended"])
     assert ends == ["finished", "interrupted by KeyboardInterrupt"]
+
+
+def test_a_penalty_that_sets_in_later_is_followed_once_it_is_seen():
+    inputs, targets = digits(48)
+    model, store = mlp(), pk.MemoryStore()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    recorder = pk.Recorder(
+        store, model, optimizer, num_examples=48, projection=pk.Identity(), segments=3, dtype=torch.float64
+    )
+    with warnings.catch_warnings(record=True) as caught, recorder:
+        warnings.simplefilter("always")
+        for step, ids in enumerate(batches(48, 16, 3)):
+            with recorder.step(ids):
+                optimizer.zero_grad()
+                squares = sum(p.square().sum() for p in model.parameters())
+                (F.cross_entropy(model(inputs[ids]), targets[ids]) + (step >= 3) * 0.1 * squares).backward()
+                optimizer.step()
+    before, seen, after = store.trajectory().summaries
+    assert before.capture_gap < 1e-9
+    assert seen.capture_gap > 0.01
+    assert seen.displacement_gap > 1e-3  # its first step was taken for the examples'
+    assert after.capture_gap < 1e-9
+    assert after.displacement_gap < 1e-9
+    assert after.optimizer_share > 0.01
+    assert ["segment 1" in str(w.message) for w in caught] == [True]

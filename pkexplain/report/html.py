@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pkexplain.errors import ConfigurationError, MissingDependencyError, message
+from pkexplain.errors import ConfigurationError, message
 from pkexplain.explanation import Explanation
 from pkexplain.report.data import Section, build_section
 from pkexplain.report.items import TrainingSet, clean, name_label
@@ -149,19 +149,8 @@ def _bins(values: Sequence[float]) -> list[tuple[int, int, float]]:
 
 @functools.cache
 def _environment() -> Environment:
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingDependencyError(
-            message(
-                "write_report",
-                "the template engine is not installed",
-                got=str(error),
-                expected="jinja2",
-                source="the report extra",
-                fix="Install it with: pip install 'pkexplain[report]'",
-            )
-        ) from error
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("pkexplain.report", "templates"),
         autoescape=True,
