@@ -49,7 +49,7 @@ head = [
     "left after correction, median",
     "largest",
     "gradients a query",
-    "budget spent",
+    "budget ran out",
 ]
 write(
     "additivity",
