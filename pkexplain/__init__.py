@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from pkexplain.errors import PkexplainError
 from pkexplain.explainer import Explainer
 from pkexplain.explanation import Check, Contribution, Cost, Explanation, GroupSum, Ledger
-from pkexplain.outputs import Custom, Logit, LogProbability, Loss, Margin, Output, Value
+from pkexplain.outputs import Custom, Logit, LogProbability, Loss, Margin, Output, TokenLogProbability, Value
 from pkexplain.projection import Identity, Kronecker, SparseSign
 from pkexplain.quadrature import Quadrature
 from pkexplain.recorder import Recorder
 from pkexplain.store import DirectoryStore, MemoryStore
+from pkexplain.update_rules import LinearStep, UpdateRule, register_update_rule
 from pkexplain.version import __version__
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "Identity",
     "Kronecker",
     "Ledger",
+    "LinearStep",
     "LogProbability",
     "Logit",
     "Loss",
@@ -47,8 +49,11 @@ __all__ = [
     "Quadrature",
     "Recorder",
     "SparseSign",
+    "TokenLogProbability",
+    "UpdateRule",
     "Value",
     "__version__",
+    "register_update_rule",
     "write_report",
 ]
 

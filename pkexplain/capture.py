@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 
 from pkexplain.errors import ExampleIdError, PkexplainError, message
 from pkexplain.gradients import ExampleGradients
 from pkexplain.layers import Layer, refusal
+from pkexplain.rules import Use
 
 __all__ = ["Capture"]
 
@@ -31,6 +34,8 @@ class Capture:
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype | None = None) -> None:
         self.layers, self._dtype = tuple(layers), dtype
         self._paused = False
+        self._positions: dict[str, bool] = {}  # embeddings of one-dimensional indices: whether those are positions
+        self._broadcast: set[str] = set()  # layers whose only row was seen to be added to every example
 
     @contextmanager
     def during_backward(self, examples: int, sink: Callable[[int, ExampleGradients], None]) -> Iterator[None]:
@@ -44,8 +49,11 @@ class Capture:
             ExampleIdError: A layer's output does not lead with ``examples`` rows.
         """
 
-        def watch(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            output.register_hook(lambda gradient: self._deliver(layer, args, kwargs, gradient, sink))
+        def watch(use: _Noted, outputs: Sequence[Tensor]) -> None:
+            if len(outputs) == 1:
+                outputs[0].register_hook(lambda gradient: self._deliver(use, [gradient], sink))
+            else:
+                register_multi_grad_hook(outputs, lambda gradients: self._deliver(use, list(gradients), sink))
 
         with self._watching(examples, watch):
             yield
@@ -53,34 +61,47 @@ class Capture:
     @contextmanager
     def collecting(self, examples: int) -> Iterator[Callable[[Tensor], list[tuple[int, ExampleGradients]]]]:
         """Yield a function that differentiates a scalar and returns every block's gradients, forming no ``.grad``."""
-        uses: list[tuple[Layer, tuple[Any, ...], dict[str, Any], Any]] = []
+        uses: list[tuple[_Noted, list[Any]]] = []
 
-        def note(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        def note(use: _Noted, outputs: Sequence[Tensor]) -> None:
             # the edge, not the tensor: an in-place ReLU behind the layer makes of the tensor what it put out
-            uses.append((layer, args, kwargs, torch.autograd.graph.get_gradient_edge(output)))
+            uses.append((use, [torch.autograd.graph.get_gradient_edge(output) for output in outputs]))
 
         def gradients(scalar: Tensor) -> list[tuple[int, ExampleGradients]]:
             found: list[tuple[int, ExampleGradients]] = []
             if not scalar.requires_grad:  # it does not depend on a layer
                 return found
-            outputs = torch.autograd.grad(scalar, [use[3] for use in uses], allow_unused=True)
-            for (layer, args, kwargs, _), gradient in zip(uses, outputs, strict=True):
-                if gradient is not None:
-                    self._deliver(layer, args, kwargs, gradient, lambda b, g: found.append((b, g)))
+            edges = [edge for _, outputs in uses for edge in outputs]
+            flat = iter(torch.autograd.grad(scalar, edges, allow_unused=True))
+            for use, outputs in uses:
+                self._deliver(use, [next(flat) for _ in outputs], lambda b, g: found.append((b, g)))
             return found
 
         with self._watching(examples, note):
             yield gradients
 
     @contextmanager
-    def _watching(self, examples: int, on_use: Callable[..., None]) -> Iterator[None]:
-        def hook_for(layer: Layer) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _watching(self, examples: int, on_use: Callable[[_Noted, Sequence[Tensor]], None]) -> Iterator[None]:
+        spread: list[str] = []  # layers whose output has gained a dimension
+
+        def hook_for(layer: Layer) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
                 if self._paused or not torch.is_grad_enabled():
-                    return
-                _check_output(layer, output, examples)
-                if output.requires_grad:
-                    on_use(layer, args, kwargs, output)
+                    return None
+                if layer.buffers and isinstance(output, Tensor) and not output.requires_grad:
+                    # nothing before it is trained, but its statistics are differentiated; a view, which may be changed
+                    output = output.requires_grad_().view_as(output)
+                noted = _Noted(layer, Use(module, args, kwargs, module.training))
+                why = layer.misuse(noted.use)
+                if why:
+                    raise refusal(layer.name, module, why)
+                if isinstance(output, Tensor):
+                    noted, output = self._spread(noted, output, examples, spread)
+                output, places = _apart(layer, output, examples, noted.lifted)
+                watched = [tensor for tensor in places if tensor.requires_grad]
+                if watched:
+                    on_use(replace(noted, wanted=tuple(tensor.requires_grad for tensor in places)), watched)
+                return output
 
             return hook
 
@@ -91,13 +112,58 @@ class Capture:
             for handle in handles:
                 handle.remove()
 
-    def _deliver(self, layer: Layer, args: Any, kwargs: Any, gradient: Tensor, sink: Any) -> None:
-        gradient = gradient.to(self._dtype or gradient.dtype)
+    def _spread(self, noted: _Noted, output: Tensor, examples: int, spread: list[str]) -> tuple[_Noted, Tensor]:
+        """Give an output that the model broadcasts over the batch one row per example, so that its gradient has too.
+
+        Positions are looked up as ``(1, t)`` or as ``(t,)``; what a model adds to every example then has a leading
+        dimension of 1, or none.
+        """
+        layer, use = noted.layer, noted.use
+        if output.ndim == 0 or layer.batch_axes != (0,):
+            return noted, output
+        ids = use.given(0, "input")
+        if isinstance(layer.module, nn.Embedding) and ids.ndim == 1:
+            if not self._are_positions(layer, ids, examples):
+                return noted, output
+            if examples == 1:
+                return replace(noted, use=_widened(use, 1, ids.ndim), lifted=True), output
+            spread.append(layer.name)
+            wide = replace(noted, use=_widened(use, examples, ids.ndim), spread=True)
+            return wide, output.expand(examples, *output.shape)
+        if examples == 1 or len(output) != 1 or any(_leads_with(v, examples) for v in _values(use)):
+            return noted, output
+        if spread:
+            raise _positions(spread[0], f"an output of shape {tuple(output.shape)} in layer {layer.name!r} behind it")
+        return replace(noted, use=_widened(use, examples), spread=True), output.expand(examples, *output.shape[1:])
+
+    def _are_positions(self, layer: Layer, ids: Tensor, examples: int) -> bool:
+        """Whether one-dimensional indices are positions, the same for every example, or one index per example."""
+        if layer.name not in self._positions:
+            counted = torch.equal(ids, torch.arange(examples, device=ids.device, dtype=ids.dtype))
+            if examples > 1 and (len(ids) == 1 or counted):  # it could be either
+                raise _positions(layer.name, f"indices of shape {tuple(ids.shape)}")
+            self._positions[layer.name] = len(ids) != examples
+        return self._positions[layer.name]
+
+    def _deliver(self, noted: _Noted, gradients: Sequence[Tensor | None], sink: Any) -> None:
+        if all(gradient is None for gradient in gradients):
+            return
+        layer, flat = noted.layer, iter(gradients)
+        arrived = [next(flat) if wanted else None for wanted in noted.wanted]
+        arrived = [g if g is None else g.to(self._dtype or g.dtype) for g in arrived]
+        arrived = [g[None] if noted.lifted and g is not None else g for g in arrived]
+        if noted.spread and layer.name not in self._broadcast and arrived[0] is not None:
+            if arrived[0][1:].any():
+                self._broadcast.add(layer.name)
+            elif arrived[0].any():
+                raise _positions(layer.name, "a gradient in the first row only")
         self._paused = True  # the rule may run the layer again, which is not a use to record
         try:
             with torch.no_grad():
-                for position, names in layer.blocks:
-                    sink(position, layer.rule(layer.module, args, kwargs, gradient, names))
+                blocks = layer.blocks if layer.buffers else [b for b in layer.blocks if any(_moving(layer, b[1]))]
+                found = layer.rule(replace(noted.use, gradients=tuple(arrived)), [names for _, names in blocks])
+                for (position, names), block in zip(blocks, found, strict=True):
+                    sink(position, block if layer.buffers else _without_frozen(layer, names, block))
         except RuntimeError as error:
             if isinstance(error, (PkexplainError, torch.OutOfMemoryError)):
                 raise
@@ -107,10 +173,93 @@ class Capture:
             self._paused = False
 
 
-def _check_output(layer: Layer, output: Any, examples: int) -> None:
-    if not isinstance(output, Tensor):
-        raise refusal(layer.name, layer.module, f"it returns a {type(output).__name__}, not one tensor")
-    if output.ndim == 0 or len(output) != examples:
+@dataclass(frozen=True)
+class _Noted:
+    """One use of a layer, and how its output was changed so that it has one row per example."""
+
+    layer: Layer
+    use: Use
+    wanted: tuple[bool, ...] = ()
+    spread: bool = False
+    lifted: bool = False  # one example, and a gradient without the dimension that counts it
+
+
+def _values(use: Use) -> list[Any]:
+    return [*use.args, *use.kwargs.values()]
+
+
+def _leads_with(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
+
+
+def _widened(use: Use, examples: int, plain: int | None = None) -> Use:
+    """Repeat what was given once for every example: without a batch's dimension (of ``plain`` ones), or with 1."""
+
+    def widen(value: Any) -> Any:
+        if plain is not None and isinstance(value, Tensor) and value.ndim == plain:
+            return value.expand(examples, *value.shape)
+        return value.expand(examples, *value.shape[1:]) if plain is None and _leads_with(value, 1) else value
+
+    return replace(use, args=tuple(map(widen, use.args)), kwargs={n: widen(v) for n, v in use.kwargs.items()})
+
+
+def _moving(layer: Layer, names: Sequence[str]) -> list[bool]:
+    return [layer.module.get_parameter(name).requires_grad for name in names]
+
+
+def _without_frozen(layer: Layer, names: Sequence[str], gradients: ExampleGradients) -> ExampleGradients:
+    """Leave out parameters of a block that were frozen since."""
+    moving = _moving(layer, names)
+    if all(moving):
+        return gradients
+    parameters = [layer.module.get_parameter(name) for name in names]
+    dtype = gradients.select(slice(0, 1)).total().dtype
+    masks = [p.new_full((p.numel(),), float(m), dtype=dtype) for p, m in zip(parameters, moving, strict=True)]
+    return gradients.scaled(torch.cat(masks))
+
+
+def _apart(layer: Layer, output: Any, examples: int, lifted: bool) -> tuple[Any, list[Tensor]]:
+    """Check a layer's outputs; where there are several, make each a tensor that no other one of them depends on."""
+    if isinstance(output, nn.utils.rnn.PackedSequence):
+        raise refusal(layer.name, layer.module, "it was given a PackedSequence")
+    if isinstance(output, Tensor):
+        if not lifted:
+            _check_output(layer, output, examples, layer.batch_axes[0])
+        return output, [output]
+    places: list[Tensor] = []
+
+    def visit(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            if part.requires_grad:
+                _check_output(layer, part, examples, layer.batch_axes[min(len(places), len(layer.batch_axes) - 1)])
+                part = part.clone()  # not a view: an in-place ReLU behind one would lead around it
+            places.append(part)
+            return part
+        if isinstance(part, (tuple, list)):
+            made = [visit(piece) for piece in part]
+            return type(part)(*made) if hasattr(part, "_fields") else type(part)(made)
+        if part is not None and not isinstance(part, (bool, int, float, str)):
+            raise refusal(layer.name, layer.module, f"it returns a {type(part).__name__}, not tensors")
+        return part
+
+    return visit(output), places
+
+
+def _positions(name: str, got: str) -> ExampleIdError:
+    return ExampleIdError(
+        message(
+            f"recording layer {name!r}",
+            "whether its output belongs to the examples or is shared by them all cannot be told",
+            got=got,
+            expected="one row per example, or positions of shape (1, T), added to the examples as they come",
+            source="the number of ids given to recorder.step(ids)",
+            fix="Pass positions as (1, T): torch.arange(T)[None]",
+        )
+    )
+
+
+def _check_output(layer: Layer, output: Tensor, examples: int, axis: int) -> None:
+    if output.ndim <= axis or output.shape[axis] != examples:
         raise ExampleIdError(
             message(
                 f"recording layer {layer.name!r}",

@@ -62,7 +62,7 @@ def checks_of(
     change = abs(float(changes.sum())) or float("nan")
     explained = corrected.explained[row]
     values = {
-        "quadrature gap": float((changes - covectors.displacement[row]).sum()) / change,
+        "quadrature gap": float((changes - covectors.displacement[row] - covectors.buffers[row]).sum()) / change,
         "optimizer share": float(covectors.optimizer[row].sum()) / change,
         "displacement gap": max(summary.displacement_gap for summary in trajectory.summaries),
         "capture gap": max(summary.capture_gap for summary in trajectory.summaries),

@@ -142,6 +142,7 @@ def explain(
         str | None,
         typer.Option(
             help="logit:3, log-probability:3, margin:3, loss:3 or value:0; without a number, of the predicted class. "
+            "tokens:17,42 for the log-probability of the last tokens of a sequence. "
             "By default the logit, or the one number that the model predicts."
         ),
     ] = None,
@@ -192,6 +193,9 @@ def parse_output(text: str) -> Any:
         "loss": outputs.Loss,
         "value": outputs.Value,
     }
+    tokens = number.split(",")
+    if name == "tokens" and all(token.isdecimal() for token in tokens):
+        return outputs.TokenLogProbability([int(token) for token in tokens])
     if name in kinds and (number.isdecimal() or (not number and name != "loss")):
         return kinds[name](*([int(number)] if number else []))
     raise QueryError(
@@ -199,7 +203,7 @@ def parse_output(text: str) -> Any:
             f"--output {text}",
             "there is no such output",
             got=repr(text),
-            expected=", ".join(f"{kind}:NUMBER" for kind in kinds),
+            expected=", ".join(f"{kind}:NUMBER" for kind in kinds) + ", tokens:NUMBER,NUMBER,…",
             source="pkexplain.outputs",
             fix="For the score of class 3, write --output logit:3",
         )

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pkexplain.accounting import CapturedBatch
+from pkexplain.batches import CapturedBatch
 from pkexplain.errors import ConfigurationError, NonFiniteGradientError, RecordingError, message
 
-__all__ = ["broken", "check_arguments", "not_finite", "used_by_hand", "without_backward"]
+__all__ = ["broken", "check_arguments", "not_finite", "stranger", "used_by_hand", "without_backward"]
 
 
 def check_arguments(model: nn.Module, **given: Any) -> None:
@@ -34,6 +34,18 @@ def check_arguments(model: nn.Module, **given: Any) -> None:
             raise ConfigurationError(
                 message(f"Recorder({name}=…)", wrong, got=repr(given[name]), expected=expected, source=source, fix=fix)
             )
+    compiled = [name for name, part in model.named_modules() if getattr(part, "_compiled_call_impl", None) is not None]
+    if compiled:
+        raise ConfigurationError(
+            message(
+                "Recorder(model=…)",
+                "hooks do not reach the layers of a compiled module",
+                got=f"compile() was called on {compiled[0] or 'the model itself'!r}",
+                expected="modules that are not compiled",
+                source="pkexplain.capture",
+                fix="Record the model without module.compile()",
+            )
+        )
     if hasattr(model, "_orig_mod") or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ConfigurationError(
             message(
@@ -63,6 +75,21 @@ def without_backward() -> RecordingError:
     """Say that there is no gradient to record."""
     fix = "Call loss.backward() inside the 'with recorder.step(ids):' block, before optimizer.step()"
     return broken("backward was never called", "no gradient of a recorded parameter", fix)
+
+
+def stranger(name: str) -> RecordingError:
+    """Say that the optimizer moves a parameter which was not there, or frozen, when the recorder was made."""
+    return RecordingError(
+        message(
+            f"recording parameter {name!r}",
+            "the optimizer moves it, and the recorder does not know it",
+            got="a parameter that was added or thawed after the recorder was made",
+            expected="the parameters that the optimizer held, with requires_grad=True, when the recorder was made",
+            source="optimizer.param_groups",
+            fix="Give it to the optimizer and leave it thawed until the recorder is made; frozen after that, it is "
+            "recorded from the step on which it is thawed",
+        )
+    )
 
 
 def used_by_hand(parameters: Sequence[str]) -> RecordingError:

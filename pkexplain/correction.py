@@ -29,7 +29,8 @@ class CorrectedCovectors:
     Attributes:
         covectors: What the quadrature gave.
         projected: q'_t, ``(queries, segments, k)``.
-        explained: E_t = f(θ_{t+1}) − f(θ_t) − ⟨φ_t, decay_t + optimizer_t⟩, in output units, ``(queries, segments)``.
+        explained: E_t = f(θ_{t+1}) − f(θ_t) − ⟨φ_t, decay_t + optimizer_t⟩ − buffers_t, in output units,
+            ``(queries, segments)``.
         uncorrected: ⟨q_t, s_t⟩, what the examples add up to before, in output units, ``(queries, segments)``.
         corrected: ⟨q'_t, s_t⟩, what they add up to after, in output units, ``(queries, segments)``.
     """
@@ -52,7 +53,7 @@ def correct(covectors: Covectors, row_sums: Tensor) -> CorrectedCovectors:
         The covectors before and after.
     """
     changes = covectors.outputs.diff(dim=1)
-    explained = changes - covectors.decay - covectors.optimizer
+    explained = changes - covectors.decay - covectors.optimizer - covectors.buffers
     q = covectors.projected.double()
     s = row_sums.to(q.device)
     uncorrected = torch.einsum("qtk,tk->qt", q, s)

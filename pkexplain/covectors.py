@@ -7,14 +7,14 @@ and its products with the vectors of the ledger.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from pkexplain.capture import Capture
-from pkexplain.layers import Layer
+from pkexplain.layers import Layer, find_buffer_layers
 from pkexplain.model_io import QueryBatch
 from pkexplain.outputs import Output
 from pkexplain.projector import Projector
@@ -22,6 +22,9 @@ from pkexplain.quadrature import Part, Quadrature
 from pkexplain.trajectory import Trajectory
 
 __all__ = ["Covectors", "OutputField", "integrate"]
+
+_NUMBERS_AT_ONCE = 1 << 26
+"""Most numbers of one block's gradients, formed for a product with the ledger's vectors."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Covectors:
         displacement: ⟨φ_t, Δθ_t⟩ by the quadrature, in output units, ``(queries, segments)``.
         decay: ⟨φ_t, decay_t⟩, in output units, ``(queries, segments)``.
         optimizer: ⟨φ_t, optimizer_t⟩, in output units, ``(queries, segments)``.
+        buffers: The same of running statistics: ⟨∫ ∂f/∂b, Δb_t⟩, in output units, ``(queries, segments)``.
         audit: ⟨φ_t, D_i,t⟩ of the audited examples, in output units, ``(queries, segments, audited)``.
         outputs: f(x; θ_t) at each checkpoint, in output units, ``(queries, segments + 1)``.
         forward_passes: Forward passes of each query, ``(queries,)``.
@@ -44,6 +48,7 @@ class Covectors:
     displacement: Tensor
     decay: Tensor
     optimizer: Tensor
+    buffers: Tensor
     audit: Tensor
     outputs: Tensor
     forward_passes: Tensor
@@ -64,18 +69,39 @@ class OutputField:
     def __init__(self, model: nn.Module, layers: list[Layer], projector: Projector, trajectory: Trajectory) -> None:
         """Read the ledger's vectors of every segment."""
         self._model, self._projector, self._trajectory = model, projector, trajectory
-        self._capture = Capture(layers, trajectory.dtype)
+        blocks = len(trajectory.fingerprint.blocks)
+        self._norms = find_buffer_layers(model)
+        norms = [replace(n, blocks=tuple((blocks + at, names) for at, names in n.blocks)) for n in self._norms]
+        self._capture = Capture([*layers, *norms], trajectory.dtype)
         self._named = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
         some = next(iter(self._named.values()))
         self.device, self.dtype = some.device, trajectory.dtype
         self._ends: dict[int, Tensor] = {}
         self._vectors: dict[int, Tensor] = {}
+        self._stored: dict[int, dict[str, Tensor]] = {}
 
     def _checkpoint(self, t: int) -> Tensor:
         if t not in self._ends:
             self._ends[t] = self._trajectory.checkpoint(t).parameters.to(self.device)
         return self._ends[t]
+
+    def _buffers_at(self, t: int) -> Mapping[str, Tensor]:
+        if t not in self._stored:
+            self._stored[t] = {n: b.to(self.device) for n, b in self._trajectory.checkpoint(t).buffers.items()}
+        return self._stored[t]
+
+    def _statistics_moved(self, t: int, norm: int) -> Tensor:
+        """Return Δb_t of one norm's running mean and variance, ``(2 * features,)``."""
+        layer = self._norms[norm]
+        names = [f"{layer.name}.{local}".lstrip(".") for local in layer.blocks[0][1]]
+        before, after = self._buffers_at(t), self._buffers_at(t + 1)
+        return torch.cat([(after[name] - before[name]).to(self.dtype) for name in names])
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the model holds running statistics that move f beside the parameters."""
+        return bool(self._norms)
 
     def _ledger_vectors(self, t: int) -> Tensor:
         """Stack Δθ_t, decay_t, optimizer_t and the audited displacements, ``(3 + audited, parameters)``."""
@@ -99,9 +125,12 @@ class OutputField:
                     parameter.copy_(point[position : position + parameter.numel()].view_as(parameter))
                     position += parameter.numel()
             if self._buffers:
-                stored = self._trajectory.checkpoint(segment if tau < 1 else segment + 1).buffers
+                before, after = self._buffers_at(segment), self._buffers_at(segment + 1)
                 for name, buffer in self._buffers.items():
-                    buffer.copy_(stored[name])
+                    if 0 < tau < 1 and buffer.is_floating_point():
+                        buffer.copy_(torch.lerp(before[name], after[name], tau))
+                    else:
+                        buffer.copy_((before if tau < 1 else after)[name])
 
     def prediction(self, queries: QueryBatch) -> Tensor:
         """Run the model where it was moved to, ``(queries, …)``."""
@@ -116,15 +145,26 @@ class OutputField:
         """Differentiate f where the model was moved to, and keep what the ledger needs of the gradient.
 
         Returns:
-            The gradient's products with the ledger's vectors, then its projection, ``(queries, 3 + audited + k)``.
+            The product of the gradient of running statistics with what they moved, those of the gradient with the
+            ledger's vectors, then its projection, ``(queries, 4 + audited + k)``.
         """
         vectors = self._ledger_vectors(segment)
         with torch.enable_grad(), self._capture.collecting(len(queries)) as gradients:
             pieces = gradients(output(queries.run(self._model)).sum())
         products = vectors.new_zeros(len(queries), len(vectors))
+        projected = vectors.new_zeros(len(queries), self._projector.columns)
+        statistics = vectors.new_zeros(len(queries), 1)
+        blocks = len(self._trajectory.fingerprint.blocks)
         for position, piece in pieces:
-            products += piece.dense().to(self.dtype) @ vectors[:, self._trajectory.fingerprint.blocks[position].span].T
-        return torch.cat([products, self._projector.project(pieces, len(queries)).to(self.dtype)], dim=1)
+            if position >= blocks:
+                moved = self._statistics_moved(segment, position - blocks)
+                statistics[:, 0] += piece.dense().to(self.dtype) @ moved
+                continue
+            block = self._trajectory.fingerprint.blocks[position]
+            for some in torch.arange(len(queries), device=self.device).split(max(1, _NUMBERS_AT_ONCE // block.numel)):
+                products[some] += piece.select(some).dense().to(self.dtype) @ vectors[:, block.span].T
+            self._projector.add_covectors(projected, position, piece)
+        return torch.cat([statistics, products, projected], dim=1)
 
 
 @dataclass
@@ -184,7 +224,7 @@ def integrate(
                 state = progress[q]
                 change = values[(part.segment, part.end)][q] - values[(part.segment, part.start)][q]
                 state.integrals[part] = features
-                state.errors[part] = change - float(features[0])
+                state.errors[part] = change - float(features[0]) - float(features[1])
                 state.backward_passes += len(nodes)
             done += 1
             on_part(done, planned)
@@ -255,10 +295,11 @@ def _gather(field_: OutputField, progress: list[_Progress], outputs: Tensor) -> 
     products = whole[:, :, :named].double().cpu()
     return Covectors(
         projected=whole[:, :, named:],
-        displacement=products[:, :, 0],
-        decay=products[:, :, 1],
-        optimizer=products[:, :, 2],
-        audit=products[:, :, 3:],
+        buffers=products[:, :, 0],
+        displacement=products[:, :, 1],
+        decay=products[:, :, 2],
+        optimizer=products[:, :, 3],
+        audit=products[:, :, 4:],
         outputs=outputs,
         forward_passes=torch.tensor([state.forward_passes for state in progress]),
         backward_passes=torch.tensor([state.backward_passes for state in progress]),

@@ -4,146 +4,131 @@ For the recursion of `pkexplain.update_rules`, a gradient g of step r moves the 
 
     −(gradient_step_r + gain_r W_r) g,    W_r = moment_step_r + decay_{r+1} W_{r+1},   W_{e+1} = 0,
 
-and leaves gain_r · decay_{r+1} ⋯ decay_e · g in the moment, which goes on moving them in the next segment. Only the
-batch of a step is touched when it happens; the factors are applied when the segment closes.
+and leaves gain_r · decay_{r+1} ⋯ decay_e · g in the moment, which goes on moving them in the next segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pkexplain.update_rules import LinearStep
+from pkexplain.update_rules import LinearStep, Number
 
-__all__ = ["FullSpaceAccount", "RowAccumulator"]
-
-Steps = Sequence[Mapping[int, LinearStep]]
-"""For each optimizer step, the numbers of each parameter group."""
+__all__ = ["MomentAccount", "Reach", "RowAccumulator", "look_back"]
 
 
-@dataclass
-class _Factors:
-    """What a gradient of each step has done by the end, ``(steps,)``, and what an earlier moment has done."""
+@dataclass(frozen=True)
+class Reach:
+    """What a gradient of one step has done by the end.
 
-    moved: list[float]
-    kept: list[float]
-    earlier_moved: float
-    earlier_kept: float
+    Attributes:
+        step: The step's place in the list; −1 for what was in the moment before the first.
+        moved: What the gradient is multiplied with to give minus its displacement.
+        kept: What of it is in the moment.
+    """
 
-    @classmethod
-    def of(cls, steps: Sequence[LinearStep]) -> _Factors:
-        moved, kept = [0.0] * len(steps), [0.0] * len(steps)
-        reach, remains = 0.0, 1.0  # decay_{r+1} W_{r+1} and decay_{r+1} ⋯ decay_e
-        for r in range(len(steps) - 1, -1, -1):
-            step = steps[r]
-            reach += step.moment_step
-            moved[r] = step.gradient_step + step.gain * reach
-            kept[r] = step.gain * remains
-            reach, remains = reach * step.decay, remains * step.decay
-        return cls(moved, kept, reach, remains)
+    step: int
+    moved: Number
+    kept: Number
 
 
-@dataclass
+def look_back(steps: Sequence[LinearStep], wanted: Sequence[int] | None = None) -> Iterator[Reach]:
+    """Go from the last step to the first and say what a gradient of each has done since.
+
+    Args:
+        steps: The numbers of one block of parameters, step by step.
+        wanted: Places to say it for; None for all. −1, a moment from before the first step, is always the last.
+    """
+    chosen = None if wanted is None else set(wanted)
+    reach: Number = 0.0  # decay_{r+1} W_{r+1}
+    remains: Number = 1.0  # decay_{r+1} ⋯ decay_e
+    for place in range(len(steps) - 1, -1, -1):
+        step = steps[place]
+        reach = reach + step.moment_step
+        if chosen is None or place in chosen:
+            yield Reach(place, step.gradient_step + step.gain * reach, step.gain * remains)
+        reach, remains = reach * step.decay, remains * step.decay
+    yield Reach(-1, reach, remains)
+
+
 class RowAccumulator:
-    """Displacement rows of all examples, gathered over a segment.
+    """Displacement rows of all examples, gathered over a segment, and what is still in the moment.
 
     Args:
         examples: How many rows there are.
-        group_columns: The columns that each parameter group of the optimizer moves.
-        columns: Width of a row.
-        dtype: Number format of the sums.
-        device: Where they are kept.
+        columns: The columns of each block of parameters.
+        width: Width of a row.
+        like: A tensor of the sums' number format and device.
     """
 
-    examples: int
-    group_columns: Mapping[int, slice]
-    columns: int
-    dtype: torch.dtype
-    device: torch.device
-    _visits: list[tuple[int, _Parts]] = field(default_factory=list, init=False)
-    _waiting: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, examples: int, columns: Mapping[int, slice], width: int, like: Tensor) -> None:
         """Start the first segment, with nothing in the moment."""
+        self._examples, self._columns, self._width, self._like = examples, columns, width, like
         self._moment: _Sum | None = None
         self._moved = self._new_sum()
 
     def _new_sum(self) -> _Sum:
-        rows = torch.zeros(self.examples, self.columns, dtype=self.dtype, device=self.device)
+        rows = self._like.new_zeros(self._examples, self._width)
         return _Sum(rows, torch.zeros_like(rows[:, 0]), torch.zeros_like(rows[:, 0]))
 
-    def add(self, step: int, ids: Tensor, gradients: Tensor, derivatives: Tensor) -> None:
-        """Note a batch.
+    def add(
+        self, ids: Tensor, rows: Tensor, derivatives: Tensor, moved: Mapping[int, float], kept: Mapping[int, float]
+    ) -> None:
+        """Add a batch's gradients, each block's columns with the factors of the block.
 
         Args:
-            step: The optimizer step since the last `fold` that the batch's gradients enter.
             ids: Row numbers, ``(batch,)``.
-            gradients: Projected gradients of the loss, ``(batch, columns)``.
+            rows: Gradients in projection space, ``(batch, width)``.
             derivatives: Loss derivatives, ``(batch,)``.
+            moved: How far they moved the parameters.
+            kept: What of them is in the moment.
         """
-        self._visits.append((step, _Parts.of(ids, gradients, derivatives, self.group_columns)))
-        self._waiting += len(ids)
+        parts = _Parts.of(ids, rows, derivatives, self._columns)
+        self._moved.add(parts, moved, self._columns)
+        if any(kept.values()):
+            if self._moment is None:
+                self._moment = self._new_sum()
+            self._moment.add(parts, kept, self._columns)
 
-    @property
-    def full(self) -> bool:
-        """Whether as many gradients wait as there are rows, so that folding would free memory."""
-        return self._waiting >= self.examples
-
-    def fold(self, steps: Steps) -> None:
-        """Turn the waiting gradients into displacements up to now, and moments.
+    def pass_on(self, moved: Mapping[int, float], kept: Mapping[int, float]) -> None:
+        """Let what is in the moment move the parameters.
 
         Args:
-            steps: The optimizer steps since the last fold.
+            moved: How far, for each block.
+            kept: What of it stays in the moment.
         """
-        factors = {group: _Factors.of([step[group] for step in steps]) for group in self.group_columns}
-        moment = None
-        if any(f.earlier_kept or any(f.kept) for f in factors.values()):
-            moment = self._new_sum()
-        if self._moment is not None:
-            every = torch.arange(self.examples, device=self.device)
-            earlier = _Parts.of(every, self._moment.rows, self._moment.derivatives(), self.group_columns)
-            self._moved.add(earlier, {g: f.earlier_moved for g, f in factors.items()}, self.group_columns)
-            if moment is not None:
-                moment.add(earlier, {g: f.earlier_kept for g, f in factors.items()}, self.group_columns)
-        for step, parts in self._visits:
-            self._moved.add(parts, {g: f.moved[step] for g, f in factors.items()}, self.group_columns)
-            if moment is not None:
-                moment.add(parts, {g: f.kept[step] for g, f in factors.items()}, self.group_columns)
-        self._moment, self._visits, self._waiting = moment, [], 0
+        before, self._moment = self._moment, None
+        if before is not None:
+            every = torch.arange(self._examples, device=self._like.device)
+            self.add(every, before.rows, before.derivatives(), moved, kept)
 
-    def close(self, steps: Steps) -> tuple[Tensor, Tensor]:
+    def close(self) -> tuple[Tensor, Tensor]:
         """End the segment and start the next.
 
-        Args:
-            steps: The optimizer steps since the last fold.
-
         Returns:
-            Rows ``(examples, columns)`` in parameter units, and for each the loss derivative averaged over what it
+            Rows ``(examples, width)`` in parameter units, and for each the loss derivative averaged over what it
             holds with the kernel as weight, ``(examples,)``.
         """
-        if steps:
-            self.fold(steps)
         moved, self._moved = self._moved, self._new_sum()
         return moved.rows.neg_(), moved.derivatives()
 
 
 @dataclass
 class _Parts:
-    """Gradients of some examples, with the size that each parameter group's columns have."""
+    """Gradients of some examples, with the size that each block's columns have."""
 
     ids: Tensor
     rows: Tensor
     derivatives: Tensor
-    sizes: dict[int, Tensor]  # squared norms, (batch,)
+    sizes: Tensor  # squared norms, (batch, blocks)
 
     @classmethod
     def of(cls, ids: Tensor, rows: Tensor, derivatives: Tensor, columns: Mapping[int, slice]) -> _Parts:
-        return cls(
-            ids, rows, derivatives, {g: torch.linalg.vector_norm(rows[:, c], dim=1) ** 2 for g, c in columns.items()}
-        )
+        parts = [torch.linalg.vector_norm(rows[:, c], dim=1) for c in columns.values()]
+        return cls(ids, rows, derivatives, torch.stack(parts, dim=1).square_())
 
 
 @dataclass
@@ -155,10 +140,13 @@ class _Sum:
     weighted: Tensor
 
     def add(self, parts: _Parts, factors: Mapping[int, float], columns: Mapping[int, slice]) -> None:
-        size = torch.zeros_like(parts.derivatives)
-        for group, factor in factors.items():
-            self.rows[:, columns[group]].index_add_(0, parts.ids, parts.rows[:, columns[group]], alpha=factor)
-            size += factor**2 * parts.sizes[group]
+        values = [factors[block] for block in columns]
+        if len(set(values)) == 1:
+            self.rows.index_add_(0, parts.ids, parts.rows, alpha=values[0])
+        else:
+            for (_, span), factor in zip(columns.items(), values, strict=True):
+                self.rows[:, span].index_add_(0, parts.ids, parts.rows[:, span], alpha=factor)
+        size = parts.sizes @ torch.tensor(values, dtype=parts.sizes.dtype, device=parts.sizes.device).square()
         counted = size > 0
         weight = size.sqrt() / parts.derivatives.abs()
         self.weight.index_add_(0, parts.ids, torch.where(counted, weight, 0.0))
@@ -168,59 +156,49 @@ class _Sum:
         return torch.where(self.weight == 0, 0.0, self.weighted / self.weight)
 
 
-@dataclass
-class FullSpaceAccount:
-    """What all examples together, and weight decay, did to the parameters of a segment, ``(parameters,)`` each.
+class MomentAccount:
+    """What one source of gradients (all examples together, or weight decay) did to the parameters of a segment.
 
     Args:
-        group_parameters: Where each parameter group lies in the flat vector.
+        spans: Where each block of parameters lies in the flat vector.
         like: A vector of the right size, format and device.
     """
 
-    group_parameters: Mapping[int, slice]
-    like: Tensor
+    def __init__(self, spans: Mapping[int, slice], like: Tensor) -> None:
+        """Start the first segment with an empty moment."""
+        self._spans, self._moment, self._moved = spans, torch.zeros_like(like), torch.zeros_like(like)
+        self._used: set[int] = set()
 
-    def __post_init__(self) -> None:
-        """Start the first segment with empty moments."""
-        self._example_moment = torch.zeros_like(self.like)
-        self._decay_moment = torch.zeros_like(self.like)
-        self._decays = False
-        self._start()
-
-    def _start(self) -> None:
-        self.examples = torch.zeros_like(self.like)
-        self.decay = torch.zeros_like(self.like)
-
-    def step(self, numbers: Mapping[int, LinearStep], gradient: Tensor, parameters: Tensor) -> None:
+    def step(self, numbers: Mapping[int, LinearStep], sources: Mapping[int, Tensor]) -> None:
         """Follow one optimizer step.
 
         Args:
-            numbers: The step's numbers for each parameter group.
-            gradient: The sum of the examples' gradients, ``(parameters,)``.
-            parameters: The parameters before the step, ``(parameters,)``.
+            numbers: The step's numbers for each block.
+            sources: The gradient of each block that has one, ``(numel,)``.
         """
-        for group, span in self.group_parameters.items():
-            n = numbers[group]
-            _follow(n, self._example_moment[span], self.examples[span], gradient[span])
-            if n.coupled_decay:
-                _follow(n, self._decay_moment[span], self.decay[span], n.coupled_decay * parameters[span])
-                self._decays = True
-            elif self._decays and n.decay:
-                _follow(n, self._decay_moment[span], self.decay[span], None)
-            if n.decoupled_decay:
-                self.decay[span] -= n.decoupled_decay * parameters[span]
+        for block in self._used.union(sources):
+            n, span = numbers[block], self._spans[block]
+            moment, moved = self._moment[span], self._moved[span]
+            moment.mul_(n.decay)
+            if block in sources:
+                _add(moment, n.gain, sources[block])
+                _add(moved, n.gradient_step, sources[block], -1)
+            _add(moved, n.moment_step, moment, -1)
+        self._used.update(sources)
 
-    def close(self) -> tuple[Tensor, Tensor]:
-        """End the segment: return what the examples and the decay did, and start the next."""
-        sums = self.examples, self.decay
-        self._start()
-        return sums
+    def shrink(self, numbers: Mapping[int, LinearStep], parameters: Tensor) -> None:
+        """Follow one step's decoupled weight decay from the parameters before it, ``(parameters,)``."""
+        for block, span in self._spans.items():
+            _add(self._moved[span], numbers[block].decoupled_decay, parameters[span], -1)
+
+    def close(self) -> Tensor:
+        """End the segment: return what was moved, ``(parameters,)``, and start the next."""
+        moved, self._moved = self._moved, torch.zeros_like(self._moved)
+        return moved
 
 
-def _follow(n: LinearStep, moment: Tensor, total: Tensor, gradient: Tensor | None) -> None:
-    moment.mul_(n.decay)
-    if gradient is not None:
-        moment.add_(gradient, alpha=n.gain)
-        if n.gradient_step:
-            total.sub_(gradient, alpha=n.gradient_step)
-    total.sub_(moment, alpha=n.moment_step)
+def _add(total: Tensor, factor: Number, vector: Tensor, sign: int = 1) -> None:
+    if isinstance(factor, Tensor):
+        total.addcmul_(factor, vector, value=sign)
+    elif factor:
+        total.add_(vector, alpha=sign * factor)

@@ -93,6 +93,19 @@ def path_kernel(
                 fix="Record the run again with projection=pkexplain.Identity()",
             )
         )
+    before, after = trajectory.checkpoint(0).buffers, trajectory.checkpoint(len(trajectory)).buffers
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    if moved:
+        raise ConfigurationError(
+            message(
+                "exact.path_kernel(run)",
+                "buffers moved while it was recorded, and the dense path does not follow them",
+                got=", ".join(moved[:3]),
+                expected="a model whose buffers stay",
+                source="the run's checkpoints",
+                fix="Use pkexplain.Explainer, which gives running statistics a line of their own",
+            )
+        )
     trajectory.fingerprint.check(model)
     queries = as_queries(x, trajectory.inputs, next(model.parameters()).device)
     field = _Field(model, trajectory)

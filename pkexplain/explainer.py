@@ -147,7 +147,7 @@ class Explainer:
                     Explanation(
                         output=names[row],
                         reading=reading,
-                        ledger=_ledger(corrected, row),
+                        ledger=_ledger(corrected, row, self._field.has_statistics),
                         proponents=tuple([c for c in found if c.contribution > 0][:k]),
                         opponents=tuple([c for c in reversed(found) if c.contribution < 0][:k]),
                         checks=checks_of(self._trajectory, corrected, audited, row, self._tolerance),
@@ -309,12 +309,13 @@ class _Scan:
         return contributions
 
 
-def _ledger(corrected: CorrectedCovectors, row: int) -> Ledger:
+def _ledger(corrected: CorrectedCovectors, row: int, statistics: bool) -> Ledger:
     covectors = corrected.covectors
     outputs = covectors.outputs[row]
     return Ledger(
         initial=float(outputs[0]),
         final=float(outputs[-1]),
         examples=float(corrected.corrected[row].sum()),
-        remainders={"decay": float(covectors.decay[row].sum()), "optimizer": float(covectors.optimizer[row].sum())},
+        remainders={"decay": float(covectors.decay[row].sum()), "optimizer": float(covectors.optimizer[row].sum())}
+        | ({"buffers": float(covectors.buffers[row].sum())} if statistics else {}),
     )

@@ -10,17 +10,13 @@ so that a two-sided projection L G_i Rᵀ = Σ_t (L g_i,t) ⊗ (R x_i,t) never f
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 __all__ = [
-    "ConvolutionGradient",
     "DenseGradient",
     "EmbeddingGradient",
     "ExampleGradients",
@@ -28,6 +24,7 @@ __all__ = [
     "LinearGradient",
     "MatrixGradient",
     "ScaledGradient",
+    "outer_product",
 ]
 
 _NUMBERS_AT_ONCE = 1 << 19
@@ -122,6 +119,13 @@ class MatrixGradient(ExampleGradients):
             ``(examples, k_rows, k_columns)``.
         """
 
+    def formed(self) -> tuple[Tensor | None, Tensor | None]:
+        """Form the weight's gradients, ``(examples, rows, columns)``, and the bias's, ``(examples, rows)``."""
+        full = self.sketch(None, None)
+        if not self.bias:
+            return full, None
+        return (full[:, :, :-1] if self.weight else None), full[:, :, -1]
+
     def dense(self) -> Tensor:
         """Form the gradients, ``(examples, numel)``: the weight row by row, then the bias."""
         full = self.sketch(None, None)
@@ -204,18 +208,26 @@ class ScaledGradient(MatrixGradient):
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""
-        parts = []
-        for formed in self.formed():
-            part = formed if left is None else left @ formed
-            parts.append(part if right is None else part @ right.T)
-        return torch.cat(parts)
-
-    def formed(self) -> Iterator[Tensor]:
-        """Form F ⊙ G_i, some examples at a time, ``(some, rows, columns)``."""
         some = max(1, _NUMBERS_AT_ONCE // self.factors.numel())
-        for start in range(0, len(self), some):
-            positions = slice(start, start + some)
-            yield self.inner.select(positions).sketch(None, None) * self.factors
+        starts = range(0, len(self), some)
+        return torch.cat([self._some(self.inner.select(slice(at, at + some)), left, right) for at in starts])
+
+    def _some(self, inner: MatrixGradient, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Form and project a few examples; the bias by itself, as joining it to the weight would copy both."""
+        for_weight, for_bias = self._split(right)
+        weight, bias = inner.formed()
+        parts: list[Tensor] = []
+        if weight is not None:
+            part = weight * (self.factors[:, :-1] if self.bias else self.factors)
+            part = part if left is None else left @ part
+            parts.append(part if for_weight is None else part @ for_weight.T)
+        if bias is not None:
+            part = (bias * self.factors[:, -1])[:, :, None]
+            part = part if left is None else left @ part
+            parts.append(part if for_bias is None else part * for_bias)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, dim=2) if right is None else parts[0] + parts[1]
 
     def total(self) -> Tensor:
         """Sum over the examples, ``(numel,)``."""
@@ -259,7 +271,12 @@ class LinearGradient(MatrixGradient):
             x = ones * right[:, -1]  # only the bias is trained
         else:
             x = x @ for_weight.T if for_bias is None else x @ for_weight.T + for_bias
-        return _outer(left, self.output_gradients.transpose(1, 2), x.transpose(1, 2))
+        return outer_product(left, self.output_gradients.transpose(1, 2), x.transpose(1, 2))
+
+    def formed(self) -> tuple[Tensor | None, Tensor | None]:
+        """Form the weight's gradients, ``(examples, rows, columns)``, and the bias's, ``(examples, rows)``."""
+        weight = outer_product(None, self.output_gradients.transpose(1, 2), self.inputs.transpose(1, 2))
+        return weight if self.weight else None, self.output_gradients.sum(1) if self.bias else None
 
     def total(self) -> Tensor:
         """Sum over the examples, ``(numel,)``, as one long example."""
@@ -269,59 +286,6 @@ class LinearGradient(MatrixGradient):
         return replace(self, inputs=x, output_gradients=g).total()
 
     def select(self, positions: Tensor | slice) -> LinearGradient:
-        """Keep the examples at ``positions``."""
-        return replace(self, inputs=self.inputs[positions], output_gradients=self.output_gradients[positions])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory held."""
-        return self.inputs.nbytes + self.output_gradients.nbytes
-
-
-@dataclass(frozen=True)
-class ConvolutionGradient(MatrixGradient):
-    """G_i = Σ_p g_i,p ⊗ [patch of x_i at p, 1] over output positions p; projecting patches is itself a convolution."""
-
-    inputs: Tensor  # (examples, channels, *space)
-    output_gradients: Tensor  # (examples, rows, positions)
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: tuple[int, ...]  # zeros at both ends of each axis
-    weight: bool
-    bias: bool
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Rows and columns of the matrix."""
-        return self.output_gradients.shape[1], self.weight * self.inputs.shape[1] * math.prod(self.kernel) + self.bias
-
-    def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        """Project from both sides, ``(examples, k_rows, k_columns)``."""
-        g = self.output_gradients
-        for_weight, for_bias = self._split(right)
-        if right is None:
-            parts = [_outer(left, g, self._patches())] if self.weight else []
-            parts += [_outer(left, g, g.new_ones(1, 1, 1).expand(len(g), 1, g.shape[2]))] if self.bias else []
-            return torch.cat(parts, dim=2)
-        if for_weight is None:
-            x = right[None, :, -1:].expand(len(g), -1, g.shape[2])  # only the bias is trained
-        else:
-            filters = for_weight.reshape(-1, self.inputs.shape[1], *self.kernel)
-            convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-            x = convolve(self.inputs, filters, for_bias, self.stride, self.padding, self.dilation).flatten(2)
-        return _outer(left, g, x)
-
-    def _patches(self) -> Tensor:
-        """Unfold the inputs, ``(examples, channels * kernel, positions)``."""
-        x = F.pad(self.inputs, [size for size in reversed(self.padding) for _ in (0, 1)])
-        for axis, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
-            x = x.unfold(2 + axis, (size - 1) * gap + 1, step)[..., ::gap]
-        n = len(self.kernel)
-        order = [0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n)]
-        return x.permute(order).reshape(len(x), -1, math.prod(x.shape[2 : 2 + n]))
-
-    def select(self, positions: Tensor | slice) -> ConvolutionGradient:
         """Keep the examples at ``positions``."""
         return replace(self, inputs=self.inputs[positions], output_gradients=self.output_gradients[positions])
 
@@ -376,9 +340,11 @@ class EmbeddingGradient(MatrixGradient):
         return self.tokens.nbytes + self.output_gradients.nbytes
 
 
-def _outer(left: Tensor | None, g: Tensor, x: Tensor) -> Tensor:
+def outer_product(left: Tensor | None, g: Tensor, x: Tensor) -> Tensor:
     """Compute L Σ_t g_t ⊗ x_t from g ``(n, rows, t)`` and x ``(n, columns, t)``, the cheaper product first."""
     (_, rows, t), columns = g.shape, x.shape[1]
+    if left is None and t == 1:
+        return g * x.transpose(1, 2)
     if left is not None and len(left) * t * (rows + columns) < rows * columns * (t + len(left)):
         return torch.bmm(left @ g, x.transpose(1, 2))
     outer = torch.bmm(x, g.transpose(1, 2)).transpose(1, 2)  # the few columns first: twice as fast

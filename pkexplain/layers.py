@@ -1,38 +1,33 @@
-"""Which layers can be recorded, and the rule that gives each one's per-example gradients.
-
-Matrices (Linear, Conv, Embedding) keep their gradients in factors; LayerNorm and GroupNorm have a rule in closed form;
-every other deterministic layer is differentiated one example at a time with `torch.func`.
-"""
+"""Which layers can be recorded, by which rule, and where their parameters lie in one flat vector."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pkexplain import rules
+from pkexplain.attention import attention, attention_misuse, attention_unfit
 from pkexplain.errors import ConfigurationError, UnsupportedLayerError, message
-from pkexplain.gradients import (
-    ConvolutionGradient,
-    DenseGradient,
-    EmbeddingGradient,
-    ExampleGradients,
-    LinearGradient,
-)
+from pkexplain.gradients import DenseGradient, ExampleGradients, MatrixGradient
+from pkexplain.recurrent import recurrent, recurrent_axes, recurrent_misuse, recurrent_unfit
+from pkexplain.rules import Parts, Rule, Use
 
-__all__ = ["Block", "Layer", "find_layers", "flatten_blocks", "refusal", "refuse_mixing"]
+__all__ = ["Block", "Layer", "find_buffer_layers", "find_layers", "flatten_blocks", "refusal"]
 
 
 @dataclass(frozen=True)
 class Block:
     """Parameters that one layer owns and one optimizer group moves, side by side in the flat vector of parameters.
 
+    A parameter that several layers share is a block by itself.
+
     Attributes:
-        name: The layer's path in the model (``""`` for the model itself).
+        name: The path in the model of the layer, the first one of several (``""`` for the model itself).
         parameters: The parameters' names in the model.
         shapes: Their shapes.
         group: The optimizer's parameter group that moves them.
@@ -65,112 +60,72 @@ class Layer:
     Attributes:
         name: The module's path in the model.
         module: The module.
-        rule: Turns what the module was given and its output's gradient into one gradient per local parameter name, or
-            into a matrix gradient for all of them.
-        blocks: For each block, its position in the model's list of blocks and the local parameter names it holds.
+        rule: Turns one use of the module into the gradients of its blocks.
+        blocks: For each block, its position in the model's list of blocks and the local names of this module's
+            parameters in it.
+        batch_axes: Which dimension counts the examples, for each tensor that the module returns; the last one holds
+            for all that follow.
+        buffers: Whether the blocks hold buffers, not parameters.
+        misuse: Says why one use of the module cannot be recorded, or None.
     """
 
     name: str
     module: nn.Module
-    rule: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor, tuple[str, ...]], ExampleGradients]
+    rule: Rule
     blocks: tuple[tuple[int, tuple[str, ...]], ...]
+    batch_axes: tuple[int, ...] = (0,)
+    buffers: bool = False
+    misuse: Callable[[Use], str | None] = lambda use: None
 
 
-def _linear(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Tensor, names: tuple[str, ...]
-) -> ExampleGradients:
-    x = (args[0] if args else kwargs["input"]).detach().to(gradient.dtype)
-    n = len(gradient)
-    return LinearGradient(
-        x.reshape(n, -1, x.shape[-1]), gradient.reshape(n, -1, gradient.shape[-1]), "weight" in names, "bias" in names
-    )
+@dataclass(frozen=True)
+class Composite:
+    """What is known of a layer of several matrices.
+
+    Attributes:
+        rule: Its rule.
+        unfit: Says why a module can never be recorded, or None.
+        misuse: Says why one use of it cannot be recorded, or None.
+        axes: Which dimension counts the examples, for each tensor that it returns.
+    """
+
+    rule: Rule
+    unfit: Callable[[Any], str | None]
+    misuse: Callable[[Use], str | None]
+    axes: Callable[[Any], tuple[int, ...]]
 
 
-def _convolution(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Tensor, names: tuple[str, ...]
-) -> ExampleGradients:
-    x = (args[0] if args else kwargs["input"]).detach().to(gradient.dtype)
-    padding = module.padding
-    if isinstance(padding, str) or module.padding_mode != "zeros":  # uneven, or not of zeros: pad here
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        padding = (0,) * len(module.kernel_size)
-    sizes = (module.kernel_size, module.stride, module.dilation, padding)
-    return ConvolutionGradient(x, gradient.flatten(2), *sizes, "weight" in names, "bias" in names)
-
-
-def _embedding(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Tensor, names: tuple[str, ...]
-) -> ExampleGradients:
-    tokens = (args[0] if args else kwargs["input"]).detach()
-    n = len(gradient)
-    tokens, gradient = tokens.reshape(n, -1), gradient.reshape(n, -1, gradient.shape[-1])
-    if module.padding_idx is not None:
-        gradient = gradient * (tokens != module.padding_idx)[:, :, None]
-    return EmbeddingGradient(tokens, gradient, module.num_embeddings)
-
-
-def _scale_and_shift(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Tensor, names: tuple[str, ...]
-) -> ExampleGradients:
-    x = (args[0] if args else kwargs["input"]).detach().to(gradient.dtype)
-    if isinstance(module, nn.LayerNorm):
-        normalised = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-        axes = tuple(range(1, x.ndim - len(module.normalized_shape)))
-    else:
-        normalised = F.group_norm(x, module.num_groups, eps=module.eps)
-        axes = tuple(range(2, x.ndim))
-    parts = {"weight": gradient * normalised, "bias": gradient}
-    summed = [parts[name].sum(axes) if axes else parts[name] for name in names]
-    return DenseGradient(torch.cat([part.flatten(1) for part in summed], dim=1))
-
-
-def _by_example(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Tensor, names: tuple[str, ...]
-) -> ExampleGradients:
-    """Differentiate the module again, one example at a time (`torch.func.vmap` of `torch.func.vjp`)."""
-    n = len(gradient)
-    detach = lambda value: value.detach() if isinstance(value, Tensor) else value  # noqa: E731 - used twice, one line
-    args, kwargs = tuple(map(detach, args)), {name: detach(value) for name, value in kwargs.items()}
-    batched = lambda value: isinstance(value, Tensor) and value.ndim > 0 and len(value) == n  # noqa: E731
-    axes = tuple(0 if batched(value) else None for value in args)
-    named_axes = {name: 0 if batched(value) else None for name, value in kwargs.items()}
-    values = {f"inner.{name}": getattr(module, name).detach() for name in names}
-    bare = _WithoutHooks(module)
-
-    def one(inputs: tuple[Any, ...], named: dict[str, Any], output_gradient: Tensor) -> dict[str, Tensor]:
-        inputs = tuple([v[None] if axis == 0 else v for v, axis in zip(inputs, axes, strict=True)])
-        named = {name: v[None] if named_axes[name] == 0 else v for name, v in named.items()}
-        output, pull = torch.func.vjp(lambda p: torch.func.functional_call(bare, p, inputs, named), values)[:2]
-        return pull(output_gradient[None].to(output.dtype))[0]
-
-    gradients = torch.func.vmap(one, in_dims=(axes, named_axes, 0))(args, kwargs, gradient)
-    return DenseGradient(torch.cat([gradients[name].to(gradient.dtype).flatten(1) for name in values], dim=1))
-
-
-class _WithoutHooks(nn.Module):
-    """A module whose own hooks stay silent: they have run, and may belong to the user or watch the whole model."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner.forward(*args, **kwargs)
-
-
-_RULES: dict[type[nn.Module], Callable[..., ExampleGradients]] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _convolution,
-    nn.Conv2d: _convolution,
-    nn.Conv3d: _convolution,
-    nn.Embedding: _embedding,
-    nn.LayerNorm: _scale_and_shift,
-    nn.GroupNorm: _scale_and_shift,
+_RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: rules.linear,
+    nn.Conv1d: rules.convolution,
+    nn.Conv2d: rules.convolution,
+    nn.Conv3d: rules.convolution,
+    nn.Embedding: rules.embedding,
+    nn.LayerNorm: rules.scale_and_shift,
+    nn.GroupNorm: rules.scale_and_shift,
+    nn.BatchNorm1d: rules.batch_norm,
+    nn.BatchNorm2d: rules.batch_norm,
+    nn.BatchNorm3d: rules.batch_norm,
 }
-_MIXES_EXAMPLES = (nn.modules.batchnorm._BatchNorm,)
+_RECURRENT = Composite(recurrent, recurrent_unfit, recurrent_misuse, recurrent_axes)
+_COMPOSITES: dict[type[nn.Module], Composite] = {
+    nn.RNN: _RECURRENT,
+    nn.LSTM: _RECURRENT,
+    nn.GRU: _RECURRENT,
+    nn.RNNCell: _RECURRENT,
+    nn.LSTMCell: _RECURRENT,
+    nn.GRUCell: _RECURRENT,
+    nn.MultiheadAttention: Composite(
+        attention, attention_unfit, attention_misuse, lambda module: (0 if module.batch_first else 1, 0)
+    ),
+}
+"""Layers of several matrices, which return several tensors."""
+_SEPARATE: tuple[Rule, ...] = (rules.transposed_linear, recurrent, attention)
+"""Rules that give every parameter a block of its own."""
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _WITHOUT_RULE = (
-    nn.RNNBase,
+    nn.SyncBatchNorm,
+    nn.RNNBase,  # those without a rule above
     nn.MultiheadAttention,
     nn.EmbeddingBag,
     nn.RNNCellBase,
@@ -179,65 +134,98 @@ _WITHOUT_RULE = (
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
-def _matrix_shape(module: Any, names: tuple[str, ...], rule: Any) -> tuple[int, int] | None:
-    if rule is _embedding:
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it is the Conv1D of `transformers`, which is not imported for that."""
+    kinds = [k for k in type(module).__mro__ if (k.__module__, k.__name__) == ("transformers.pytorch_utils", "Conv1D")]
+    return any(type(module).forward is kind.forward for kind in kinds)
+
+
+def _matrix_shape(module: Any, names: tuple[str, ...], rule: Rule) -> tuple[int, int] | None:
+    if rule is rules.embedding:
         return tuple(module.weight.shape)
-    if rule not in (_linear, _convolution):
+    if rule is rules.transposed_linear:
+        return tuple(module.weight.shape) if names == ("weight",) else None
+    if rule in (recurrent, attention):
+        shape = tuple(module.get_parameter(names[0]).shape)
+        return (shape[0], shape[1]) if len(shape) == 2 else None
+    if rule not in (rules.linear, rules.convolution):
         return None
     rows = len(module.weight)
     return rows, ("weight" in names) * (module.weight.numel() // rows) + ("bias" in names)
 
 
-def _rule_for(name: str, module: nn.Module) -> Callable[..., ExampleGradients]:
+def _rule_for(name: str, module: nn.Module) -> Rule:
     """Choose the per-example rule of a module that owns trainable parameters, or refuse it by name."""
     options: Any = module
+    if _is_transposed_linear(module):
+        return rules.transposed_linear
+    composite = _composite(module)
+    if composite:
+        why = composite.unfit(module)
+        if why:
+            raise refusal(name, module, why)
+        return composite.rule
     for kind, rule in _RULES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             strange = [n for n, _ in module.named_parameters(recurse=False) if n not in ("weight", "bias")]
             if strange:
                 raise refusal(name, module, f"its weight is made of {', '.join(strange)} (a hook of weight_norm?)")
-            if rule is _convolution and options.groups > 1:
-                return _by_example
-            if rule is _embedding and (options.max_norm or options.scale_grad_by_freq or options.sparse):
+            if rule is rules.convolution and options.groups > 1:
+                return rules.by_example
+            if rule is rules.embedding and (options.max_norm or options.scale_grad_by_freq or options.sparse):
                 raise refusal(name, module, "max_norm, scale_grad_by_freq and sparse gradients change what is summed")
             return rule
     for path, part in module.named_modules():
         where = f"its part {path!r} ({type(part).__name__})" if path else type(part).__name__
         if isinstance(part, _WITHOUT_RULE):
             raise refusal(name, module, f"{where} has no per-example rule")
-        if isinstance(part, _MIXES_EXAMPLES):
-            raise refusal(name, module, f"{where} mixes the examples of a batch")
+        if isinstance(part, _BATCH_NORM):
+            why = f"{where} mixes the examples of a batch, which are taken one at a time here"
+            raise refusal(name, module, why)
         if isinstance(part, _RANDOM) and path and getattr(part, "p", None) != 0:
             raise refusal(name, module, f"it owns parameters directly and {where} draws random numbers")
-    return _by_example
+    return rules.by_example
 
 
-def refuse_mixing(model: nn.Module) -> None:
-    """Refuse a model in which a batch's statistics reach its examples: such a gradient belongs to no single example.
-
-    Raises:
-        UnsupportedLayerError: A BatchNorm, trainable or not, normalises with the statistics of the batch.
-    """
-    for path, module in model.named_modules():
-        if isinstance(module, _MIXES_EXAMPLES) and (module.training or module.running_mean is None):
-            raise refusal(path, module, "it normalises with the statistics of the batch, which mixes its examples")
+def _composite(module: nn.Module) -> Composite | None:
+    """Find the entry of a layer of several matrices, None where it is no such layer."""
+    for kind, entry in _COMPOSITES.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return entry
+    return None
 
 
 def refusal(name: str, module: nn.Module, why: str) -> UnsupportedLayerError:
     """Say by name which layer cannot be recorded, why, and what to do."""
-    hint = " (GroupNorm for BatchNorm)" if isinstance(module, _MIXES_EXAMPLES) else ""
     return UnsupportedLayerError(
         message(
             f"recording layer {name or '(the model itself)'!r}",
             f"no per-example gradient rule fits it: {why}",
             got=type(module).__name__,
-            expected="Linear, Conv1d/2d/3d, Embedding, LayerNorm, GroupNorm, or a deterministic layer that treats "
-            "every example alone",
+            expected="Linear, Conv1d/2d/3d, Embedding, LayerNorm, GroupNorm, BatchNorm, RNN, LSTM, GRU, "
+            "MultiheadAttention, or a deterministic layer that treats every example alone",
             source="the layers that can be recorded",
-            fix=f"Replace it{hint}, or freeze it and keep it in evaluation mode: "
+            fix="Replace it, or freeze it and keep it in evaluation mode: "
             f"model.get_submodule({name!r}).requires_grad_(False).eval()",
         )
     )
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """Parameters of one module that belong in one block."""
+
+    group: int
+    path: str
+    module: nn.Module
+    rule: Rule
+    names: tuple[str, ...]
+    parameters: tuple[str, ...]
+    shared: bool
+
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        return _matrix_shape(self.module, self.names, self.rule)
 
 
 def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], list[Block]]:
@@ -248,11 +236,12 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
         groups: The optimizer's parameter group for each trainable parameter's name.
 
     Returns:
-        The layers, and the blocks in the order of the flat vector.
+        The layers, and the blocks in the order of the flat vector. A parameter that several layers share is a block of
+        its own, which all of them give gradients to.
 
     Raises:
-        UnsupportedLayerError: A layer has no per-example rule, or mixes the examples of a batch.
-        ConfigurationError: Nothing is trainable, or a parameter is shared by two layers.
+        UnsupportedLayerError: A layer has no per-example rule.
+        ConfigurationError: Nothing is trainable.
     """
     if not groups:
         raise ConfigurationError(
@@ -265,50 +254,95 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
                 fix="Set requires_grad=True on the parameters to train and give them to the optimizer",
             )
         )
-    refuse_mixing(model)
+    return _lay_out(sorted(_owned(model, groups), key=lambda owned: owned.group))
+
+
+def find_buffer_layers(model: nn.Module) -> list[Layer]:
+    """Find every BatchNorm with running statistics, for the gradients of those in evaluation mode.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The layers, each with one block, ``(2 * features,)``: the running mean, then the running variance.
+    """
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, _BATCH_NORM) and module.running_mean is not None
+    ]
+    names = ("running_mean", "running_var")
+    return [
+        Layer(path, module, rules.running_statistics, ((position, names),), buffers=True)
+        for position, (path, module) in enumerate(found)
+    ]
+
+
+def _owned(model: nn.Module, groups: dict[str, int]) -> Iterator[_Owned]:
+    """Go through the modules that own parameters to record; those that share a block come together."""
     names = {id(p): n for n, p in model.named_parameters()}
-    found: list[tuple[int, str, nn.Module, Any, tuple[str, ...]]] = []
-    owners: dict[str, str] = {}
+    owners: dict[str, int] = {}
+    found: list[tuple[str, nn.Module, dict[str, str]]] = []
+    inside: set[nn.Module] = set()
     for path, module in model.named_modules():
-        local: dict[int, list[str]] = {}
-        for name, parameter in module.named_parameters(recurse=False):
-            full = names[id(parameter)]
-            if full not in groups:
-                continue
-            if full in owners:
-                raise ConfigurationError(
-                    message(
-                        f"recording parameter {full!r}",
-                        "two layers share it",
-                        got=f"{owners[full]!r} and {path!r}",
-                        expected="one owner",
-                        source="model.named_modules()",
-                        fix="Untie the two layers, or freeze the shared parameter",
-                    )
-                )
-            owners[full] = path
-            local.setdefault(groups[full], []).append(name)
-        rule = _rule_for(path, module) if local else None
-        found += [(group, path, module, rule, tuple(members)) for group, members in local.items()]
-    return _lay_out(found, names)
+        if module in inside:
+            continue
+        whole = _composite(module) is not None  # it uses its parts' parameters without calling them
+        inside.update(part for part in module.modules() if whole and part is not module)
+        local = {n: names[id(p)] for n, p in module.named_parameters(recurse=whole) if names[id(p)] in groups}
+        found += [(path, module, local)] if local else []
+        for full in local.values():
+            owners[full] = owners.get(full, 0) + 1
+    for path, module, local in found:
+        rule = _rule_for(path, module)
+        together: dict[tuple[int, str], list[str]] = {}
+        for name, full in local.items():
+            alone = owners[full] > 1 or rule in _SEPARATE
+            together.setdefault((groups[full], full if alone else ""), []).append(name)
+        for (group, shared), members in together.items():
+            full = tuple(local[name] for name in members)
+            yield _Owned(group, path, module, rule, tuple(members), full, owners.get(shared, 0) > 1)
 
 
-def _lay_out(
-    found: list[tuple[int, str, nn.Module, Any, tuple[str, ...]]], names: dict[int, str]
-) -> tuple[list[Layer], list[Block]]:
-    """Place the parameters found (group, path, module, rule, local names) one after another, group after group."""
+def _lay_out(found: Sequence[_Owned]) -> tuple[list[Layer], list[Block]]:
+    """Place the parameters one after another in the order in which they were found."""
     blocks: list[Block] = []
     layers: dict[str, Layer] = {}
-    start = 0
-    for group, path, module, rule, members in sorted(found, key=lambda item: item[0]):
-        shapes = tuple(tuple(getattr(module, name).shape) for name in members)
-        full = tuple(names[id(getattr(module, name))] for name in members)
-        block = Block(path, full, shapes, group, start, _matrix_shape(module, members, rule))
-        known = layers[path].blocks if path in layers else ()
-        layers[path] = Layer(path, module, rule, (*known, (len(blocks), members)))
-        blocks.append(block)
-        start += block.numel
-    return list(layers.values()), blocks
+    shared: dict[str, int] = {}
+    for owned in found:
+        position = shared.get(owned.parameters[0]) if owned.shared else None
+        if position is None:
+            position = len(blocks)
+            shapes = tuple(tuple(owned.module.get_parameter(name).shape) for name in owned.names)
+            start = blocks[-1].span.stop if blocks else 0
+            blocks.append(Block(owned.path, owned.parameters, shapes, owned.group, start, owned.matrix))
+            shared.update({owned.parameters[0]: position} if owned.shared else {})
+        elif blocks[position].matrix != owned.matrix:  # one owner takes it for a matrix, another does not
+            blocks[position] = replace(blocks[position], matrix=None)
+        known = layers[owned.path].blocks if owned.path in layers else ()
+        composite = _composite(owned.module)
+        layer = Layer(owned.path, owned.module, owned.rule, (*known, (position, owned.names)))
+        if composite:
+            layer = replace(layer, batch_axes=composite.axes(owned.module), misuse=composite.misuse)
+        layers[owned.path] = layer
+    unlike = {shared[owned.parameters[0]] for owned in found if owned.shared and owned.matrix}
+    unlike = {position for position in unlike if blocks[position].matrix is None}
+    return [_formed(layer, unlike) for layer in layers.values()], blocks
+
+
+def _formed(layer: Layer, positions: set[int]) -> Layer:
+    """Let a layer form its gradients of the blocks at ``positions``, whose other owners have no matrices."""
+    forming = {names for position, names in layer.blocks if position in positions}
+    if not forming:
+        return layer
+
+    def rule(use: Use, parts: Parts) -> list[ExampleGradients]:
+        return [
+            DenseGradient(g.dense()) if names in forming and isinstance(g, MatrixGradient) else g
+            for names, g in zip(parts, layer.rule(use, parts), strict=True)
+        ]
+
+    return replace(layer, rule=rule)
 
 
 def flatten_blocks(blocks: Sequence[Block], tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:

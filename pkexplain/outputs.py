@@ -17,7 +17,18 @@ from torch.nn import functional as F
 
 from pkexplain.errors import QueryError, message
 
-__all__ = ["Custom", "LogProbability", "Logit", "Loss", "Margin", "Output", "Value", "as_output", "settle_output"]
+__all__ = [
+    "Custom",
+    "LogProbability",
+    "Logit",
+    "Loss",
+    "Margin",
+    "Output",
+    "TokenLogProbability",
+    "Value",
+    "as_output",
+    "settle_output",
+]
 
 Index = int | Sequence[int] | Tensor | None
 
@@ -68,7 +79,9 @@ class _OfClass(Output):
         """Take the predicted class where none was given; check the class against the prediction."""
         name = f"output={type(self).__name__}({'' if self.index is None else self.index})"
         if prediction.ndim != 2:
-            raise _no_output(name, "it needs one row of classes for each query", prediction, "shape (queries, classes)")
+            wrong, expected = "it needs one row of classes for each query", "shape (queries, classes)"
+            fix = _FOR_SEQUENCES if prediction.ndim == 3 else _FOR_OTHERS
+            raise _no_output(name, wrong, prediction, expected, fix)
         if self.index is None:
             return replace(self, index=prediction.argmax(1))
         try:
@@ -85,10 +98,8 @@ class _OfClass(Output):
         return replace(self, index=torch.as_tensor(self.index)[positions])
 
     def _tensor(self, queries: int) -> Tensor:
-        index = torch.as_tensor(self.index)
-        if index.is_floating_point() or index.dtype == torch.bool:
-            raise TypeError("a class is a whole number")
-        return index.long().expand(queries) if index.ndim == 0 else index.long().reshape(queries)
+        index = _whole(self.index, "a class")
+        return index.expand(queries) if index.ndim == 0 else index.reshape(queries)
 
     def _of(self, prediction: Tensor) -> Tensor:
         return prediction.gather(1, self._tensor(len(prediction)).to(prediction.device)[:, None])[:, 0]
@@ -118,6 +129,87 @@ class Margin(_OfClass):
         index = self._tensor(len(prediction)).to(prediction.device)
         others = prediction.scatter(1, index[:, None], float("-inf"))
         return self._of(prediction) - others.logsumexp(1)
+
+
+@dataclass(frozen=True)
+class TokenLogProbability(Output):
+    """log p of a token, a span of tokens or a whole completion under a language model, in nats.
+
+    For a causal model with one row of scores for each position, ``(queries, positions, vocabulary)``: the sum over j of
+    log p(tokens[j] | everything before it), where the scores at position start − 1 + j of the input are for the token
+    at position start + j. The input holds the span itself, as in training; only its last token may be left out of it.
+
+    Args:
+        tokens: The token or tokens of the span, ``(span,)`` for all queries or ``(queries, span)``.
+        start: Position in the input of the first token of the span, one for all queries or one for each; None where the
+            span is the end of the input. Padding counts: with padding on the left every position is so much higher.
+        normalized: Divide by the number of tokens.
+    """
+
+    tokens: int | Sequence[int] | Sequence[Sequence[int]] | Tensor
+    start: Index = None
+    normalized: bool = False
+
+    def __call__(self, prediction: Tensor) -> Tensor:
+        """Compute the log-probabilities, ``(queries,)``."""
+        queries, positions = prediction.shape[:2]
+        tokens = self._tokens(queries).to(prediction.device)
+        before = self._starts(queries, positions).to(prediction.device)[:, None] - 1
+        rows = torch.arange(queries, device=prediction.device)[:, None]
+        scores = prediction[rows, before + torch.arange(tokens.shape[1], device=prediction.device)]
+        found = scores.log_softmax(2).gather(2, tokens[:, :, None])[:, :, 0]
+        return found.mean(1) if self.normalized else found.sum(1)
+
+    def names(self, queries: int) -> list[str]:
+        """Name the output of each query, for example ``log_probability[token 42 at 5]``."""
+        kind = "mean_log_probability" if self.normalized else "log_probability"
+        tokens = self._tokens(queries)
+        span = tokens.shape[1]
+        starts = [-span] * queries if self.start is None else self._starts(queries, 0).tolist()
+        if span == 1:
+            return [f"{kind}[token {int(t)} at {s}]" for t, s in zip(tokens, starts, strict=True)]
+        return [f"{kind}[tokens {s}:{s + span or ''}]" for s in starts]
+
+    def settle(self, prediction: Tensor) -> Output:
+        """Fix where the span lies, and check it and its tokens against the prediction."""
+        name = f"output={type(self).__name__}(…)"
+        if prediction.ndim != 3:
+            expected = "shape (queries, positions, vocabulary)"
+            raise _no_output(name, "it needs scores for each position of a sequence", prediction, expected)
+        queries, positions, vocabulary = prediction.shape
+        try:
+            tokens, starts = self._tokens(queries), self._starts(queries, positions)
+        except (TypeError, ValueError, RuntimeError) as error:
+            expected = f"whole numbers, (span,) or ({queries}, span), and one start, or {queries} of them"
+            raise _no_output(name, f"the span does not fit the queries ({error})", prediction, expected) from error
+        if ((tokens < 0) | (tokens >= vocabulary)).any():
+            raise _no_output(name, "there is no such token", prediction, f"tokens from 0 to {vocabulary - 1}")
+        last = positions + 1 - tokens.shape[1]  # the scores at the last position are for a token after the input
+        if ((starts < 1) | (starts > last)).any():
+            wrong = (
+                f"{tokens.shape[1]} token(s) from position {starts.tolist()[:5]} on are not predicted from the input"
+            )
+            expected = f"a start from 1 to {last}" if last > 0 else f"at most {positions} tokens"
+            raise _no_output(name, wrong, prediction, expected, "Count positions of the input from 0, padding included")
+        return replace(self, tokens=tokens.to(prediction.device), start=starts.to(prediction.device))
+
+    def select(self, positions: Tensor) -> Output:
+        """Keep the queries at ``positions``."""
+        tokens, start = torch.as_tensor(self.tokens), torch.as_tensor(self.start)
+        return replace(self, tokens=tokens[positions.to(tokens.device)], start=start[positions.to(start.device)])
+
+    def _tokens(self, queries: int) -> Tensor:
+        tokens = _whole(self.tokens, "a token")
+        tokens = tokens[None] if tokens.ndim == 0 else tokens
+        if tokens.ndim > 2 or not tokens.shape[-1]:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}")
+        return tokens.expand(queries, -1) if tokens.ndim == 1 else tokens.reshape(queries, tokens.shape[1])
+
+    def _starts(self, queries: int, positions: int) -> Tensor:
+        if self.start is None:
+            return torch.full((queries,), positions - self._tokens(queries).shape[1])
+        starts = _whole(self.start, "a start")
+        return starts.expand(queries) if starts.ndim == 0 else starts.reshape(queries)
 
 
 @dataclass(frozen=True)
@@ -250,14 +342,28 @@ def as_output(output: Output | Callable[[Tensor], Tensor]) -> Output:
             "output=…",
             "this is not an output",
             got=repr(output),
-            expected="Logit(c), LogProbability(c), Margin(c), Loss(target), Value(j), or a function of the prediction",
+            expected="Logit(c), LogProbability(c), Margin(c), TokenLogProbability(tokens), Loss(target), Value(j), or "
+            "a function of the prediction",
             source="pkexplain.outputs",
             fix="For a class score, pass output=pkexplain.Logit(c)",
         )
     )
 
 
-def _no_output(asked: str, wrong: str, prediction: Tensor, expected: str) -> QueryError:
+def _whole(numbers: Any, what: str) -> Tensor:
+    tensor = torch.as_tensor(numbers)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{what} is a whole number")
+    return tensor.long()
+
+
+_FOR_OTHERS = "Choose an output that this prediction has"
+_FOR_SEQUENCES = (
+    "For the tokens of a language model, pass output=pkexplain.TokenLogProbability(tokens); for anything else, a "
+    "function of the prediction"
+)
+
+
+def _no_output(asked: str, wrong: str, prediction: Tensor, expected: str, fix: str = _FOR_OTHERS) -> QueryError:
     got = f"a prediction of shape {tuple(prediction.shape)}"
-    fix = "Choose an output that this prediction has"
     return QueryError(message(asked, wrong, got=got, expected=expected, source="the model's prediction", fix=fix))

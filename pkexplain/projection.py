@@ -7,6 +7,7 @@ is stored with the run.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,7 +40,14 @@ class Projection(ABC):
         return torch.float16 if dtype == torch.float32 else dtype
 
     @abstractmethod
-    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Sequence[Pieces]) -> Projector:
+    def bind(
+        self,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        device: Any,
+        seen: Sequence[Pieces],
+        balance: Tensor | None = None,
+    ) -> Projector:
         """Make the map for a model's blocks.
 
         Args:
@@ -47,6 +55,7 @@ class Projection(ABC):
             dtype: Number format of the arithmetic.
             device: Where the arithmetic happens.
             seen: Batches of captured gradients, at least ``warm_up`` examples where there are so many.
+            balance: S, ``(parameters,)``, for a map P of S⁻¹ D and S φ; the gradients seen are balanced already.
         """
 
     @abstractmethod
@@ -70,8 +79,15 @@ class Identity(Projection):
         """Return the recorder's own number format: an exact row is not rounded."""
         return dtype
 
-    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Sequence[Pieces]) -> Projector:
-        """Make the map for a model's blocks."""
+    def bind(
+        self,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        device: Any,
+        seen: Sequence[Pieces],
+        balance: Tensor | None = None,
+    ) -> Projector:
+        """Make the map for a model's blocks; where nothing is lost there is nothing to balance."""
         return Projector(blocks, [IdentityMap(block.span) for block in blocks], dtype, device)
 
     def restore(
@@ -100,26 +116,41 @@ class SparseSign(Projection):
         """Refuse sizes that make no map."""
         _positive(self, k=self.k, nonzeros=self.nonzeros)
 
-    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Sequence[Pieces]) -> Projector:
-        """Make the map for a model's blocks; each parameter group gets columns in proportion to its size."""
-        sizes: dict[int, int] = {}
-        for block in blocks:
-            sizes[block.group] = sizes.get(block.group, 0) + block.numel
-        columns, start = {}, 0
-        for group, size in sizes.items():
-            width = max(1, round(self.k * size / sum(sizes.values())))
-            columns[group], start = slice(start, start + width), start + width
-        maps = [
-            hashed(columns[block.group], block.numel, self.nonzeros, self.seed, position)
-            for position, block in enumerate(blocks)
-        ]
-        return Projector(blocks, maps, dtype, device)
+    def bind(
+        self,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        device: Any,
+        seen: Sequence[Pieces],
+        balance: Tensor | None = None,
+    ) -> Projector:
+        """Make the map for a model's blocks; each gets columns in proportion to the root of its size, or all of it."""
+        maps: list[Map] = []
+        start = 0
+        for position, (block, width) in enumerate(zip(blocks, self._widths(blocks), strict=True)):
+            columns = slice(start, start + width)
+            whole = width == block.numel
+            maps.append(
+                IdentityMap(columns) if whole else hashed(columns, block.numel, self.nonzeros, self.seed, position)
+            )
+            start += width
+        return Projector(blocks, maps, dtype, device, balance)
+
+    def _widths(self, blocks: Sequence[Block]) -> list[int]:
+        """Share k out, the small blocks first: what they need less than their share is the others'."""
+        widths, left = [0] * len(blocks), self.k
+        rest = sum(math.sqrt(block.numel) for block in blocks)
+        for position in sorted(range(len(blocks)), key=lambda p: blocks[p].numel):
+            root = math.sqrt(blocks[position].numel)
+            widths[position] = min(blocks[position].numel, max(1, int(left * root / rest)))
+            left, rest = left - widths[position], rest - root
+        return widths
 
     def restore(
         self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
     ) -> Projector:
         """Make the same map again."""
-        return self.bind(blocks, dtype, device, ())
+        return self.bind(blocks, dtype, device, (), kept.get("balance"))
 
 
 @dataclass(frozen=True)
@@ -153,13 +184,22 @@ class Kronecker(Projection):
         """Examples whose gradients must be seen before the map is fixed."""
         return self.warm_up_examples
 
-    def bind(self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, seen: Sequence[Pieces]) -> Projector:
+    def bind(
+        self,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        device: Any,
+        seen: Sequence[Pieces],
+        balance: Tensor | None = None,
+    ) -> Projector:
         """Find the principal directions of the gradients seen and make the map."""
         loose = sum(width for width in self._loose_widths(blocks).values())
         bases = principal_bases(blocks, seen, self.k - loose, self.seed)
         kept = {}
         for position, (left, right) in bases.items():
             kept[f"{position}.left"], kept[f"{position}.right"] = left, right
+        if balance is not None:
+            kept["balance"] = balance
         return self.restore(blocks, dtype, device, kept)
 
     def _loose_widths(self, blocks: Sequence[Block]) -> dict[int, int]:
@@ -184,7 +224,7 @@ class Kronecker(Projection):
                 columns = slice(start, start + len(left) * len(right))
                 maps.append(TwoSidedMap(columns, left, right, len(block.parameters) > 1))
             start = columns.stop
-        return Projector(blocks, maps, dtype, device)
+        return Projector(blocks, maps, dtype, device, kept.get("balance"))
 
 
 def _positive(projection: Projection, **sizes: int) -> None:

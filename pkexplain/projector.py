@@ -95,8 +95,10 @@ class TwoSidedMap(Map):
     right: Tensor  # (k_columns, columns)
     split: bool  # whether the last column is the bias, which lies behind the weight in a plain vector
 
-    def gradients(self, gradients: MatrixGradient) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def gradients(self, gradients: ExampleGradients) -> Tensor:
         """Map per-example gradients, ``(examples, columns)``."""
+        if not isinstance(gradients, MatrixGradient):
+            return self.vectors(gradients.dense())
         sides = [None if len(side) == side.shape[1] else side for side in (self.left, self.right)]  # square: identity
         return gradients.sketch(*sides).flatten(1)
 
@@ -125,22 +127,28 @@ def hashed(columns: slice, numel: int, nonzeros: int, seed: int, stream: int) ->
 class Projector:
     """A projection bound to the blocks of a model.
 
+    A displacement's row is P S⁻¹ D and a covector's is P S φ, with a diagonal S that puts both on one scale where the
+    optimizer moves some coordinates much further than others.
+
     Attributes:
         columns: k, the number of columns of a row.
-        group_columns: The columns that belong to each parameter group of the optimizer.
+        balance: S, ``(parameters,)``; None for the identity.
     """
 
-    def __init__(self, blocks: Sequence[Block], maps: Sequence[Map], dtype: torch.dtype, device: Any) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        maps: Sequence[Map],
+        dtype: torch.dtype,
+        device: Any,
+        balance: Tensor | None = None,
+    ) -> None:
         """Gather the maps and move their tables."""
         self.blocks, self.dtype, self.device = tuple(blocks), dtype, device
         self.maps = tuple(maps)
         self.columns = max(m.columns.stop for m in maps)
-        self.group_columns: dict[int, slice] = {}
-        for block, part in zip(blocks, maps, strict=True):
-            known = self.group_columns.get(block.group, part.columns)
-            self.group_columns[block.group] = slice(
-                min(known.start, part.columns.start), max(known.stop, part.columns.stop)
-            )
+        self.balance = None if balance is None else balance.to(device=device, dtype=dtype)
+        for part in maps:
             for name, value in vars(part).items():
                 if isinstance(value, Tensor):
                     setattr(part, name, value.to(device=device, dtype=dtype if value.is_floating_point() else None))
@@ -149,8 +157,21 @@ class Projector:
         """Project one block's gradients and add them to ``rows``, ``(examples, columns)``, in place."""
         rows[:, self.maps[position].columns] += self.maps[position].gradients(gradients)
 
+    def add_displacements(self, rows: Tensor, position: int, gradients: ExampleGradients, factors: Tensor) -> None:
+        """Multiply one block's gradients elementwise, balance and project them, and add them to ``rows``, in place.
+
+        Args:
+            rows: ``(examples, columns)``.
+            position: Which block.
+            gradients: Its gradients.
+            factors: ``(numel,)``.
+        """
+        if self.balance is not None:
+            factors = factors / self.balance[self.blocks[position].span]
+        self.add(rows, position, gradients.scaled(factors))
+
     def project(self, pieces: Pieces, examples: int) -> Tensor:
-        """Project the captured gradients of a batch.
+        """Project the captured gradients of a batch, without a balance.
 
         Args:
             pieces: Block positions with gradients; a block may come several times, its parts are added, or not at all.
@@ -164,17 +185,28 @@ class Projector:
             self.add(rows, *piece)
         return rows
 
-    def project_vectors(self, vectors: Tensor) -> Tensor:
-        """Project plain vectors ``(n, parameters)`` to ``(n, columns)``."""
+    def project_displacements(self, vectors: Tensor) -> Tensor:
+        """Compute P S⁻¹ D of plain vectors ``(n, parameters)``, ``(n, columns)``."""
         rows = vectors.new_zeros(len(vectors), self.columns)
         for block, part in zip(self.blocks, self.maps, strict=True):
-            rows[:, part.columns] += part.vectors(vectors[:, block.span])
+            balanced = vectors[:, block.span]
+            if self.balance is not None:
+                balanced = balanced / self.balance[block.span]
+            rows[:, part.columns] += part.vectors(balanced)
         return rows
 
+    def add_covectors(self, rows: Tensor, position: int, gradients: ExampleGradients) -> None:
+        """Balance and project one block's output gradients, P S φ, and add them to ``rows``, in place."""
+        if self.balance is not None:
+            gradients = gradients.scaled(self.balance[self.blocks[position].span])
+        self.add(rows, position, gradients)
+
     def tensors(self) -> dict[str, Tensor]:
-        """Return what must be stored because a seed does not give it again: the bases of two-sided maps."""
+        """Return what must be stored because a seed does not give it again: bases of two-sided maps, the balance."""
         kept = {}
         for position, part in enumerate(self.maps):
             if isinstance(part, TwoSidedMap):
                 kept[f"{position}.left"], kept[f"{position}.right"] = part.left, part.right
+        if self.balance is not None:
+            kept["balance"] = self.balance
         return {name: value.detach().cpu().contiguous() for name, value in kept.items()}

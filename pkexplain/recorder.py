@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pkexplain.accounting import CapturedBatch, SegmentAccountant
+from pkexplain.accounting import SegmentAccountant
+from pkexplain.batches import CapturedBatch, Setting
 from pkexplain.capture import Capture
 from pkexplain.contract import broken, check_arguments, not_finite, used_by_hand, without_backward
 from pkexplain.gradients import ExampleGradients
-from pkexplain.layers import find_layers, flatten_blocks, refuse_mixing
+from pkexplain.layers import find_layers, flatten_blocks
+from pkexplain.lookahead import Lookahead
 from pkexplain.model_io import InputShapes, LossDerivatives, check_ids
 from pkexplain.projection import Kronecker, Projection
+from pkexplain.steps import StepReader
 from pkexplain.store import Store, open_store
 from pkexplain.trajectory import Checkpoint, ModelFingerprint, SegmentSummary
 from pkexplain.update_rules import rule_for
@@ -31,6 +34,10 @@ _CAPTURE_TOLERANCE = 1e-2
 """Where more of a gradient is missing a layer is used in a way no hook sees, or the loss has a penalty."""
 _ROUNDING = 1e-4
 """A smaller one is rounding, in float32 too."""
+_UNEXPLAINED = 0.2
+"""Largest share of a parameter's displacement that may be on the optimizer line without a word."""
+_BEND = 1e-3
+"""Largest share of the applied gradient that is no multiple of the captured one and passes for rounding."""
 
 
 class Recorder:
@@ -42,11 +49,14 @@ class Recorder:
     Args:
         run: A directory that does not hold a run yet, or a `pkexplain.MemoryStore`.
         model: The model that is trained.
-        optimizer: Its optimizer; `torch.optim.SGD`.
+        optimizer: Its optimizer: SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop or Adagrad of `torch.optim`, or one
+            whose rule was given to `pkexplain.register_update_rule`.
         num_examples: How many training examples there are; ids run from 0 to ``num_examples - 1``.
         projection: How gradients are compressed; ``Kronecker()`` by default.
         segments: ``"epoch"`` for a checkpoint after every ``num_examples`` visits, or a number of optimizer steps.
-        lookahead: For optimizers with a second moment; SGD needs none and ignores it.
+        lookahead: How long gradients wait in memory until the optimizer's second moment of later steps is known:
+            ``"auto"``, until 2% of them is left in the moment or 2 GiB wait; a number of steps; or ``"exact"``. What is
+            given up is measured, on the ledger's ``optimizer`` line. Optimizers without a second moment ignore it.
         dtype: Number format of the arithmetic and of the checkpoints, `torch.float32` or `torch.float64`.
 
     Raises:
@@ -81,7 +91,7 @@ class Recorder:
         self._store, self._model, self._optimizer = open_store(run), model, optimizer
         self._num_examples, self._segments, self._dtype = num_examples, segments, dtype
         self._projection = projection or Kronecker()
-        self._rule = rule_for(optimizer)
+        rule_for(optimizer)  # refuse it before the model is looked at
         in_group = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
         groups = {n: in_group[id(p)] for n, p in model.named_parameters() if p.requires_grad and id(p) in in_group}
         layers, blocks = find_layers(model, groups)
@@ -89,17 +99,17 @@ class Recorder:
         named = dict(model.named_parameters())
         self._names = [name for block in blocks for name in block.parameters]
         self._parameters = [named[name] for name in self._names]
-        self._first_of = {block.group: named[block.parameters[0]] for block in reversed(blocks)}
-        self._device = self._parameters[0].device
+        self._like = torch.empty(0, dtype=dtype, device=self._parameters[0].device)
+        self._steps = StepReader(model, optimizer, self._blocks, self._like)
+        self._lookahead = Lookahead.of(lookahead, self._like)
         self._active: CapturedBatch | None = None
         self._pending: list[CapturedBatch] = []
         self._open = False
 
     def __enter__(self) -> Recorder:
         """Start the run: write the first checkpoint and begin to listen to the optimizer."""
-        self._accountant = SegmentAccountant(
-            self._blocks, self._projection, self._num_examples, self._dtype, self._device
-        )
+        setting = Setting(self._blocks, self._projection, self._num_examples, self._like)
+        self._accountant = SegmentAccountant(setting, self._lookahead)
         self._start = self._flat()
         self._captured = torch.zeros_like(self._start)
         self._attributed: Tensor | None = None
@@ -108,10 +118,11 @@ class Recorder:
         self._run_id = uuid.uuid4().hex
         self._fingerprint = ModelFingerprint.of(self._model, self._blocks)
         self._checked, self._ended = False, "still recording, or killed"
+        self._skipping, self._warned = False, False
         self._store.create(self._manifest())
         self._store.put("checkpoints/00000.safetensors", self._checkpoint().tensors())
         self._handles = [
-            self._optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(lambda *_: self._after_step()),
             *(parameter.register_hook(self._sum_into(i)) for i, parameter in enumerate(self._parameters)),
         ]
@@ -142,8 +153,8 @@ class Recorder:
 
         Raises:
             ExampleIdError: The ids are out of range, repeated, or of the wrong length or type.
-            RecordingError: The loop broke the contract: nested, closed, no backward pass, two of them, no step.
-            UnsupportedLayerError: A BatchNorm is in training mode.
+            RecordingError: The loop broke the contract: nested, closed, no backward pass, no step, a closure, or a
+                parameter that the recorder does not know.
             NonFiniteGradientError: The loss or a gradient is not finite; the optimizer has not stepped.
         """
         if self._active is not None:
@@ -151,8 +162,8 @@ class Recorder:
         if not self._open:
             fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"
             raise broken("the recorder is not open", "a step before it was entered or after it was closed", fix)
-        refuse_mixing(self._model)  # a BatchNorm may have gone back to training mode
-        batch = CapturedBatch(check_ids(ids, self._num_examples).to(self._device))
+        self._steps.refuse_strangers()
+        batch = CapturedBatch(check_ids(ids, self._num_examples).to(self._like.device))
         if self._segments == "epoch" and self._accountant.visits + len(batch.ids) > self._num_examples:
             self._end_segment()  # the loader dropped its last, smaller batch
         self._active, self._stepped = batch, False
@@ -169,7 +180,7 @@ class Recorder:
             raise
         finally:
             self._active = None
-        if self._stepped and self._segment_is_full():
+        if self._segment_is_full():
             self._end_segment()
 
     def _receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
@@ -178,6 +189,8 @@ class Recorder:
         self._accountant.receive(batch, position, gradients)
 
     def _segment_is_full(self) -> bool:
+        if self._pending:
+            return False
         if isinstance(self._segments, int):
             return self._accountant.steps >= self._segments
         return self._accountant.visits >= self._num_examples
@@ -191,6 +204,9 @@ class Recorder:
                 "optimizer.step() inside recorder.step(ids, accumulate=True)",
                 "Leave accumulate out for the batch that the optimizer steps on",
             )
+        if not accumulate and not self._stepped and not torch.isfinite(self._captured.sum()):
+            self._skip([*self._pending, batch])  # a loss scaler saw it too
+            return
         if not accumulate and not self._stepped:
             raise broken(
                 "the optimizer did not step",
@@ -208,18 +224,12 @@ class Recorder:
             batch = self._active
             if batch is None:
                 return  # a backward pass of the user's own, between the steps
-            if index in batch.summed:
-                raise broken(
-                    "backward was called a second time",
-                    f"a second gradient of {self._names[index]!r}",
-                    "Add the losses up first, or give each its own 'with recorder.step(ids, accumulate=True):'",
-                )
             batch.summed.add(index)
             self._captured[start : start + gradient.numel()] += gradient.detach().flatten().to(self._dtype)
 
         return add
 
-    def _before_step(self) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         batch = self._active
         if batch is None:
             raise broken(
@@ -231,27 +241,38 @@ class Recorder:
             raise broken(
                 "optimizer.step() was called a second time", "two steps in one", "Record each step in its own block"
             )
+        self._steps.refuse_closure(args, kwargs)
         if not batch.summed:
             raise without_backward()
         batches = [*self._pending, batch]
-        if not torch.isfinite(self._captured).all():
+        self._skipping = self._steps.skips
+        if self._skipping:
+            return
+        if not torch.isfinite(self._captured.sum()):
             raise not_finite(batches)
         if not self._checked:
             self._check_capture(batches)
-        state = self._optimizer.state
-        numbers = {
-            group: self._rule.read(self._optimizer.param_groups[group], state.get(first, {}))
-            for group, first in self._first_of.items()
-        }
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        applied = torch.cat([g.detach().flatten().to(self._dtype) for g in gradients])
-        attributed = self._captured if self._attributed is None else self._attributed
-        self._accountant.step(batches, self._captured, attributed, applied, numbers, self._flat())
+        for waiting in batches:
+            waiting.compact()  # before the step: a layer's input may be a parameter
+        self._steps.begin()
+        self._before = self._flat()
 
     def _after_step(self) -> None:
         self._stepped = True
+        batches = [*self._pending, *([self._active] if self._active else [])]
+        if self._skipping:
+            self._skip(batches)
+            return
+        attributed = self._captured if self._attributed is None else self._attributed
+        numbers = self._steps.numbers()
+        self._accountant.step(batches, self._captured, attributed, self._steps.applied, numbers, self._before)
         if self._attributed is None and self._accountant.capture_gap > _ROUNDING:
             self._attributed = torch.zeros_like(self._captured)  # from here on the examples' part is followed by itself
+        self._forget()
+
+    def _skip(self, batches: Sequence[CapturedBatch]) -> None:
+        """Note a step that was not taken."""
+        self._accountant.skip(batches)
         self._forget()
 
     def _forget(self) -> None:
@@ -294,8 +315,8 @@ class Recorder:
             return
         end = self._flat()
         first = not self._summaries
-        segment, summary = self._accountant.close(end - self._start)
-        self._start = end
+        before, self._start = self._start, end
+        segment, summary = self._accountant.close(end - before)
         t = len(self._summaries)
         if first and self._accountant.projector is not None:
             self._store.put("projection.safetensors", self._accountant.projector.tensors())
@@ -303,13 +324,40 @@ class Recorder:
         self._store.put(f"checkpoints/{t + 1:05d}.safetensors", self._checkpoint().tensors())
         self._summaries.append(summary)
         self._store.commit(self._manifest())
+        self._warn_of(summary, segment.optimizer, end - before, t)
+
+    def _warn_of(self, summary: SegmentSummary, left: Tensor, moved: Tensor, t: int) -> None:
+        """Say once what a finished segment could not give to the examples, and why."""
+        if not self._warned and self._attributed is None and summary.bent <= _BEND:
+            sizes = [p.numel() for p in self._parameters]
+            floor = 0.01 * float(moved.norm())  # a parameter that hardly moved is nobody's concern
+            pairs = zip(left.split(sizes), moved.split(sizes), strict=True)
+            shares = [float(a.norm()) / max(float(b.norm()), floor, 1e-30) for a, b in pairs]
+            worst = max(range(len(shares)), key=shares.__getitem__)
+            if shares[worst] > _UNEXPLAINED:
+                self._warned = True
+                warnings.warn(
+                    f"pkexplain: {shares[worst]:.0%} of what moved {self._names[worst]} in segment {t} came from no "
+                    "example and no weight decay; it is on the ledger's optimizer line. Was the parameter changed "
+                    "outside optimizer.step()? Where it was not, give the recorder a longer lookahead.",
+                    stacklevel=4,
+                )
+        if summary.bent > _BEND and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"pkexplain: in segment {t} the gradient that the optimizer was given is not a multiple of the one "
+                f"that backward made, by up to {summary.bent:.1%}. Clipping by value, gradient noise and a forgotten "
+                "zero_grad() do that: they change each coordinate by itself, which belongs to no single example, and "
+                "the difference goes to the ledger's optimizer line. Clipping by norm (clip_grad_norm_) is exact.",
+                stacklevel=4,
+            )
         if summary.capture_gap > _CAPTURE_TOLERANCE:
             warnings.warn(
                 f"pkexplain: in segment {t} the captured gradients missed up to {summary.capture_gap:.0%} of a step's "
                 "gradient: the loss gained a penalty, or a weight was used outside its module's forward. From the step "
                 "where this was seen on, what is missing goes to the ledger's optimizer line; until then the "
                 "displacement gap shows it.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _flat(self) -> Tensor:

@@ -24,7 +24,7 @@ from pkexplain.trajectory import Trajectory
 
 __all__ = ["DirectoryStore", "MemoryStore", "Store", "checksum_file", "open_store"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _FILE_NAME = re.compile(r"(?:(?:checkpoints|segments)/\d{5,9}|projection)\.safetensors")
 
 

@@ -18,6 +18,8 @@ from pkexplain.projector import Projector
 __all__ = ["Checkpoint", "ModelFingerprint", "Segment", "SegmentSummary", "Trajectory", "checksum_tensor"]
 
 _ROWS_AT_ONCE = 512
+_MOST_HANDED_DOWN = 2**-9
+"""Most rounding of larger rows that a row takes, relative to its largest number."""
 _SMALLEST_EXPONENT = -126
 """Of the powers of two that float32 holds in full; a row that needs a smaller one becomes zero, not infinity."""
 
@@ -89,6 +91,8 @@ class Segment:
         else:
             scale = torch.ones(len(rows), dtype=torch.float32, device=rows.device)
         stored = (rows / scale[:, None].to(rows.dtype)).to(row_dtype)
+        if row_dtype != rows.dtype:
+            _hand_down(rows, stored, scale)
         row_sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
         for some, factors in zip(stored.split(_ROWS_AT_ONCE), scale.split(_ROWS_AT_ONCE), strict=True):
             row_sum += factors.double() @ some.double()
@@ -108,6 +112,25 @@ class Segment:
         return cls(**tensors)
 
 
+def _hand_down(rows: Tensor, stored: Tensor, scale: Tensor) -> None:
+    """Let one row of each size take the rounding that the larger ones left, in place, so that the sum keeps its digits.
+
+    Where large rows cancel, their rounding can be more than the sum that is left; it is little to the next smaller row.
+    """
+    left = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for size in scale.unique().flip(0):
+        same = (scale == size).nonzero()[:, 0]
+        for some in same.split(_ROWS_AT_ONCE):
+            left += (rows[some].double() - stored[some].double() * size).sum(0)
+        last = same[-1]
+        left -= rows[last].double() - stored[last].double() * size
+        most = rows[last].abs().max().double() * _MOST_HANDED_DOWN
+        taken = torch.where(left.abs() <= most, left, 0.0)
+        wanted = rows[last].double() + taken
+        stored[last] = (wanted / size).to(stored.dtype)
+        left = left - taken + wanted - stored[last].double() * size
+
+
 @dataclass(frozen=True)
 class SegmentSummary:
     """The numbers of a segment that fit in the manifest.
@@ -120,6 +143,8 @@ class SegmentSummary:
         optimizer_share: ‖optimizer‖ / ‖Δθ‖.
         capture_gap: The largest ‖Σ_i captured − gradient‖ / ‖gradient‖ of its first and every 16th step.
         rescaled: The smallest and largest factor found between the captured and the applied gradient.
+        bent: The largest share of a step's applied gradient that is no multiple of the captured one.
+        skipped_steps: Steps that were not taken because a gradient was not finite (a loss scaler does that).
     """
 
     last_step: int
@@ -129,6 +154,8 @@ class SegmentSummary:
     optimizer_share: float
     capture_gap: float
     rescaled: tuple[float, float]
+    bent: float
+    skipped_steps: int
 
     @classmethod
     def from_description(cls, described: Mapping[str, Any]) -> SegmentSummary:

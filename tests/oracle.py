@@ -1,9 +1,13 @@
-"""Re-derive the path kernel of an SGD run with plain loops, in float64, without pkexplain.
+"""Re-derive the path kernel of a training run with plain loops, in float64, without pkexplain.
 
 Slow, obvious and meant to be right: the fast code is compared with this module, which imports nothing from it.
 Parameters are flattened in the order of `model.named_parameters()` into one axis named `parameters`. A *visit* is one
 row of one optimizer step's batch; an example has one visit for each time it is drawn. Each example's output must depend
 on that example alone and be repeatable (no batch statistics, no dropout): `train` measures this and refuses otherwise.
+
+An adaptive optimizer divides by a vector made of all gradients so far (Adam's sqrt(vhat) + eps). With these *divisors*
+held as they were, the update is linear in the gradients: what an example's gradient moves, at its step and through the
+momentum at every later one, is what the optimizer's recursion makes of that gradient alone with those divisors.
 """
 
 from __future__ import annotations
@@ -17,7 +21,16 @@ import torch
 from torch import Tensor, nn
 
 Output = Callable[[Tensor], Tensor]
-RECORDED = ("lr", "momentum", "dampening", "nesterov", "weight_decay")
+KNOWN = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adamax,
+)
 
 
 @dataclass(frozen=True)
@@ -26,12 +39,14 @@ class OracleStep:
 
     Attributes:
         parameters: `(parameters,)`, before the step.
-        groups: for each parameter group, the settings named in `RECORDED` that this step used.
+        groups: for each parameter group, its settings as this step used them, and of its state after the step `step`
+            (the count of steps, this one included) and NAdam's `mu_product`, where the optimizer has them.
         ids: the example of each of the batch's rows.
         gradients: `(rows, parameters)`, (dL/dy_i)(dy_i/dtheta), L the batch loss as used (with its 1/B), unclipped.
         loss_derivatives: `(rows, *output)`, dL/dy_i, likewise.
         scale: what clipping multiplied the whole gradient by (1.0 for none).
-        first: whether torch starts each group's momentum buffer at this step (then dampening does not apply).
+        first: whether SGD starts each group's momentum buffer at this step (then dampening does not apply).
+        divisors: `(parameters,)`, what this step divided by, parameter by parameter (1 where by nothing).
     """
 
     parameters: Tensor
@@ -41,6 +56,7 @@ class OracleStep:
     loss_derivatives: Tensor
     scale: float
     first: tuple[bool, ...]
+    divisors: Tensor
 
     def loss_derivative(self, row: int) -> float:
         """Return dL/dy_i of one row, clipping included, along the row's unit direction u_i.
@@ -53,8 +69,12 @@ class OracleStep:
 
 @dataclass(frozen=True)
 class OracleRun:
-    """Hold a run: `owner` `(parameters,)` is the group of each parameter, `segments` are ranges of step numbers."""
+    """Hold a run: `owner` `(parameters,)` is the group of each parameter, `segments` are ranges of step numbers.
 
+    `optimizer` is the class of the optimizer, one of `KNOWN`.
+    """
+
+    optimizer: type[torch.optim.Optimizer]
     steps: tuple[OracleStep, ...]
     segments: tuple[range, ...]
     final: Tensor
@@ -69,7 +89,7 @@ class OracleRun:
 
 def train(
     model: nn.Module,
-    optimizer_factory: Callable[[nn.Module], torch.optim.SGD],
+    optimizer_factory: Callable[[nn.Module], torch.optim.Optimizer],
     inputs: Tensor,
     targets: Tensor,
     batches: Sequence[Sequence[int]],
@@ -83,7 +103,7 @@ def train(
 
     Args:
         model: float64; every trainable parameter is in the optimizer and takes part in every output.
-        optimizer_factory: makes the SGD optimizer (any groups, momentum, dampening, Nesterov, weight decay).
+        optimizer_factory: makes the optimizer, fresh and of a class in `KNOWN`; any groups and settings but maximize.
         inputs: `(num_examples, ...)`.
         targets: `(num_examples, ...)`.
         batches: the example ids of each optimizer step.
@@ -97,8 +117,8 @@ def train(
     """
     optimizer, parameters = optimizer_factory(model), [p for p in model.parameters() if p.requires_grad]
     scheduler = schedule(optimizer) if schedule else None
-    if type(optimizer) is not torch.optim.SGD or any(group["maximize"] for group in optimizer.param_groups):
-        raise ValueError("the oracle knows torch.optim.SGD, minimizing")
+    if type(optimizer) not in KNOWN or any(group["maximize"] for group in optimizer.param_groups):
+        raise ValueError(f"the oracle knows {', '.join(kind.__name__ for kind in KNOWN)} of torch.optim, minimizing")
     if any(p.dtype != torch.float64 for p in parameters):
         raise ValueError("the oracle wants float64 parameters")
     group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -122,16 +142,22 @@ def train(
         if clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
             scale = min(1.0, clip_norm / (float(norm) + 1e-6))
-        groups = tuple({key: group[key] for key in RECORDED} for group in optimizer.param_groups)
-        first = tuple(group["momentum"] != 0 and not begun for group, begun in zip(groups, started, strict=True))
+        groups = tuple(_settings(group) for group in optimizer.param_groups)
+        first = tuple(group.get("momentum", 0) != 0 and not begun for group, begun in zip(groups, started, strict=True))
         started = [begun or begins for begun, begins in zip(started, first, strict=True)]
-        steps.append(OracleStep(before, groups, tuple(ids), gradients, loss_derivatives, scale, first))
         optimizer.step()
+        divisors = []
+        for p in parameters:
+            group, state = groups[group_of[id(p)]], optimizer.state[p]
+            group.update({key: float(state[key]) for key in ("step", "mu_product") if key in state})
+            divisors.append(_divisor(type(optimizer), group, state, p))
+        divisors = _flat(divisors)
+        steps.append(OracleStep(before, groups, tuple(ids), gradients, loss_derivatives, scale, first, divisors))
         if scheduler is not None:
             scheduler.step()
     starts = range(0, len(steps), steps_per_segment)
     segments = tuple(range(start, min(start + steps_per_segment, len(steps))) for start in starts)
-    return OracleRun(tuple(steps), segments, _flat(parameters), owner, len(inputs))
+    return OracleRun(type(optimizer), tuple(steps), segments, _flat(parameters), owner, len(inputs))
 
 
 def displacements(run: OracleRun) -> Tensor:
@@ -153,12 +179,27 @@ def displacements(run: OracleRun) -> Tensor:
 
 
 def decay(run: OracleRun) -> Tensor:
-    """Return `(segments, parameters)`, what weight decay moved: the same, fed by weight_decay * theta, not clipped."""
-    fed = []
+    """Return `(segments, parameters)`, what weight decay moved.
+
+    Coupled (L2): the same, fed by weight_decay * theta, not clipped. Decoupled: -lr * weight_decay * theta at once.
+    """
+    fed, at_once = [], []
     for step in run.steps:
-        rate = torch.tensor([group["weight_decay"] for group in step.groups], dtype=torch.float64)[run.owner]
-        fed.append(rate * step.parameters)
-    return _follow(run, fed)
+        coupled, decoupled = torch.zeros_like(run.final), torch.zeros_like(run.final)
+        for number, group in enumerate(step.groups):
+            mine = run.owner == number
+            pull = group["weight_decay"] * step.parameters[mine]
+            if group.get("decoupled_weight_decay", False):
+                decoupled[mine] = -group["lr"] * pull
+            else:
+                coupled[mine] = pull
+        fed.append(coupled)
+        at_once.append(decoupled)
+    result = _follow(run, fed)
+    for t, segment in enumerate(run.segments):
+        for s in segment:
+            result[t] += at_once[s]
+    return result
 
 
 def optimizer_line(run: OracleRun) -> Tensor:
@@ -280,18 +321,80 @@ def _row_gradients(model: nn.Module, parameters: list[Tensor], inputs: Tensor, l
     return torch.stack(result)
 
 
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a parameter group, copied: schedulers change even a learning rate tensor in place."""
+    settings = {key: value for key, value in group.items() if key not in ("params", "betas")}
+    settings = {key: float(value) if isinstance(value, Tensor) else value for key, value in settings.items()}
+    if "betas" in group:
+        settings["beta1"], settings["beta2"] = (float(beta) for beta in group["betas"])
+    return settings
+
+
+def _divisor(
+    kind: type[torch.optim.Optimizer], group: dict[str, Any], state: dict[str, Any], parameter: Tensor
+) -> Tensor:
+    """Return what the step just done divided by, shaped as the parameter, from the optimizer's state after the step."""
+    if kind in (torch.optim.Adam, torch.optim.AdamW):
+        square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        return (square / (1 - group["beta2"] ** group["step"])).sqrt() + group["eps"]
+    if kind is torch.optim.NAdam:
+        return (state["exp_avg_sq"] / (1 - group["beta2"] ** group["step"])).sqrt() + group["eps"]
+    if kind is torch.optim.RAdam:
+        correction = 1 - group["beta2"] ** group["step"]
+        longest = 2 / (1 - group["beta2"]) - 1
+        length = longest - 2 * group["step"] * group["beta2"] ** group["step"] / correction
+        if length <= 5:  # too few steps to estimate a variance from: momentum alone
+            return torch.ones_like(parameter)
+        rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        return (state["exp_avg_sq"].sqrt() + group["eps"]) / (correction * rectified) ** 0.5  # eps before correction
+    if kind is torch.optim.RMSprop:
+        mean = state["grad_avg"] if group["centered"] else torch.zeros_like(parameter)
+        return (state["square_avg"] - mean * mean).sqrt() + group["eps"]
+    if kind is torch.optim.Adagrad:
+        return state["sum"].sqrt() + group["eps"]
+    if kind is torch.optim.Adamax:
+        return state["exp_inf"]  # its eps is in the maximum already
+    return torch.ones_like(parameter)
+
+
 def _advance(run: OracleRun, step: OracleStep, buffer: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the update and the next momentum buffer that a gradient `fed` causes, as torch.optim.SGD does it."""
+    """Return the update and the next momentum buffer that a gradient `fed` causes, the step's divisors as they were."""
     update, following = torch.zeros_like(fed), buffer.clone()
     for number, group in enumerate(step.groups):
-        mine, momentum = run.owner == number, group["momentum"]
-        direction = fed[mine]
-        if momentum != 0:
-            undamped = 1 if step.first[number] else 1 - group["dampening"]
-            following[mine] = momentum * buffer[mine] + undamped * fed[mine]
-            direction = fed[mine] + momentum * following[mine] if group["nesterov"] else following[mine]
-        update[mine] = -group["lr"] * direction
+        mine = run.owner == number
+        update[mine], following[mine] = _advance_group(
+            run.optimizer, group, step.first[number], step.divisors[mine], buffer[mine], fed[mine]
+        )
     return update, following
+
+
+def _advance_group(
+    kind: type[torch.optim.Optimizer], group: dict[str, Any], first: bool, divisor: Tensor, buffer: Tensor, fed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `_advance` of one group's parameters, as `kind` does it; tensors are `(parameters of the group,)`."""
+    lr = group["lr"]
+    if kind is torch.optim.SGD:
+        momentum = group["momentum"]
+        if momentum == 0:
+            return -lr * fed, buffer
+        buffer = momentum * buffer + (1 if first else 1 - group["dampening"]) * fed
+        return -lr * (fed + momentum * buffer if group["nesterov"] else buffer), buffer
+    if kind is torch.optim.RMSprop:  # divides before the momentum
+        if group["momentum"] == 0:
+            return -lr * fed / divisor, buffer
+        buffer = group["momentum"] * buffer + fed / divisor
+        return -lr * buffer, buffer
+    if kind is torch.optim.Adagrad:
+        return -lr / (1 + (group["step"] - 1) * group["lr_decay"]) * fed / divisor, buffer
+    beta = group["beta1"]
+    buffer = beta * buffer + (1 - beta) * fed
+    if kind is torch.optim.NAdam:  # the gradient itself, and the momentum as it will be one step on
+        now = beta * (1 - 0.5 * 0.96 ** (group["step"] * group["momentum_decay"]))
+        ahead = beta * (1 - 0.5 * 0.96 ** ((group["step"] + 1) * group["momentum_decay"]))
+        of_fed = (1 - now) / (1 - group["mu_product"])
+        of_buffer = ahead / (1 - group["mu_product"] * ahead)
+        return -lr * (of_fed * fed + of_buffer * buffer) / divisor, buffer
+    return -lr / (1 - beta ** group["step"]) * buffer / divisor, buffer  # Adam, AdamW, RAdam, Adamax
 
 
 def _follow(run: OracleRun, fed: Sequence[Tensor]) -> Tensor:

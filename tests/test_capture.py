@@ -81,6 +81,82 @@ class LearnedQueries(nn.Module):
         return self.linear(self.queries.expand(len(x), 3, 6)) * x[:, :3, :1]
 
 
+class Tied(nn.Module):
+    """An embedding and an output layer with one weight, the output's bias being its own, and two tied Linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(7, 6), nn.Linear(6, 7)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+        self.out.weight, self.second.weight = self.embedding.weight, self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.second(torch.tanh(self.first(self.embedding(x)))))
+
+
+class TiedUnlike(nn.Module):
+    """A weight that one owner takes for a matrix and the other by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scaled = nn.Linear(6, 6, bias=False), Scaled()
+        self.scaled.scale = self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.linear(x)[:, None, :])
+
+
+class Positions(nn.Module):
+    """Positions that are looked up once and added to every example."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self.plain, self.tokens, self.places = plain, nn.Embedding(7, 4), nn.Embedding(6, 4)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        added = self.places(places) if self.plain else self.norm(self.places(places[None]))
+        return self.norm(self.tokens(x) + added)
+
+
+class Attends(nn.Module):
+    """Attention of every kind: masks, other keys and values, weights that are used."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.cross, self.mask = options.pop("cross", False), options.pop("mask", None)
+        self.weights = options.pop("weights", False)
+        self.core = nn.MultiheadAttention(6, 2, **options)
+        self.before = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.before(x)
+        k, v = (x[:, :2].cos()[..., : self.core.kdim], x[:, :2].sin()[..., : self.core.vdim]) if self.cross else (q, q)
+        given = {"need_weights": self.weights}
+        if self.mask == "padding":
+            given["key_padding_mask"] = torch.arange(x.shape[1])[None].expand(len(x), -1) >= 2
+        if self.mask == "causal":
+            given["attn_mask"] = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        if self.mask == "scores":
+            given["attn_mask"] = torch.linspace(-1, 1, x.shape[1] ** 2).view(x.shape[1], -1).to(x.dtype)
+        if not self.core.batch_first:
+            q, k, v = (
+                (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)) if self.cross else (q.transpose(0, 1),) * 3
+            )
+        out, weights = self.core(q, k, v, **given)
+        out = out if self.core.batch_first else out.transpose(0, 1)
+        return (
+            out
+            if weights is None
+            else out + weights.sum(2, keepdim=True) + weights[:, :1].square().sum((1, 2))[:, None, None]
+        )
+
+
+def transformer() -> nn.Module:
+    return nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+
+
 def vectors(*shape: int):
     return lambda: torch.randn(EXAMPLES, *shape)
 
@@ -136,6 +212,21 @@ CASES = {
     "bare-as-input": (LearnedQueries, vectors(3, 6)),
     "used-twice": (Twice, vectors(6)),
     "named-arguments": (Named, vectors(6)),
+    "tied": (Tied, tokens),
+    "tied-unlike": (TiedUnlike, vectors(6)),
+    "positions": (lambda: Positions(False), tokens),
+    "positions-plain": (lambda: Positions(True), tokens),
+    "attention": (lambda: Attends(batch_first=True), vectors(3, 6)),
+    "attention-without-bias": (lambda: Attends(bias=False), vectors(3, 6)),
+    "attention-padding": (lambda: Attends(mask="padding"), vectors(3, 6)),
+    "attention-causal": (lambda: Attends(mask="causal", batch_first=True), vectors(3, 6)),
+    "attention-scores": (lambda: Attends(mask="scores", weights=True, batch_first=True), vectors(3, 6)),
+    "attention-cross": (lambda: Attends(cross=True, batch_first=True), vectors(3, 6)),
+    "attention-other-sizes": (lambda: Attends(cross=True, kdim=4, vdim=5), vectors(3, 6)),
+    "attention-partly-frozen": (lambda: frozen(Attends(), "core.in_proj_weight", "core.out_proj.bias"), vectors(3, 6)),
+    "transformer": (transformer, vectors(3, 6)),
+    "transformer-dropout": (lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True).eval(), vectors(3, 6)),
+    "batchnorm-evaluation": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 2, 2)).eval(), vectors(4, 3, 3)),
     "in-place": (lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)), vectors(6)),
     "in-place-norm": (lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(True), nn.Conv2d(4, 2, 1)), vectors(4, 3, 3)),
 }  # fmt: skip
@@ -336,11 +427,10 @@ class Bare(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (nn.BatchNorm1d(6), "it normalises with the statistics of the batch"),
-        (nn.BatchNorm1d(6).eval(), "BatchNorm1d mixes the examples of a batch"),
-        (nn.LSTM(6, 4), "LSTM has no per-example rule"),
-        (nn.GRUCell(6, 4), "GRUCell has no per-example rule"),
-        (nn.MultiheadAttention(6, 2), "MultiheadAttention has no per-example rule"),
+        (nn.SyncBatchNorm(6), "SyncBatchNorm has no per-example rule"),
+        (Bare(nn.BatchNorm1d(6)), "BatchNorm1d. mixes the examples of a batch"),
+        (nn.LSTM(6, 4, proj_size=2), "proj_size=2 projects its hidden state"),
+        (nn.MultiheadAttention(6, 2, add_zero_attn=True), "add_zero_attn"),
         (nn.EmbeddingBag(6, 4), "EmbeddingBag has no per-example rule"),
         (nn.Embedding(6, 4, sparse=True), "sparse gradients change what is summed"),
         (nn.Embedding(6, 4, max_norm=1.0), "max_norm"),
@@ -361,23 +451,6 @@ def test_dropout_that_drops_nothing_is_no_reason_to_refuse():
     assert_equal(case.dense(case.recorded()), case.one_by_one())
 
 
-@pytest.mark.parametrize("options", [{}, {"track_running_stats": False}])
-def test_batchnorm_in_training_mode_is_refused_even_without_parameters(options):
-    norm = nn.BatchNorm1d(6, affine=False, **options)
-    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(norm))
-    with pytest.raises(
-        UnsupportedLayerError,
-        match=r"^recording layer '1\.0': .*statistics of the batch, which mixes its examples\. .*\.eval\(\)",
-    ):
-        find(model)
-    norm.eval()
-    if norm.track_running_stats:
-        assert len(find(model)[1]) == 1
-    else:  # without running statistics it mixes in evaluation mode too
-        with pytest.raises(UnsupportedLayerError, match=r"^recording layer '1\.0': "):
-            find(model)
-
-
 def test_a_frozen_batchnorm_in_evaluation_mode_is_a_fixed_map():
     def make():
         model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
@@ -388,13 +461,42 @@ def test_a_frozen_batchnorm_in_evaluation_mode_is_a_fixed_map():
     assert_equal(case.dense(case.recorded()), case.one_by_one())
 
 
-def test_tied_layers_are_refused_by_name():
-    model = nn.Sequential(nn.Embedding(6, 6), nn.Linear(6, 6))
-    model[1].weight = model[0].weight
-    with pytest.raises(ConfigurationError, match=r"'0\.weight': two layers share it\. Got '0' and '1'; .* Untie"):
-        find(model)
-    model[0].weight.requires_grad_(False)
-    assert [block.parameters for block in find(model)[1]] == [("1.bias",)]
+def test_a_shared_parameter_is_a_block_of_its_own():
+    blocks = find(Tied())[1]
+    assert [block.parameters for block in blocks] == [
+        ("embedding.weight",), ("out.bias",), ("first.weight",), ("first.bias",)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [["0.weight"], ["0.weight", "2.bias"], ["0.weight", "0.bias"]])
+def test_what_is_frozen_after_the_start_gets_no_gradient(names):
+    case = Case(lambda: nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 3)), vectors(6))
+    expected = case.one_by_one()
+    frozen(case.model, *names)
+    for block in case.blocks:
+        for name, start, shape in zip(block.parameters, [0, math.prod(block.shapes[0])], block.shapes, strict=False):
+            if name in names:
+                expected[:, block.start + start : block.start + start + math.prod(shape)] = 0
+    assert_equal(case.dense(case.recorded()), expected)
+
+
+def test_plain_positions_as_many_as_examples_could_be_either():
+    model = Positions(True)
+    layers, _ = find(model)
+    with (
+        pytest.raises(ExampleIdError, match=r"layer 'places': .* shared by them all .* Pass positions as \(1, T\)"),
+        Capture(layers).during_backward(6, lambda *piece: None),
+    ):
+        model(torch.randint(0, 7, (6, 6)))
+
+
+def test_attention_that_drops_weights_is_refused_by_name():
+    layers, _ = find(model := Attends(dropout=0.5))
+    with (
+        pytest.raises(UnsupportedLayerError, match=r"layer 'core': .* dropout=0\.5 of its weights"),
+        Capture(layers).during_backward(2, lambda *piece: None),
+    ):
+        model(torch.ones(2, 3, 6))
 
 
 def test_one_module_under_two_names_is_one_layer():
@@ -417,18 +519,23 @@ def test_a_layer_that_draws_random_numbers_by_hand_is_refused_by_name():
         case.recorded()
 
 
-def test_a_layer_that_returns_more_than_one_tensor_is_refused_by_name():
+def test_a_layer_may_return_several_tensors():
     class Pair(Scaled):
         def forward(self, x):
-            return super().forward(x), x
+            first = super().forward(x)
+            return first, (first.relu().square(), x.cos())
 
-    model = Pair()
-    layers, _ = find(model)
-    with (
-        pytest.raises(UnsupportedLayerError, match=r"'\(the model itself\)': .*it returns a tuple, not one tensor"),
-        Capture(layers).during_backward(2, lambda *piece: None),
-    ):
-        model(torch.ones(2, 6))
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x):
+            first, (second, _) = self.pair(x)
+            return first.cos() + second
+
+    case = Case(Around, vectors(6))
+    assert_equal(case.dense(case.recorded()), case.one_by_one())
 
 
 def test_an_output_without_one_row_per_example_is_refused_by_name():

@@ -204,6 +204,8 @@ def test_explain_takes_an_input_by_its_name(source, tmp_path):
         ("log-probability:3", "log_probability[3]"),
         ("margin:3", "margin[3]"),
         ("value:0", "value[0]"),
+        ("tokens:17", "log_probability[token 17 at -1]"),
+        ("tokens:17,42", "log_probability[tokens -2:]"),
     ],
 )
 def test_outputs_are_written_with_a_colon(text, name):
@@ -241,7 +243,9 @@ def test_an_output_that_the_model_does_not_have_is_refused(explain):
     assert "a class from 0 to 9" in str(result.exception)
 
 
-@pytest.mark.parametrize("text", ["", "logits:3", "logit:x", "logit:-1", "logit:²", "loss", "logit:3:4"])
+@pytest.mark.parametrize(
+    "text", ["", "logits:3", "logit:x", "logit:-1", "logit:²", "loss", "logit:3:4", "tokens", "tokens:1,x"]
+)
 def test_an_output_that_is_none_is_refused(text):
     with pytest.raises(QueryError, match=r"there is no such output\. Got .*expected logit:NUMBER"):
         parse_output(text)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkexplain.displacement import RowAccumulator
+from pkexplain.displacement import RowAccumulator, look_back
 from pkexplain.update_rules import LinearStep
 
 EXAMPLES = 5
@@ -30,8 +30,35 @@ def gradients(ids, place):
     return torch.randn(EXAMPLES, WIDTH, generator=generator, dtype=torch.float64)[torch.tensor(ids)]
 
 
-def accumulator(examples=EXAMPLES):
-    return RowAccumulator(examples, COLUMNS, WIDTH, torch.float64, torch.device("cpu"))
+class Lazy:
+    """Rows that are touched when they are folded, as `pkexplain.visits` does it."""
+
+    def __init__(self):
+        self.rows = RowAccumulator(EXAMPLES, COLUMNS, WIDTH, torch.empty(0, dtype=torch.float64))
+        self.visits = []
+
+    def add(self, step, *visit):
+        self.visits.append((step, visit))
+
+    def fold(self, steps):
+        reaches = {b: {r.step: r for r in look_back([s[b] for s in steps])} for b in COLUMNS}
+
+        def factors(place):
+            return [{b: getattr(reaches[b][place], name) for b in COLUMNS} for name in ("moved", "kept")]
+
+        self.rows.pass_on(*factors(-1))
+        for step, visit in self.visits:
+            self.rows.add(*visit, *factors(step))
+        self.visits = []
+
+    def close(self, steps):
+        if steps:
+            self.fold(steps)
+        return self.rows.close()
+
+
+def accumulator():
+    return Lazy()
 
 
 def gather(run, folds=lambda place: False, order=lambda ids: ids):
@@ -149,11 +176,10 @@ def test_the_loss_derivative_of_a_row_is_weighted_with_the_kernel():
     assert not derivatives[[0, 2, 3, 4]].any()
 
 
-def test_as_many_waiting_gradients_as_rows_are_worth_folding():
-    rows = accumulator()
-    for i in range(EXAMPLES):
-        assert not rows.full
-        one(rows, 0, i, 1.0)
-    assert rows.full
-    rows.fold([step(gradient_step=1.0)])
-    assert not rows.full
+@settings(max_examples=40, deadline=None)
+@given(st.lists(linear_steps, min_size=1, max_size=6))
+def test_looking_back_at_some_steps_says_what_looking_at_all_does(taken):
+    every = {reach.step: reach for reach in look_back(taken)}
+    some = list(look_back(taken, [len(taken) - 1, 0]))
+    assert some[-1].step == -1
+    assert all(reach == every[reach.step] for reach in some)

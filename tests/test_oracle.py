@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -55,6 +56,33 @@ PARAMETERS = {
     "nesterov": {"momentum": 0.9, "nesterov": True},
 }
 
+# Short memories of the squares, so that they fall as well as rise within these few steps.
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
+    "Adam": (torch.optim.Adam, {}),
+    "Adam amsgrad": (torch.optim.Adam, {"betas": (0.8, 0.5), "amsgrad": True}),
+    "Adam decoupled": (torch.optim.Adam, {"decoupled_weight_decay": True}),
+    "AdamW": (torch.optim.AdamW, {"betas": (0.8, 0.7), "eps": 1e-3}),
+    "AdamW amsgrad": (torch.optim.AdamW, {"betas": (0.8, 0.5), "amsgrad": True}),
+    "NAdam": (torch.optim.NAdam, {"betas": (0.8, 0.7), "momentum_decay": 0.3}),
+    "NAdam decoupled": (torch.optim.NAdam, {"decoupled_weight_decay": True}),
+    "RAdam": (torch.optim.RAdam, {"eps": 1e-3}),
+    "RAdam decoupled": (torch.optim.RAdam, {"betas": (0.8, 0.9), "decoupled_weight_decay": True}),
+    "RMSprop": (torch.optim.RMSprop, {"alpha": 0.7, "eps": 1e-3}),
+    "RMSprop momentum": (torch.optim.RMSprop, {"alpha": 0.7, "momentum": 0.8}),
+    "RMSprop centered": (torch.optim.RMSprop, {"alpha": 0.7, "centered": True}),
+    "RMSprop centered momentum": (torch.optim.RMSprop, {"momentum": 0.8, "centered": True}),
+    "Adagrad": (torch.optim.Adagrad, {"eps": 1e-3}),
+    "Adagrad decay": (torch.optim.Adagrad, {"lr_decay": 0.3, "initial_accumulator_value": 0.1}),
+    "Adamax": (torch.optim.Adamax, {"betas": (0.8, 0.7), "eps": 1e-3}),
+}
+WAYS = {
+    "plain": {},
+    "weight decay": {"weight_decay": 0.2},
+    "clip and schedule": {"clip_norm": 0.3, "schedule": True},
+    "all and two groups": {"weight_decay": 0.2, "clip_norm": 0.3, "schedule": True, "two_groups": True},
+}
+
 
 def sgd(model: nn.Module, *, two_groups: bool = False, **options) -> torch.optim.SGD:
     if not two_groups:
@@ -83,6 +111,237 @@ def train_mlp(*, schedule=None, clip_norm=None, steps_per_segment=3, loss=nn.fun
 
 def exponential(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.8)
+
+
+def train_adaptive(name, *, weight_decay=0.0, schedule=None, clip_norm=None, two_groups=False, **options):
+    """Train with one of `OPTIMIZERS`; return the model, the run and the states of the parameters after each step."""
+    kind, special = OPTIMIZERS[name]
+    states = []
+
+    def make(model):
+        groups = [{"params": list(model.parameters())}]
+        if two_groups:
+            biases = [p for p in model.parameters() if p.ndim == 1]
+            weights = [p for p in model.parameters() if p.ndim > 1]
+            groups = [{"params": biases, "lr": 0.01, "weight_decay": 0.3, "eps": 1e-2}, {"params": weights}]
+            if kind is torch.optim.SGD:
+                del groups[0]["eps"]
+        optimizer = kind(groups, **{"lr": 0.05, "weight_decay": weight_decay, **special, **options})
+
+        def keep(optimizer, _args, _kwargs):
+            states.append([copy.deepcopy(optimizer.state[p]) for p in model.parameters()])
+
+        optimizer.register_step_post_hook(keep)
+        return optimizer
+
+    model = small_mlp()
+    run = oracle.train(
+        model,
+        make,
+        INPUTS,
+        LABELS,
+        BATCHES,
+        loss=nn.functional.cross_entropy,
+        schedule=exponential if schedule is True else schedule,
+        steps_per_segment=3,
+        clip_norm=clip_norm,
+    )
+    return model, run, states
+
+
+def explains_every_segment(run: oracle.OracleRun) -> bool:
+    moved = run.checkpoints.diff(dim=0)
+    return bool((oracle.optimizer_line(run).norm(dim=1) < 1e-10 * moved.norm(dim=1)).all())
+
+
+@pytest.mark.parametrize(("name", "way"), list(itertools.product(OPTIMIZERS, WAYS)))
+def test_every_optimizers_displacements_and_decay_add_up(name, way):
+    _, run, _ = train_adaptive(name, **WAYS[way])
+    assert explains_every_segment(run)
+    assert "clip" not in way or min(step.scale for step in run.steps) < 0.9
+    assert bool((oracle.decay(run).norm(dim=1) > 1e-4).all()) == ("weight_decay" in WAYS[way])
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW amsgrad", "NAdam", "RAdam", "Adamax", "RMSprop momentum"])
+def test_a_schedule_that_moves_the_betas_too_leaves_nothing(name):
+    def one_cycle(optimizer):
+        if "momentum" in optimizer.defaults:
+            return torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=3)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=len(BATCHES) + 1)
+
+    _, run, _ = train_adaptive(name, weight_decay=0.2, schedule=one_cycle)
+    assert len({step.groups[0].get("beta1", step.groups[0].get("momentum")) for step in run.steps}) > 3
+    assert explains_every_segment(run)
+
+
+def test_a_learning_rate_tensor_is_recorded_as_it_was():
+    lr = torch.tensor(0.05, dtype=torch.float64)
+    _, run, _ = train_adaptive("AdamW", schedule=True, weight_decay=0.2, lr=lr)
+    assert [step.groups[0]["lr"] for step in run.steps] == pytest.approx([0.05 * 0.8**s for s in range(len(BATCHES))])
+    assert explains_every_segment(run)
+
+
+def squares_before(state: dict[str, torch.Tensor], group: dict, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what the squares must be before a step on `gradient` for it to leave them as they are in `state`."""
+    keep, square = group.get("alpha", group.get("beta2")), gradient.square()
+    undo = {
+        "exp_avg_sq": lambda after: (after - (1 - keep) * square) / keep,
+        "max_exp_avg_sq": lambda after: after,
+        "square_avg": lambda after: (after - (1 - keep) * square) / keep,
+        "grad_avg": lambda after: (after - (1 - keep) * gradient) / keep,
+        "sum": lambda after: after - square,
+        "exp_inf": lambda after: after / keep,
+    }
+    return {key: undo[key](after) for key, after in state.items() if key in undo}
+
+
+@pytest.mark.parametrize(("name", "way"), list(itertools.product(OPTIMIZERS, WAYS)))
+def test_every_displacement_is_what_torch_makes_of_that_examples_gradients_alone(name, way):
+    # torch's own optimizer moves a zero vector by one example's gradients. Before each step its squares are set so that
+    # they come out of the step as they did in training; the gradients are made small, to be under Adamax's maximum.
+    _, run, states = train_adaptive(name, **WAYS[way])
+    kind, special = OPTIMIZERS[name]
+    small, found = 1e-3, oracle.displacements(run)
+    for example, (number, group) in itertools.product([0, 4], enumerate(run.steps[0].groups)):
+        mine = run.owner == number
+        vector = nn.Parameter(torch.zeros(int(mine.sum()), dtype=torch.float64))
+        vector.grad = torch.zeros_like(vector)
+        optimizer = kind([vector], **{**special, "weight_decay": 0.0})
+        if "eps" in group:
+            optimizer.param_groups[0]["eps"] = group["eps"]
+        if kind is not torch.optim.SGD:  # torch makes its state in the first step: one on zero, taken back
+            optimizer.step()
+            optimizer.state[vector]["step"].zero_()
+            if "mu_product" in optimizer.state[vector]:
+                optimizer.state[vector]["mu_product"].fill_(1.0)
+        for t, segment in enumerate(run.segments):
+            start = vector.detach().clone()
+            for s in segment:
+                rows = [row for row, visitor in enumerate(run.steps[s].ids) if visitor == example]
+                vector.grad = small * run.steps[s].scale * run.steps[s].gradients[rows].sum(dim=0)[mine]
+                vectors = [key for key, value in states[s][0].items() if torch.is_tensor(value) and value.ndim > 0]
+                recorded = {key: torch.cat([state[key].flatten() for state in states[s]])[mine] for key in vectors}
+                for key, before in squares_before(recorded, group, vector.grad).items():
+                    optimizer.state[vector][key].copy_(before)
+                optimizer.param_groups[0]["lr"] = group["lr"] * (0.8**s if "schedule" in WAYS[way] else 1.0)
+                optimizer.step()
+            moved = (vector.detach() - start) / small
+            assert float((moved - found[t, example, mine]).norm()) <= 1e-10 * float(moved.norm())
+            assert float(moved.norm()) > 1e-5 or example not in run.steps[segment.start].ids
+
+
+def closed_form(run, share, divisors) -> torch.Tensor:
+    """Return `(segments, examples, parameters)`: minus the sum over visits, at r, and s >= r of share(r, s) g_r / d."""
+    result = torch.zeros(len(run.segments), run.num_examples, len(run.final), dtype=torch.float64)
+    for r, visited in enumerate(run.steps):
+        for row, example in enumerate(visited.ids):
+            for s in range(r, len(run.steps)):
+                moved = share(r, s) * visited.scale * visited.gradients[row]
+                result[s // 3, example] -= 0.05 * 0.8**s * moved / divisors(r, s)
+    return result
+
+
+def running_mean(run: oracle.OracleRun, keep: float) -> list[torch.Tensor]:
+    """Return, after each step s, the sum over q <= s of (1 - keep) keep^(s - q) G_q^2, from the gradients alone."""
+    wholes = [step.scale * step.gradients.sum(dim=0) for step in run.steps]
+    return [sum((1 - keep) * keep ** (s - q) * wholes[q].square() for q in range(s + 1)) for s in range(len(run.steps))]
+
+
+def test_adam_in_closed_form():
+    _, run, _ = train_adaptive("Adam", clip_norm=0.3, schedule=True)
+    v = running_mean(run, 0.999)
+
+    def share(r, s):
+        return 0.1 * 0.9 ** (s - r) / (1 - 0.9 ** (s + 1))
+
+    expected = closed_form(run, share, lambda r, s: (v[s] / (1 - 0.999 ** (s + 1))).sqrt() + 1e-8)
+    torch.testing.assert_close(oracle.displacements(run), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_radam_without_and_with_rectification_in_closed_form():
+    _, run, _ = train_adaptive("RAdam", clip_norm=0.3, schedule=True)
+    v = running_mean(run, 0.999)
+
+    def rectified(s):
+        n, longest = s + 1, 1999.0
+        length = longest - 2 * n * 0.999**n / (1 - 0.999**n)
+        return ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)) ** 0.5
+
+    def divisor(r, s):
+        if s < 5:  # Liu et al.: with beta2 = 0.999 the first five steps are momentum alone
+            return torch.ones_like(run.final)
+        return (v[s].sqrt() + 1e-3) / (1 - 0.999 ** (s + 1)) ** 0.5 / rectified(s)
+
+    expected = closed_form(run, lambda r, s: 0.1 * 0.9 ** (s - r) / (1 - 0.9 ** (s + 1)), divisor)
+    torch.testing.assert_close(oracle.displacements(run), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_nadam_in_closed_form():
+    _, run, _ = train_adaptive("NAdam", clip_norm=0.3, schedule=True)
+    v = running_mean(run, 0.7)
+    mu = [0.8 * (1 - 0.5 * 0.96 ** (0.3 * (s + 1))) for s in range(len(BATCHES) + 1)]
+    products = list(itertools.accumulate(mu, lambda product, factor: product * factor))
+
+    def share(r, s):
+        ahead = mu[s + 1] * 0.2 * 0.8 ** (s - r) / (1 - products[s + 1])
+        return ahead + (s == r) * (1 - mu[s]) / (1 - products[s])
+
+    expected = closed_form(run, share, lambda r, s: (v[s] / (1 - 0.7 ** (s + 1))).sqrt() + 1e-8)
+    # torch keeps the product of mu in float32
+    torch.testing.assert_close(oracle.displacements(run), expected, rtol=1e-6, atol=1e-14)
+
+
+def test_rmsprop_with_momentum_in_closed_form():
+    # Each gradient is divided at its own step, not when the momentum moves the parameters.
+    _, run, _ = train_adaptive("RMSprop momentum", clip_norm=0.3, schedule=True)
+    v = running_mean(run, 0.7)
+    expected = closed_form(run, lambda r, s: 0.8 ** (s - r), lambda r, s: v[r].sqrt() + 1e-8)
+    torch.testing.assert_close(oracle.displacements(run), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_coupled_and_decoupled_decay_in_closed_form():
+    for name, coupled in [("Adam", True), ("Adam decoupled", False)]:
+        _, run, _ = train_adaptive(name, weight_decay=0.2, schedule=True)
+        expected = torch.zeros(len(run.segments), len(run.final), dtype=torch.float64)
+        for r, step in enumerate(run.steps):
+            if not coupled:
+                expected[r // 3] -= 0.05 * 0.8**r * 0.2 * step.parameters
+                continue
+            for s in range(r, len(run.steps)):
+                wholes = [past.gradients.sum(dim=0) + 0.2 * past.parameters for past in run.steps[: s + 1]]
+                v = sum(0.001 * 0.999 ** (s - q) * whole.square() for q, whole in enumerate(wholes))
+                divisor = (v / (1 - 0.999 ** (s + 1))).sqrt() + 1e-8
+                share = 0.05 * 0.8**s * 0.1 * 0.9 ** (s - r) / (1 - 0.9 ** (s + 1))
+                expected[s // 3] -= share * 0.2 * step.parameters / divisor
+        torch.testing.assert_close(oracle.decay(run), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_unknown_optimizers_and_maximizing_are_refused():
+    class MyAdam(torch.optim.Adam):
+        pass
+
+    for make in [
+        lambda m: torch.optim.Rprop(m.parameters()),
+        lambda m: torch.optim.LBFGS(m.parameters()),
+        lambda m: torch.optim.Adadelta(m.parameters()),
+        lambda m: MyAdam(m.parameters()),
+        lambda m: torch.optim.Adam(m.parameters(), maximize=True),
+        lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True),
+    ]:
+        with pytest.raises(ValueError, match=r"the oracle knows SGD, Adam, .* minimizing"):
+            oracle.train(
+                small_mlp(), make, INPUTS, LABELS, BATCHES, loss=nn.functional.cross_entropy, steps_per_segment=3
+            )
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "RAdam", "RMSprop centered momentum", "Adagrad decay", "Adamax"])
+def test_kernel_times_weight_is_the_contribution_of_adaptive_optimizers_too(name):
+    model, run, _ = train_adaptive(name, clip_norm=0.3, schedule=True, weight_decay=0.2)
+    phi = oracle.covectors(run, model, random(2, 3, seed=7), first, nodes=8, pieces=1)
+    expected = oracle.contributions(phi, oracle.displacements(run))
+    for kernel, weight in (oracle.kernel_and_weight(run, phi), oracle.exact_kernel_and_weight(run, phi)):
+        torch.testing.assert_close(kernel * weight, expected, rtol=1e-10, atol=1e-14)
+    assert (oracle.row_loss_derivatives(run) < 0).any()
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 import pkexplain as pk
 from pkexplain.errors import QueryError
-from pkexplain.outputs import as_output
+from pkexplain.outputs import as_output, settle_output
 
 torch.manual_seed(0)
 PREDICTION = torch.randn(4, 5, dtype=torch.float64)
 CLASSES = [3, 0, 4, 4]
 CHOSEN = PREDICTION[torch.arange(4), CLASSES]
 PROBABILITIES = PREDICTION.softmax(1)[torch.arange(4), CLASSES]
+SEQUENCES = torch.randn(3, 6, 8, dtype=torch.float64)  # queries, positions, vocabulary
+SPANS = [[1, 7], [0, 2], [5, 5]]
 
 
 def compute(output, prediction=PREDICTION):
@@ -78,6 +82,105 @@ def test_a_selection_computes_what_the_whole_does(output):
     settled, positions = output.settle(PREDICTION), torch.tensor([2, 0])
     found = settled.select(positions)(PREDICTION[positions])
     torch.testing.assert_close(found, settled(PREDICTION)[positions])
+
+
+def log_probabilities(spans, starts, normalized=False):
+    """An independent plain loop."""
+    found = []
+    for query, (span, start) in enumerate(zip(spans, starts, strict=True)):
+        total = 0.0
+        for j, token in enumerate(span):
+            scores = SEQUENCES[query, start - 1 + j].tolist()
+            total += scores[token] - math.log(sum(math.exp(score) for score in scores))
+        found.append(total / len(span) if normalized else total)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "start", "spans", "starts"),
+    [
+        (4, None, [[4]] * 3, [5] * 3),
+        ([4], 1, [[4]] * 3, [1] * 3),
+        (torch.tensor(4), 6, [[4]] * 3, [6] * 3),
+        ([3, 0, 3], None, [[3, 0, 3]] * 3, [3] * 3),
+        ((3, 0, 3), torch.tensor(2), [[3, 0, 3]] * 3, [2] * 3),
+        ([3, 0, 3, 1, 2, 7], 1, [[3, 0, 3, 1, 2, 7]] * 3, [1] * 3),
+        (SPANS, None, SPANS, [4] * 3),
+        (torch.tensor(SPANS).int(), [1, 5, 3], SPANS, [1, 5, 3]),
+    ],
+)
+def test_tokens_against_a_plain_loop(tokens, start, spans, starts, normalized):
+    output = pk.TokenLogProbability(tokens, start, normalized)
+    settled = output.settle(SEQUENCES)
+    truth = log_probabilities(spans, starts, normalized)
+    torch.testing.assert_close(settled(SEQUENCES), truth)
+    torch.testing.assert_close(output(SEQUENCES), truth)
+    positions = torch.tensor([2, 0])
+    torch.testing.assert_close(settled.select(positions)(SEQUENCES[positions]), truth[positions])
+
+
+def test_padding_on_the_left_only_moves_the_start():
+    padded = torch.cat([torch.randn(3, 2, 8).double(), SEQUENCES], dim=1)
+    truth = compute(pk.TokenLogProbability(SPANS, 3), SEQUENCES)
+    torch.testing.assert_close(compute(pk.TokenLogProbability(SPANS, 5), padded), truth)
+    at_the_end = [compute(pk.TokenLogProbability(SPANS), prediction) for prediction in (padded, SEQUENCES)]
+    torch.testing.assert_close(*at_the_end)
+
+
+def test_a_completion_of_the_whole_vocabulary_has_probability_one():
+    each = [compute(pk.TokenLogProbability([a, b], 2), SEQUENCES).exp() for a in range(8) for b in range(8)]
+    torch.testing.assert_close(torch.stack(each).sum(0), torch.ones(3).double())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start", "match"),
+    [
+        (4, 0, "are not predicted from the input.*expected a start from 1 to 6"),
+        (4, -1, "are not predicted from the input"),
+        (4, 7, "are not predicted from the input"),
+        ([4, 4], 6, "are not predicted from the input.*expected a start from 1 to 5"),
+        ([[4, 4]] * 3, [1, 1, 6], "are not predicted from the input"),
+        ([1] * 6, None, r"6 token\(s\) from position \[0, 0, 0\] on are not predicted"),
+        ([1] * 9, None, "expected at most 6 tokens"),
+        (8, None, "there is no such token.*expected tokens from 0 to 7"),
+        ([1, -1], None, "there is no such token"),
+        ([1.0, 2.0], None, "does not fit the queries.*a token is a whole number"),
+        (True, None, "a token is a whole number"),
+        (4, 1.5, "a start is a whole number"),
+        ([], None, "does not fit the queries"),
+        ([[1, 2], [3]], None, "does not fit the queries"),
+        ([[1, 2]] * 2, None, "does not fit the queries"),
+        ([[[1]]] * 3, None, "does not fit the queries"),
+        (4, [1, 2], "does not fit the queries"),
+    ],
+)
+def test_a_span_that_is_not_there_is_refused(tokens, start, match):
+    with pytest.raises(QueryError, match=match):
+        pk.TokenLogProbability(tokens, start).settle(SEQUENCES)
+
+
+def test_tokens_need_a_sequence():
+    with pytest.raises(QueryError, match=r"it needs scores for each position.*expected shape \(queries, positions"):
+        pk.TokenLogProbability(1).settle(PREDICTION)
+
+
+@pytest.mark.parametrize("output", [None, pk.Logit(), pk.LogProbability(2), pk.Margin()])
+def test_what_to_explain_of_a_sequence_is_said_where_a_class_was_asked_for(output):
+    with pytest.raises(
+        QueryError, match=r"Got a prediction of shape \(3, 6, 8\).*pkexplain\.TokenLogProbability\(tokens\)"
+    ):
+        settle_output(output, SEQUENCES)
+
+
+def test_names_of_tokens():
+    assert pk.TokenLogProbability(42, 5).names(2) == ["log_probability[token 42 at 5]"] * 2
+    assert pk.TokenLogProbability([[1, 2, 3, 4]], [5]).names(1) == ["log_probability[tokens 5:9]"]
+    assert pk.TokenLogProbability(SPANS, [1, 4, 2], normalized=True).names(3)[1] == "mean_log_probability[tokens 4:6]"
+    assert pk.TokenLogProbability(SPANS).settle(SEQUENCES).names(3) == ["log_probability[tokens 4:6]"] * 3
+    assert pk.TokenLogProbability(3).settle(SEQUENCES).names(3) == ["log_probability[token 3 at 5]"] * 3
+    assert pk.TokenLogProbability(3).names(1) == ["log_probability[token 3 at -1]"]
+    assert pk.TokenLogProbability([3, 4]).names(1) == ["log_probability[tokens -2:]"]
 
 
 def test_names():

@@ -170,7 +170,7 @@ def test_backward_that_is_never_called(loop):
     with broken("backward was never called"), loop.recorder.step([0, 1], accumulate=True):
         pass
     loop.optimizer.zero_grad()
-    with broken("backward was never called"), loop.recorder.step([0, 1]):
+    with broken(r"optimizer\.step\(\) was given a closure\. .*without arguments"), loop.recorder.step([0, 1]):
 
         def closure():
             loss = F.cross_entropy(loop.model(loop.inputs[:2]), loop.targets[:2])
@@ -181,12 +181,22 @@ def test_backward_that_is_never_called(loop):
     assert equal(before, loop.parameters())
 
 
-def test_backward_that_is_called_twice(loop):
-    wrong = r"backward was called a second time\. Got a second gradient of '\d\.(weight|bias)'; .*accumulate=True"
-    with broken(wrong), loop.recorder.step([0, 1]):
-        loss = F.cross_entropy(loop.model(loop.inputs[:2]), loop.targets[:2])
-        loss.backward(retain_graph=True)
-        loss.backward()
+def test_several_backward_passes_of_a_step_are_summed():
+    found = []
+    for times in (1, 2):
+        with Loop() as loop, loop.recorder.step(range(8)):
+            loop.optimizer.zero_grad()
+            loss = F.cross_entropy(loop.model(loop.inputs[:8]), loop.targets[:8])
+            other = loop.model(loop.inputs[:8]).square().mean()
+            if times == 1:
+                (loss + other).backward()
+            else:
+                loss.backward()
+                other.backward()
+            loop.optimizer.step()
+        found.append(account(loop)[0][0])
+    torch.testing.assert_close(found[0].rows, found[1].rows, rtol=1e-10, atol=1e-12)
+    assert found[1].optimizer.norm() < 1e-12
 
 
 def test_a_step_inside_a_step(loop):
@@ -271,18 +281,21 @@ def test_a_parameter_used_by_hand_later_on_is_warned_of():
     assert {"displacement gap", "capture gap"} <= failed(loop.explain())
 
 
-def test_batchnorm_that_goes_back_to_training_mode_is_refused_at_the_step():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_running_statistics_have_a_line_of_their_own(frozen):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Linear(12, 10)).double()
-    model[1].eval().requires_grad_(False)
-    with Loop(model) as loop:
-        loop.step([0, 1])
-        model.train()
-        with pytest.raises(UnsupportedLayerError, match=r"layer '1': .*statistics of the batch"):
-            loop.step([2, 3])
-        model[1].eval()
-        loop.step([2, 3])
-    assert values(loop.explain())["displacement gap"] < 1e-12
+    model = nn.Sequential(nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 10)).double()
+    with Loop(model.train(), segments=2) as loop:
+        if frozen:
+            model[1].eval()
+        for ids in batches(EXAMPLES, 8, 4):
+            loop.step(ids)
+    explanation = loop.explain(tolerance=1e-6)
+    assert values(explanation)["displacement gap"] < 1e-12
+    assert values(explanation)["quadrature gap"] < 1e-6
+    assert abs(explanation.gap) < 1e-9
+    line = explanation.ledger.remainders["buffers"]
+    assert line == 0 if frozen else abs(line) > 1e-2
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -305,11 +318,11 @@ def test_arguments_that_cannot_be(options, wrong):
         Loop(**options)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.LBFGS])
+@pytest.mark.parametrize("kind", [torch.optim.Adadelta, torch.optim.Rprop, torch.optim.ASGD, torch.optim.LBFGS])
 def test_an_optimizer_without_a_rule_is_refused_with_those_that_have_one(kind):
     model = mlp()
     name = re.escape(f"{kind.__module__}.{kind.__name__}")
-    with pytest.raises(UnsupportedOptimizerError, match=rf"Got {name}; expected torch\.optim\.SGD \(from"):
+    with pytest.raises(UnsupportedOptimizerError, match=rf"Got {name}; expected Adagrad, Adam, .* SGD \(from"):
         Loop(model, kind(model.parameters()))
 
 
@@ -318,7 +331,7 @@ def test_an_optimizer_derived_from_sgd_is_not_taken_for_it():
         pass
 
     model = mlp()
-    with pytest.raises(UnsupportedOptimizerError, match=r"Got .*Mine; expected torch\.optim\.SGD"):
+    with pytest.raises(UnsupportedOptimizerError, match=r"Got .*Mine; expected Adagrad, .*register_update_rule"):
         Loop(model, Mine(model.parameters(), lr=0.1))
 
 
@@ -341,7 +354,7 @@ def test_a_wrapped_model_is_refused(wrap):
 
 
 def test_nothing_is_written_before_the_model_is_accepted(tmp_path):
-    model = nn.LSTM(3, 3)
+    model = nn.LSTM(3, 3, proj_size=2)
     with pytest.raises(UnsupportedLayerError):
         pk.Recorder(tmp_path / "run", model, torch.optim.SGD(model.parameters(), lr=0.1), num_examples=3)
     assert not (tmp_path / "run").exists()
@@ -486,7 +499,10 @@ def test_one_factor_on_the_gradient_is_found_and_recorded(change):
 @pytest.mark.parametrize("change", ["noise", "clip by value", "penalty", "parameter"])
 def test_what_belongs_to_no_example_is_on_the_optimizer_line_and_fails_its_check(change):
     torch.manual_seed(0)
-    with Loop() as loop:
+    match = r"not a multiple of .* Clipping by value, .* optimizer line"
+    match = r"what moved 2\.weight .* outside optimizer\.step\(\)" if change == "parameter" else match
+    said = pytest.warns(UserWarning, match=match)
+    with said, Loop() as loop:
         for ids in batches(EXAMPLES, 8, 1):
             with loop.recorder.step(ids):
                 loop.backward(ids)

@@ -74,7 +74,7 @@ def test_a_manifest_comes_back(store):
     found = reopened(store).manifest()
     assert {name: found[name] for name in MANIFEST} == MANIFEST
     assert found["more"] == 1
-    assert found["format_version"] == 1
+    assert found["format_version"] == 2
     assert set(found["files"]) == {"projection.safetensors"}
 
 
@@ -341,8 +341,8 @@ def test_a_missing_manifest_is_no_run(damaged):
 
 def test_a_manifest_of_another_format_is_refused(damaged):
     path, run = damaged
-    reseal(path, lambda manifest: manifest.update(format_version=2))
-    refused(path, run, "manifest.json", "its format is not known here", "Got 2; expected 1 ")
+    reseal(path, lambda manifest: manifest.update(format_version=1))
+    refused(path, run, "manifest.json", "its format is not known here", "Got 1; expected 2 ")
 
 
 @pytest.mark.parametrize(

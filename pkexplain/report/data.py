@@ -19,7 +19,7 @@ from pkexplain.table import decimals, fixed
 
 __all__ = ["Balance", "Example", "Section", "Step", "build_section"]
 
-_LINE_NAMES = {"decay": "Weight decay", "optimizer": "Optimizer remainder"}
+_LINE_NAMES = {"decay": "Weight decay", "optimizer": "Optimizer remainder", "buffers": "Running statistics"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,363 @@
+"""The account of an optimizer that divides by a second moment.
+
+How far a gradient moves each coordinate depends on v̂ of later steps too, so a batch's gradients wait, in factors, until
+most of that is known; then they are multiplied elementwise with what the steps did and projected:
+
+    row_i = P S⁻¹ (C_r ⊙ g_i),    C_r = gradient_step_r + gain_r Σ_{s ≥ r} decay_{r+1} ⋯ decay_s moment_step_s
+
+What a batch leaves in the moment after that is passed on with one factor for each block and step, the one that fits the
+batches' sum best. The misfit is in full space, exact, on the ledger's ``optimizer`` line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pkexplain.batches import Audit, CapturedBatch, Factors, Setting, Totals
+from pkexplain.displacement import Reach, RowAccumulator, look_back
+from pkexplain.gradients import ExampleGradients
+from pkexplain.projector import Projector
+from pkexplain.update_rules import LinearStep, Number
+from pkexplain.visits import HELD_BYTES
+
+__all__ = ["Lookahead", "LookaheadBook"]
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """How long gradients wait.
+
+    Attributes:
+        share: They wait until no more than this share of them is in the moment.
+        share_at_end: At the end of a segment those wait on, into the next, of which more than this is in the moment;
+            they are projected twice.
+        steps: The most steps they wait.
+        held_bytes: The most memory for them.
+    """
+
+    share: float
+    share_at_end: float
+    steps: float = math.inf
+    held_bytes: float = math.inf
+
+    @classmethod
+    def of(cls, lookahead: str | int, like: Tensor) -> Lookahead:
+        """Read the recorder's argument: ``"auto"``, ``"exact"``, or a number of steps."""
+        rounding = torch.finfo(like.dtype).eps
+        if lookahead == "auto":
+            return cls(0.02, 0.1, held_bytes=2 * HELD_BYTES)
+        return cls(rounding, rounding) if lookahead == "exact" else cls(rounding, rounding, int(lookahead))
+
+
+@dataclass
+class _Pending:
+    """A step's batches, waiting: its place in the list of steps, −1 once its segment is over."""
+
+    place: int
+    batches: Sequence[CapturedBatch]
+    scale: Factors
+    gradient: Tensor
+    nbytes: int
+    carried: dict[int, Number] | None = None  # what of it is in the moment, once its segment is over
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """A projected batch, waiting for the end of the segment: what it passes on counts from a fold of the tail."""
+
+    fold: int
+    ids: Tensor
+    rows: Tensor
+    audited: Tensor
+    audit_rows: Tensor
+    derivatives: Tensor
+    passed: Factors
+
+
+class _Tail:
+    """What projected batches still do through the moment, in full space.
+
+    Args:
+        setting: What is recorded.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        """Begin with an empty moment."""
+        self._spans = setting.spans
+        self._moment = setting.like.new_zeros(setting.size)  # exact
+        self._moving = torch.zeros_like(self._moment)  # minus what it moves in a step, as the rows have it
+        self.examples = torch.zeros_like(self._moment)
+        self.folds: list[tuple[Factors, Factors]] = []
+        self._restart()
+
+    def _restart(self) -> None:
+        self._moved = dict.fromkeys(self._spans, 0.0)
+        self._kept = dict.fromkeys(self._spans, 1.0)
+        self._stepped = False
+
+    def step(self, numbers: dict[int, LinearStep]) -> None:
+        """Follow one step: for each block find the factor that fits what the moment moves best."""
+        self._stepped = True
+        for block, span in self._spans.items():
+            moving, moment = self._moving[span], self._moment[span]
+            size = float(moving.dot(moving))
+            if size == 0:
+                self._kept[block] = 0.0
+                continue
+            moment.mul_(numbers[block].decay)
+            true = numbers[block].moment_step * moment
+            self._kept[block] = float(true.dot(moving)) / size
+            self._moved[block] += self._kept[block]
+
+    def fold(self) -> None:
+        """Settle what was moved since the last fold; what is added from here on counts from here."""
+        if not self._stepped:
+            return
+        self.folds.append((self._moved, self._kept))
+        for block, span in self._spans.items():
+            self.examples[span] -= self._moved[block] * self._moving[span]
+            self._moving[span] *= self._kept[block]
+        self._restart()
+
+    def add(self, block: int, moved: Tensor, kept: Tensor, moment_step: Number) -> float:
+        """Add a projected batch's sum; return which multiple of what it moved it goes on moving in a step."""
+        span = self._spans[block]
+        size = float(moved.dot(moved))
+        factor = float((moment_step * kept).dot(moved)) / size if size > 0 else 0.0
+        self._moment[span] += kept
+        self._moving[span].add_(moved, alpha=factor)
+        return factor
+
+    def factors(self) -> list[tuple[Factors, Factors]]:
+        """For each fold, what a batch that was added then has moved by now and what it keeps; first, the earliest."""
+        moved, kept = dict.fromkeys(self._spans, 0.0), dict.fromkeys(self._spans, 1.0)
+        found: list[tuple[Factors, Factors]] = [(moved, kept)]
+        for by_fold, remains in reversed(self.folds):
+            moved = {b: by_fold[b] + remains[b] * moved[b] for b in moved}
+            kept = {b: remains[b] * kept[b] for b in kept}
+            found.append((moved, kept))
+        self.folds = []
+        return found[::-1]
+
+
+_DAMPING = 0.1
+"""Part of a block's mean √v̂ that is added to every coordinate's in the balance."""
+
+
+class LookaheadBook:
+    """Follows what the examples do, for optimizers with a number for each coordinate.
+
+    Args:
+        setting: What is recorded.
+        lookahead: How long gradients wait.
+    """
+
+    def __init__(self, setting: Setting, lookahead: Lookahead) -> None:
+        """Begin the first segment."""
+        self._setting, self._lookahead, self._audit = setting, lookahead, Audit(setting)
+        self._tail = _Tail(setting)
+        self._pending: list[_Pending] = []
+        self._steps: list[dict[int, LinearStep]] = []
+        self._visits: list[_Visit] = []
+        self._rows: RowAccumulator | None = None
+        self.projector: Projector | None = None
+
+    @property
+    def audit_ids(self) -> Tensor:
+        """The audited examples."""
+        return self._audit.ids
+
+    def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
+        """Take one block's gradients as the backward pass reaches them."""
+        batch.pieces.append((position, gradients))
+
+    def step(
+        self, batches: Sequence[CapturedBatch], numbers: dict[int, LinearStep], scale: Factors, gradient: Tensor
+    ) -> None:
+        """Follow one optimizer step; the arguments are those of `VisitBook.step`."""
+        self._steps.append(numbers)
+        self._tail.step(numbers)
+        held = [v for n in numbers.values() for v in vars(n).values() if isinstance(v, Tensor)] + [gradient]
+        nbytes = sum(v.nbytes for v in held) + sum(batch.nbytes for batch in batches)
+        self._pending.append(_Pending(len(self._steps) - 1, batches, scale, gradient.clone(), nbytes))
+        if self.projector is None:
+            if self._warm():
+                self._bind()
+            else:
+                return
+        settled = self._settled()
+        if settled:
+            self._tail.fold()
+            self._finish(self._pending[:settled], over=False)
+            self._pending = self._pending[settled:]
+            self._forget_steps()
+
+    def close(self) -> Totals:
+        """End the segment and begin the next."""
+        if self.projector is None:
+            self._bind()
+        rows, tail = self._rows, self._tail
+        if rows is None:  # cannot be: binding makes them
+            raise RuntimeError("the projection was not fixed")
+        tail.fold()
+        self._finish(self._pending, over=True)
+        self._pending = [pending for pending in self._pending if pending.carried is not None]
+        self._steps = []
+        factors = tail.factors()
+        for sums in (rows, self._audit.rows):
+            sums.pass_on(*factors[0])
+        for visit in self._visits:
+            moved, kept = factors[visit.fold]
+            moved = {b: 1 + visit.passed[b] * moved[b] for b in moved}
+            kept = {b: visit.passed[b] * kept[b] for b in kept}
+            rows.add(visit.ids, visit.rows, visit.derivatives, moved, kept)
+            if len(visit.audited):
+                places = self._audit.places(visit.ids[visit.audited])
+                self._audit.rows.add(places, visit.audit_rows, visit.derivatives[visit.audited], moved, kept)
+        self._visits = []
+        examples, tail.examples = tail.examples, torch.zeros_like(tail.examples)
+        return Totals(*rows.close(), self._audit.rows.close()[0], examples)
+
+    def _held(self) -> list[CapturedBatch]:
+        return [batch for pending in self._pending for batch in pending.batches]
+
+    def _warm(self) -> bool:
+        held = self._held()
+        examples = sum(len(batch.ids) for batch in held)
+        return examples >= self._setting.projection.warm_up or sum(batch.nbytes for batch in held) >= HELD_BYTES
+
+    def _bind(self) -> None:
+        """Fix the balance and the projection from the gradients that wait, as the last step would apply them.
+
+        Not as the steps did apply them: the first divide by a v̂ of one batch, and their few outliers would take the
+        directions from everyone else.
+        """
+        last, like = self._steps[-1], self._setting.like
+        parts = [(n.gradient_step + n.gain * n.moment_step, self._setting.blocks[b].numel) for b, n in last.items()]
+        operator = torch.cat([_spread(number, numel, like) for number, numel in parts]).abs_()
+        balance = _balance(operator, list(self._setting.spans.values()))
+        ratio = operator / balance
+        seen = [[(b, g.scaled(ratio[self._setting.blocks[b].span])) for b, g in batch.pieces] for batch in self._held()]
+        self.projector = self._setting.bind(seen, balance)
+        self._rows = self._setting.accumulator(self.projector)
+
+    def _settled(self) -> int:
+        """How many of the oldest steps need not wait any longer; some at a time, as each time costs a look back."""
+        shares = self._shares()
+        ready = sum(not self._waits(age, share, self._lookahead.share) for age, share in enumerate(reversed(shares)))
+        if sum(pending.nbytes for pending in self._pending) > self._lookahead.held_bytes:
+            ready = max(ready, -(-len(self._pending) // 4))
+        return ready if 4 * ready >= len(self._pending) - ready else 0
+
+    def _waits(self, age: int, share: float, most: float) -> bool:
+        return share > most and age < self._lookahead.steps
+
+    def _shares(self) -> list[float]:
+        """The share of each waiting step's gradient that is still in the moment, the largest of all blocks."""
+        remains, by_place = 1.0, {}
+        for place in range(len(self._steps) - 1, -1, -1):
+            by_place[place] = remains
+            remains *= max((_largest(n.decay) for n in self._steps[place].values() if _moves(n)), default=1.0)
+        return [by_place.get(pending.place, remains) for pending in self._pending]
+
+    def _forget_steps(self) -> None:
+        """Drop the steps from before the oldest that waits."""
+        first = min((pending.place for pending in self._pending), default=len(self._steps))
+        if first > 0:
+            self._steps = self._steps[first:]
+            for pending in self._pending:
+                pending.place -= first
+
+    def _finish(self, pendings: Sequence[_Pending], over: bool) -> None:
+        """Project what some steps' batches have moved, block by block, and hand on what they leave in the moment.
+
+        Args:
+            pendings: The steps.
+            over: Whether the segment ends here; then those with much left in the moment wait on.
+        """
+        if self.projector is None or not pendings:
+            return
+        shares = self._shares()
+        on = [
+            over and self._waits(len(shares) - 1 - age, share, self._lookahead.share_at_end)
+            for age, share in zip(range(len(pendings)), shares, strict=False)
+        ]
+        entries = [[self._entry(batch) for batch in pending.batches] for pending in pendings]
+        passed: list[dict[int, float]] = [{} for _ in pendings]
+        left: list[dict[int, Number]] = [{} for _ in pendings]
+        for b, block in enumerate(self._setting.blocks):
+            reaches = {r.step: r for r in look_back([n[b] for n in self._steps], [p.place for p in pendings])}
+            for i, pending in enumerate(pendings):
+                moved, kept = _of(reaches[pending.place], pending, b)
+                moved = _spread(moved, block.numel, self._setting.like)
+                for batch, entry in zip(pending.batches, entries[i], strict=True):
+                    self._project(b, batch, entry, moved * pending.scale[b])
+                gradient = pending.gradient[block.span]
+                by_all = moved * gradient
+                self._tail.examples[block.span] -= by_all
+                passed[i][b], left[i][b] = 0.0, kept
+                if not on[i]:
+                    passed[i][b] = self._tail.add(b, by_all, kept * gradient, self._steps[-1][b].moment_step)
+        for i, pending in enumerate(pendings):
+            for batch, entry in zip(pending.batches, entries[i], strict=True):
+                derivatives = batch.loss_derivatives(next(iter(pending.scale.values())), self._setting.like)
+                self._visits.append(_Visit(len(self._tail.folds), batch.ids, *entry, derivatives, passed[i]))
+            pending.place, pending.carried = -1, left[i] if on[i] else None
+
+    def _entry(self, batch: CapturedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Make room for a batch's rows, the positions of its audited examples, and their rows."""
+        if self.projector is None:
+            raise RuntimeError("the projection was not fixed")
+        chosen = self._audit.positions(batch.ids)
+        new = self._setting.like.new_zeros
+        return new(len(batch.ids), self.projector.columns), chosen, new(len(chosen), self._setting.size)
+
+    def _project(self, b: int, batch: CapturedBatch, entry: tuple[Tensor, Tensor, Tensor], factors: Tensor) -> None:
+        rows, chosen, audit_rows = entry
+        span = self._setting.blocks[b].span
+        for position, gradients in batch.pieces:
+            if position != b or self.projector is None:
+                continue
+            self.projector.add_displacements(rows, b, gradients, factors)
+            if len(chosen):
+                audit_rows[:, span] += gradients.select(chosen).dense() * factors
+
+
+def _of(reach: Reach, pending: _Pending, block: int) -> tuple[Number, Number]:
+    if pending.carried is None:
+        return reach.moved, reach.kept
+    return pending.carried[block] * reach.moved, pending.carried[block] * reach.kept
+
+
+def _moves(n: LinearStep) -> bool:
+    return isinstance(n.gain, Tensor) or isinstance(n.gradient_step, Tensor) or bool(n.gain) or bool(n.gradient_step)
+
+
+def _largest(number: Number) -> float:
+    return float(number.max()) if isinstance(number, Tensor) else number
+
+
+def _spread(number: Number, numel: int, like: Tensor) -> Tensor:
+    return number if isinstance(number, Tensor) else like.new_full((numel,), number)
+
+
+def _balance(operator: Tensor, spans: Sequence[slice]) -> Tensor:
+    """Choose S near the root of the operator; a coordinate that has hardly had a gradient gets no more than its block.
+
+    Args:
+        operator: How far each coordinate's gradient moves it, ``(parameters,)``.
+        spans: Where the blocks lie.
+    """
+    balance = torch.ones_like(operator)
+    for span in spans:
+        inverse = 1 / operator[span]
+        usable = torch.isfinite(inverse)
+        if usable.any():
+            inverse = inverse + _DAMPING * inverse[usable].mean()
+            balance[span] = torch.where(usable, inverse.rsqrt(), inverse[usable].rsqrt().mean())
+    return balance

@@ -1,0 +1,173 @@
+"""The account of an optimizer whose numbers are scalars: a batch is projected once, in its own backward pass.
+
+Only the batch of a step is touched when it happens; how far its gradients have moved the parameters is a number that
+is known when the segment closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pkexplain.batches import Audit, CapturedBatch, Factors, Setting, Totals
+from pkexplain.displacement import MomentAccount, Reach, RowAccumulator, look_back
+from pkexplain.gradients import ExampleGradients
+from pkexplain.projector import Projector
+from pkexplain.update_rules import LinearStep
+
+__all__ = ["HELD_BYTES", "VisitBook"]
+
+HELD_BYTES = 1 << 30
+"""Most memory for gradients that wait for the projection to be fixed."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where rows go once the projection is fixed."""
+
+    projector: Projector
+    rows: RowAccumulator
+
+
+class VisitBook:
+    """Follows what the examples do, for optimizers whose numbers are scalars.
+
+    Args:
+        setting: What is recorded.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        """Begin the first segment."""
+        self._setting, self._audit = setting, Audit(setting)
+        self._full = MomentAccount(setting.spans, setting.like.new_zeros(setting.size))
+        self._held: list[tuple[int, CapturedBatch, Factors]] = []
+        self._visits: list[tuple[int, CapturedBatch, Tensor]] = []
+        self._steps: list[dict[int, LinearStep]] = []
+        self._waiting = 0
+        self._target: _Target | None = None
+
+    @property
+    def projector(self) -> Projector | None:
+        """The projection, once it is fixed."""
+        return self._target.projector if self._target else None
+
+    @property
+    def audit_ids(self) -> Tensor:
+        """The audited examples."""
+        return self._audit.ids
+
+    def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
+        """Take one block's gradients as the backward pass reaches them: project them, or keep them until it can."""
+        if self._target is None:
+            batch.pieces.append((position, gradients))
+        else:
+            self._project(self._target.projector, batch, position, gradients)
+
+    def step(
+        self, batches: Sequence[CapturedBatch], numbers: dict[int, LinearStep], scale: Factors, gradient: Tensor
+    ) -> Tensor | None:
+        """Follow one optimizer step.
+
+        Args:
+            batches: The batches whose gradients it applies.
+            numbers: The step's numbers for each block.
+            scale: What the captured gradients were multiplied with before the step, for each block.
+            gradient: Their sum, scaled, ``(parameters,)``.
+
+        Returns:
+            The sum of the batches' rows as captured, ``(columns,)``; None while the projection is not fixed.
+        """
+        self._steps.append(numbers)
+        place, waited = len(self._steps) - 1, bool(self._held)
+        self._held += [(place, batch, scale) for batch in batches]
+        if self._target is None:
+            self._target = self._bind() if self._warm() else None
+        total = self._enter_held(self._target) if self._target is not None else None
+        self._full.step(numbers, {block: gradient[span] for block, span in self._setting.spans.items()})
+        if self._target is not None and self._waiting >= self._setting.num_examples:
+            self._fold(self._target)  # as many gradients wait as there are rows: folding them frees memory
+        return None if waited else total
+
+    def close(self) -> Totals:
+        """End the segment and begin the next."""
+        target = self._target = self._target or self._bind()
+        self._enter_held(target)
+        self._fold(target)
+        rows, derivatives = target.rows.close()
+        return Totals(rows, derivatives, self._audit.rows.close()[0], self._full.close())
+
+    def _warm(self) -> bool:
+        examples = sum(len(batch.ids) for _, batch, _ in self._held)
+        held = sum(batch.nbytes for _, batch, _ in self._held)
+        return examples >= self._setting.projection.warm_up or held >= HELD_BYTES
+
+    def _bind(self) -> _Target:
+        projector = self._setting.bind([batch.pieces for _, batch, _ in self._held])
+        return _Target(projector, self._setting.accumulator(projector))
+
+    def _enter_held(self, target: _Target) -> Tensor:
+        """Note the rows of the batches that wait; return their sum as captured, ``(columns,)``."""
+        like = self._setting.like
+        total = like.new_zeros(target.projector.columns)
+        for place, batch, scale in self._held:
+            for piece in batch.pieces:
+                self._project(target.projector, batch, *piece)
+            rows, batch.pieces = self._rows_of(target.projector, batch), []
+            total += rows.sum(0)
+            columns = {position: part.columns for position, part in enumerate(target.projector.maps)}
+            _scale(rows, columns, scale)
+            if batch.audit_rows is not None:
+                _scale(batch.audit_rows, self._setting.spans, scale)
+            self._visits.append((place, batch, batch.loss_derivatives(next(iter(scale.values())), like)))
+            self._waiting += len(batch.ids)
+        self._held = []
+        return total
+
+    def _fold(self, target: _Target) -> None:
+        """Turn the waiting gradients into displacements up to now, and moments."""
+        if not self._steps:
+            return
+        reaches = {block: {r.step: r for r in look_back([s[block] for s in self._steps])} for block in self._steps[0]}
+        earlier = _factors(reaches, -1)
+        for rows in (target.rows, self._audit.rows):
+            rows.pass_on(*earlier)
+        for place, batch, derivatives in self._visits:
+            factors = _factors(reaches, place)
+            target.rows.add(batch.ids, self._rows_of(target.projector, batch), derivatives, *factors)
+            if batch.audited is not None and batch.audit_rows is not None:
+                places = self._audit.places(batch.ids[batch.audited])
+                self._audit.rows.add(places, batch.audit_rows, derivatives[batch.audited], *factors)
+        self._visits, self._steps, self._waiting = [], [], 0
+
+    def _project(self, projector: Projector, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
+        """Add one block's gradients to a batch's rows, and to those of its audited examples."""
+        projector.add(self._rows_of(projector, batch), position, gradients)
+        if batch.audited is not None and batch.audit_rows is not None:
+            span = self._setting.blocks[position].span
+            batch.audit_rows[:, span] += gradients.select(batch.audited).dense()
+
+    def _rows_of(self, projector: Projector, batch: CapturedBatch) -> Tensor:
+        """Return a batch's rows in projection space, zero before the first block has come."""
+        if batch.rows is None:
+            like = self._setting.like
+            batch.rows = like.new_zeros(len(batch.ids), projector.columns)
+            chosen = self._audit.positions(batch.ids)
+            if len(chosen):
+                batch.audited, batch.audit_rows = chosen, like.new_zeros(len(chosen), self._setting.size)
+        return batch.rows
+
+
+def _factors(reaches: dict[int, dict[int, Reach]], place: int) -> tuple[Factors, Factors]:
+    moved = {block: float(by_step[place].moved) for block, by_step in reaches.items()}
+    return moved, {block: float(by_step[place].kept) for block, by_step in reaches.items()}
+
+
+def _scale(rows: Tensor, columns: dict[int, slice], scale: Factors) -> None:
+    values = set(scale.values())
+    if len(values) == 1:
+        rows *= values.pop()
+        return
+    for block, factor in scale.items():
+        rows[:, columns[block]] *= factor
