@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class ConvolutionGradient(MatrixGradient):
     padding: tuple[int, ...]  # zeros at both ends of each axis
     weight: bool
     bias: bool
+    forms_anew: ClassVar[bool] = True
 
     @property
     def matrix(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -98,6 +99,7 @@ class MatrixGradient(ExampleGradients):
     weight: bool
     bias: bool
     output_gradients: Tensor
+    forms_anew: ClassVar[bool] = False  # whether what `formed` returns may be written over
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -218,7 +220,8 @@ class ScaledGradient(MatrixGradient):
         weight, bias = inner.formed()
         parts: list[Tensor] = []
         if weight is not None:
-            part = weight * (self.factors[:, :-1] if self.bias else self.factors)
+            factors = self.factors[:, :-1] if self.bias else self.factors
+            part = weight.mul_(factors) if inner.forms_anew else weight * factors
             part = part if left is None else left @ part
             parts.append(part if for_weight is None else part @ for_weight.T)
         if bias is not None:
@@ -255,6 +258,7 @@ class LinearGradient(MatrixGradient):
     output_gradients: Tensor
     weight: bool
     bias: bool
+    forms_anew: ClassVar[bool] = True
 
     @property
     def matrix(self) -> tuple[int, int]:

@@ -99,13 +99,16 @@ class _Tail:
         self._moved = dict.fromkeys(self._spans, 0.0)
         self._kept = dict.fromkeys(self._spans, 1.0)
         self._stepped = False
+        self._sizes: dict[int, float] = {}
 
     def step(self, numbers: dict[int, LinearStep]) -> None:
         """Follow one step: for each block find the factor that fits what the moment moves best."""
         self._stepped = True
         for block, span in self._spans.items():
             moving, moment = self._moving[span], self._moment[span]
-            size = float(moving.dot(moving))
+            if block not in self._sizes:  # it changes when the tail is folded or added to
+                self._sizes[block] = float(moving.dot(moving))
+            size = self._sizes[block]
             if size == 0:
                 self._kept[block] = 0.0
                 continue
@@ -129,6 +132,7 @@ class _Tail:
         span = self._spans[block]
         size = float(moved.dot(moved))
         factor = float((moment_step * kept).dot(moved)) / size if size > 0 else 0.0
+        self._sizes.pop(block, None)
         self._moment[span] += kept
         self._moving[span].add_(moved, alpha=factor)
         return factor
