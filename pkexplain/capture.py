@@ -89,8 +89,8 @@ class Capture:
                 if self._paused or not torch.is_grad_enabled():
                     return None
                 if layer.buffers and isinstance(output, Tensor) and not output.requires_grad:
-                    # nothing before it is trained, but its statistics are differentiated; a view, which may be changed
-                    output = output.requires_grad_().view_as(output)
+                    # nothing before it is trained, but its statistics are differentiated; a copy, for an in-place ReLU
+                    output = output.detach().requires_grad_().clone()
                 noted = _Noted(layer, Use(module, args, kwargs, module.training))
                 why = layer.misuse(noted.use)
                 if why:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import pkexplain as pk
 from pkexplain.capture import Capture
 from pkexplain.layers import find_buffer_layers, find_layers
 
@@ -92,3 +93,23 @@ def test_gradients_of_running_statistics_are_finite_differences(image, options, 
 
 def test_a_norm_without_running_statistics_has_no_buffers_to_differentiate():
     assert find_buffer_layers(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3))) == []
+
+
+def test_a_frozen_body_with_an_in_place_activation_behind_its_norm_is_explained():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).requires_grad_(False)
+    net = nn.Sequential(body, nn.Flatten(), nn.Linear(36, 3)).double()
+    optimizer, store, x = torch.optim.AdamW(net.parameters(), lr=1e-2), pk.MemoryStore(), inputs(image=True)
+    with pk.Recorder(
+        store, net, optimizer, num_examples=EXAMPLES, projection=pk.Identity(), dtype=torch.float64, segments=2
+    ) as recorder:
+        for _ in range(6):
+            with recorder.step(range(EXAMPLES)):
+                optimizer.zero_grad()
+                F.cross_entropy(net(x), torch.arange(EXAMPLES) % 3).backward()
+                optimizer.step()
+    explanation = pk.Explainer(store, net, tolerance=1e-5, quadrature=pk.Quadrature(8, 512)).explain(x[0])
+    values = {check.name: check.value for check in explanation.checks}
+    assert values["quadrature gap"] < 1e-4
+    assert values["optimizer share"] < 1e-9
+    assert abs(explanation.ledger.remainders["buffers"]) > 1e-3
