@@ -121,9 +121,7 @@ class SentenceClassifier(nn.Module):
         self.encoder, self.head = encoder, nn.Linear(width, classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        # One row of positions for each sentence, and not one for all, so that each has a gradient of its own.
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions)[0]
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
         mask = attention_mask[:, :, None].to(states.dtype)
         return self.head((states * mask).sum(1) / mask.sum(1))
 

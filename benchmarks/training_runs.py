@@ -1,6 +1,7 @@
 """Does it add up in the training runs that people do? One row for each kind of run, all or those named as arguments.
 
-Rows are kept in build/benchmarks/training_runs.json, so that one can be measured again alone. About half an hour.
+Rows are kept in build/benchmarks/training_runs.json, so that one can be measured again alone. It takes a
+quarter of an hour.
 """
 
 from __future__ import annotations

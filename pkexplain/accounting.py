@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pkexplain.batches import CapturedBatch, Setting
+from pkexplain.batches import Book, CapturedBatch, Setting
 from pkexplain.displacement import MomentAccount
 from pkexplain.gradients import ExampleGradients
 from pkexplain.lookahead import Lookahead, LookaheadBook
@@ -33,12 +33,13 @@ class SegmentAccountant:
     def __init__(self, setting: Setting, lookahead: Lookahead) -> None:
         """Begin the first segment."""
         self._setting, self._lookahead = setting, lookahead
-        self._book: VisitBook | LookaheadBook | None = None  # which one, the first step tells
+        self._book: Book | None = None  # which one, the first step tells
         self._decay = MomentAccount(setting.spans, setting.like.new_zeros(setting.size))
         groups: dict[int, slice] = {}
         for block in setting.blocks:
             groups[block.group] = slice(groups.get(block.group, block.span).start, block.span.stop)
         self._groups = groups
+        self._first_of = {block.group: position for position, block in reversed(list(enumerate(setting.blocks)))}
         self.total_steps = 0
         self._begin()
 
@@ -65,7 +66,7 @@ class SegmentAccountant:
         captured: Tensor,
         attributed: Tensor,
         applied: Tensor,
-        numbers: dict[int, LinearStep],
+        numbers: Mapping[int, LinearStep],
         parameters: Tensor,
     ) -> None:
         """Follow one optimizer step.
@@ -85,9 +86,8 @@ class SegmentAccountant:
         self.bend = max(self.bend, *(bend for _, bend in found.values()))
         scale = {position: found[block.group][0] for position, block in enumerate(self._setting.blocks)}
         self._smallest, self._largest = min(self._smallest, *scale.values()), max(self._largest, *scale.values())
-        for position, block in enumerate(self._setting.blocks):
-            if block.span.start == self._groups[block.group].start:
-                self._rates[block.group] += numbers[position].learning_rate
+        for group, position in self._first_of.items():
+            self._rates[group] += numbers[position].learning_rate
         self.visits += sum(len(batch.ids) for batch in batches)
         self.steps += 1
         self.total_steps += 1
@@ -119,7 +119,7 @@ class SegmentAccountant:
             scaled[span] *= scale[block]
         return scaled
 
-    def _follow_decay(self, numbers: dict[int, LinearStep], parameters: Tensor) -> None:
+    def _follow_decay(self, numbers: Mapping[int, LinearStep], parameters: Tensor) -> None:
         coupled = {
             b: n.coupled_decay * parameters[self._setting.blocks[b].span]
             for b, n in numbers.items()

@@ -39,7 +39,7 @@ def attention_misuse(use: Use) -> str | None:
 
 def attention(use: Use, parts: Parts) -> list[ExampleGradients]:
     """MultiheadAttention: Σ_t dz_t ⊗ x_t for queries, keys and values, Σ_t g_t ⊗ a_t for the output."""
-    module, like = use.module, next(g for g in use.gradients if g is not None)
+    module, like = use.module, use.gradient
     given = [use.given(place, name) for place, name in enumerate(("query", "key", "value"))]
     itself = given[0] is given[1] and given[1] is given[2]
     first = (lambda x: x) if module.batch_first else (lambda x: x.transpose(0, 1))

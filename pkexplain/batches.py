@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,12 +14,20 @@ from pkexplain.gradients import ExampleGradients
 from pkexplain.layers import Block
 from pkexplain.projection import Projection
 from pkexplain.projector import Projector
+from pkexplain.update_rules import LinearStep
 
-__all__ = ["Audit", "CapturedBatch", "Setting", "Totals"]
+__all__ = ["HELD_BYTES", "Audit", "Book", "CapturedBatch", "Factors", "Setting", "Totals"]
+
+HELD_BYTES = 1 << 30
+"""Most memory for gradients that wait for the projection to be fixed."""
 
 _AUDIT_EXAMPLES = 16
 _AUDIT_NUMBERS = 1 << 23
 """Most numbers a segment keeps without projection: 32 MiB in float32."""
+
+
+Factors = Mapping[int, float]
+"""A factor for each block."""
 
 
 @dataclass
@@ -89,15 +98,6 @@ class Setting:
         """Where each block lies in the flat vector."""
         return {position: block.span for position, block in enumerate(self.blocks)}
 
-    def bind(self, seen: Sequence[Sequence[tuple[int, ExampleGradients]]], balance: Tensor | None = None) -> Projector:
-        """Fix the projection from the gradients that have been seen."""
-        return self.projection.bind(self.blocks, self.like.dtype, self.like.device, seen, balance)
-
-    def accumulator(self, projector: Projector) -> RowAccumulator:
-        """Make the rows of all examples."""
-        columns = {position: part.columns for position, part in enumerate(projector.maps)}
-        return RowAccumulator(self.num_examples, columns, projector.columns, self.like)
-
 
 class Audit:
     """The few examples whose displacements are also kept without projection.
@@ -141,5 +141,70 @@ class Totals:
     examples: Tensor
 
 
-Factors = Mapping[int, float]
-"""A factor for each block."""
+@dataclass(frozen=True)
+class Target:
+    """Where rows go once the projection is fixed."""
+
+    projector: Projector
+    rows: RowAccumulator
+
+
+class Book(ABC):
+    """Follows what the examples do, from the gradients of a step to the rows of a segment.
+
+    Args:
+        setting: What is recorded.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        """Begin the first segment."""
+        self._setting, self._audit = setting, Audit(setting)
+        self._target: Target | None = None
+
+    @property
+    def projector(self) -> Projector | None:
+        """The projection, once it is fixed."""
+        return self._target.projector if self._target else None
+
+    @property
+    def audit_ids(self) -> Tensor:
+        """The audited examples."""
+        return self._audit.ids
+
+    @abstractmethod
+    def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
+        """Take one block's gradients as the backward pass reaches them."""
+
+    @abstractmethod
+    def step(
+        self, batches: Sequence[CapturedBatch], numbers: Mapping[int, LinearStep], scale: Factors, gradient: Tensor
+    ) -> Tensor | None:
+        """Follow one optimizer step.
+
+        Args:
+            batches: The batches whose gradients it applies.
+            numbers: The step's numbers for each block.
+            scale: What the captured gradients were multiplied with before the step, for each block.
+            gradient: Their sum, scaled, ``(parameters,)``.
+
+        Returns:
+            The sum of the batches' rows as captured, ``(columns,)``; None where they are not projected yet.
+        """
+
+    @abstractmethod
+    def close(self) -> Totals:
+        """End the segment and begin the next."""
+
+    def _warm(self, waiting: Sequence[CapturedBatch]) -> bool:
+        """Whether enough gradients wait for the projection to be fixed."""
+        examples = sum(len(batch.ids) for batch in waiting)
+        return examples >= self._setting.projection.warm_up or sum(batch.nbytes for batch in waiting) >= HELD_BYTES
+
+    def _fix(self, seen: Sequence[Sequence[tuple[int, ExampleGradients]]], balance: Tensor | None = None) -> Target:
+        """Fix the projection from the gradients that have been seen."""
+        setting = self._setting
+        like = setting.like
+        projector = setting.projection.bind(setting.blocks, like.dtype, like.device, seen, balance)
+        columns = {position: part.columns for position, part in enumerate(projector.maps)}
+        self._target = Target(projector, RowAccumulator(setting.num_examples, columns, projector.columns, like))
+        return self._target

@@ -27,7 +27,8 @@ _MEANINGS = {
     "tolerance was {state}. Where it fails, give Explainer a Quadrature with a larger budget, or record more segments.",
     "optimizer share": "How much of f_T − f_0 no example and no weight decay explains: rounding, or a gradient changed "
     "between backward and step. Where it fails, look for a forgotten zero_grad(), clipping by value, a penalty in the "
-    "loss, or parameters changed by hand; under Adam and its relatives, record with a longer lookahead.",
+    "loss, or parameters changed by hand; under Adam and its relatives, record with a longer lookahead; "
+    "with an optimizer of your own, look at its update rule.",
     "displacement gap": "How far the stored rows are from adding up to what moved the parameters, relative to ‖Δθ‖, "
     "worst segment. Where it fails, look for a parameter used outside its layer, or a penalty that the loss gained "
     "after the first step.",

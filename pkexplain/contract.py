@@ -35,23 +35,14 @@ def check_arguments(model: nn.Module, **given: Any) -> None:
                 message(f"Recorder({name}=…)", wrong, got=repr(given[name]), expected=expected, source=source, fix=fix)
             )
     compiled = [name for name, part in model.named_modules() if getattr(part, "_compiled_call_impl", None) is not None]
-    if compiled:
+    wrapped = hasattr(model, "_orig_mod") or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    if wrapped or compiled:
+        got = type(model).__name__ if wrapped else f"compile() was called on {compiled[0] or 'the model itself'!r}"
         raise ConfigurationError(
             message(
                 "Recorder(model=…)",
-                "hooks do not reach the layers of a compiled module",
-                got=f"compile() was called on {compiled[0] or 'the model itself'!r}",
-                expected="modules that are not compiled",
-                source="pkexplain.capture",
-                fix="Record the model without module.compile()",
-            )
-        )
-    if hasattr(model, "_orig_mod") or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ConfigurationError(
-            message(
-                "Recorder(model=…)",
-                "hooks do not reach the layers of a wrapped model",
-                got=type(model).__name__,
+                "hooks do not reach the layers of a wrapped or compiled model",
+                got=got,
                 expected="the model itself",
                 source="pkexplain.capture",
                 fix="Record the model without torch.compile, DataParallel or DistributedDataParallel",
@@ -65,7 +56,7 @@ def _is_count(value: Any) -> bool:
 
 def broken(wrong: str, got: str, fix: str) -> RecordingError:
     """Say how the training loop broke the contract of `Recorder.step`."""
-    expected = "one forward, one backward and one optimizer step in each block"
+    expected = "a forward pass, a backward pass and one optimizer step in each block"
     return RecordingError(
         message("recorder.step(ids)", wrong, got=got, expected=expected, source="the training loop", fix=fix)
     )

@@ -12,20 +12,22 @@ batches' sum best. The misfit is in full space, exact, on the ledger's ``optimiz
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pkexplain.batches import Audit, CapturedBatch, Factors, Setting, Totals
-from pkexplain.displacement import Reach, RowAccumulator, look_back
+from pkexplain.batches import HELD_BYTES, Book, CapturedBatch, Factors, Setting, Target, Totals
+from pkexplain.displacement import Reach, look_back
 from pkexplain.gradients import ExampleGradients
 from pkexplain.projector import Projector
 from pkexplain.update_rules import LinearStep, Number
-from pkexplain.visits import HELD_BYTES
 
 __all__ = ["Lookahead", "LookaheadBook"]
+
+_DAMPING = 0.1
+"""Part of a block's mean √v̂ that is added to every coordinate's in the balance."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class _Tail:
         self._stepped = False
         self._sizes: dict[int, float] = {}
 
-    def step(self, numbers: dict[int, LinearStep]) -> None:
+    def step(self, numbers: Mapping[int, LinearStep]) -> None:
         """Follow one step: for each block find the factor that fits what the moment moves best."""
         self._stepped = True
         for block, span in self._spans.items():
@@ -137,6 +139,11 @@ class _Tail:
         self._moving[span].add_(moved, alpha=factor)
         return factor
 
+    def close(self) -> Tensor:
+        """Return what the examples moved in the segment, ``(parameters,)``, and begin the next."""
+        examples, self.examples = self.examples, torch.zeros_like(self.examples)
+        return examples
+
     def factors(self) -> list[tuple[Factors, Factors]]:
         """For each fold, what a batch that was added then has moved by now and what it keeps; first, the earliest."""
         moved, kept = dict.fromkeys(self._spans, 0.0), dict.fromkeys(self._spans, 1.0)
@@ -149,11 +156,7 @@ class _Tail:
         return found[::-1]
 
 
-_DAMPING = 0.1
-"""Part of a block's mean √v̂ that is added to every coordinate's in the balance."""
-
-
-class LookaheadBook:
+class LookaheadBook(Book):
     """Follows what the examples do, for optimizers with a number for each coordinate.
 
     Args:
@@ -163,79 +166,66 @@ class LookaheadBook:
 
     def __init__(self, setting: Setting, lookahead: Lookahead) -> None:
         """Begin the first segment."""
-        self._setting, self._lookahead, self._audit = setting, lookahead, Audit(setting)
-        self._tail = _Tail(setting)
+        super().__init__(setting)
+        self._lookahead, self._tail = lookahead, _Tail(setting)
         self._pending: list[_Pending] = []
-        self._steps: list[dict[int, LinearStep]] = []
+        self._steps: list[Mapping[int, LinearStep]] = []
         self._visits: list[_Visit] = []
-        self._rows: RowAccumulator | None = None
-        self.projector: Projector | None = None
-
-    @property
-    def audit_ids(self) -> Tensor:
-        """The audited examples."""
-        return self._audit.ids
 
     def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         """Take one block's gradients as the backward pass reaches them."""
         batch.pieces.append((position, gradients))
 
     def step(
-        self, batches: Sequence[CapturedBatch], numbers: dict[int, LinearStep], scale: Factors, gradient: Tensor
+        self, batches: Sequence[CapturedBatch], numbers: Mapping[int, LinearStep], scale: Factors, gradient: Tensor
     ) -> None:
-        """Follow one optimizer step; the arguments are those of `VisitBook.step`."""
+        """Follow one optimizer step."""
         self._steps.append(numbers)
         self._tail.step(numbers)
         held = [v for n in numbers.values() for v in vars(n).values() if isinstance(v, Tensor)] + [gradient]
         nbytes = sum(v.nbytes for v in held) + sum(batch.nbytes for batch in batches)
         self._pending.append(_Pending(len(self._steps) - 1, batches, scale, gradient.clone(), nbytes))
-        if self.projector is None:
-            if self._warm():
-                self._bind()
-            else:
-                return
-        settled = self._settled()
-        if settled:
+        if self._target is None and self._warm(self._held()):
+            self._bind()
+        settled = 0 if self._target is None else self._settled()
+        if self._target is not None and settled:
             self._tail.fold()
-            self._finish(self._pending[:settled], over=False)
+            self._finish(self._target.projector, self._pending[:settled], over=False)
             self._pending = self._pending[settled:]
             self._forget_steps()
+            if sum(len(visit.ids) for visit in self._visits) >= self._setting.num_examples:
+                self._settle_visits(self._target)  # as many rows wait as there are: adding them up frees memory
 
     def close(self) -> Totals:
         """End the segment and begin the next."""
-        if self.projector is None:
-            self._bind()
-        rows, tail = self._rows, self._tail
-        if rows is None:  # cannot be: binding makes them
-            raise RuntimeError("the projection was not fixed")
-        tail.fold()
-        self._finish(self._pending, over=True)
+        target = self._target or self._bind()
+        self._tail.fold()
+        self._finish(target.projector, self._pending, over=True)
         self._pending = [pending for pending in self._pending if pending.carried is not None]
         self._steps = []
-        factors = tail.factors()
-        for sums in (rows, self._audit.rows):
+        self._settle_visits(target)
+        rows, derivatives = target.rows.close()
+        return Totals(rows, derivatives, self._audit.rows.close()[0], self._tail.close())
+
+    def _settle_visits(self, target: Target) -> None:
+        """Add the projected batches to the rows, with what they passed on up to now; the tail was just folded."""
+        factors = self._tail.factors()
+        for sums in (target.rows, self._audit.rows):
             sums.pass_on(*factors[0])
         for visit in self._visits:
             moved, kept = factors[visit.fold]
             moved = {b: 1 + visit.passed[b] * moved[b] for b in moved}
             kept = {b: visit.passed[b] * kept[b] for b in kept}
-            rows.add(visit.ids, visit.rows, visit.derivatives, moved, kept)
+            target.rows.add(visit.ids, visit.rows, visit.derivatives, moved, kept)
             if len(visit.audited):
                 places = self._audit.places(visit.ids[visit.audited])
                 self._audit.rows.add(places, visit.audit_rows, visit.derivatives[visit.audited], moved, kept)
         self._visits = []
-        examples, tail.examples = tail.examples, torch.zeros_like(tail.examples)
-        return Totals(*rows.close(), self._audit.rows.close()[0], examples)
 
     def _held(self) -> list[CapturedBatch]:
         return [batch for pending in self._pending for batch in pending.batches]
 
-    def _warm(self) -> bool:
-        held = self._held()
-        examples = sum(len(batch.ids) for batch in held)
-        return examples >= self._setting.projection.warm_up or sum(batch.nbytes for batch in held) >= HELD_BYTES
-
-    def _bind(self) -> None:
+    def _bind(self) -> Target:
         """Fix the balance and the projection from the gradients that wait, as the last step would apply them.
 
         Not as the steps did apply them: the first divide by a v̂ of one batch, and their few outliers would take the
@@ -247,8 +237,7 @@ class LookaheadBook:
         balance = _balance(operator, list(self._setting.spans.values()))
         ratio = operator / balance
         seen = [[(b, g.scaled(ratio[self._setting.blocks[b].span])) for b, g in batch.pieces] for batch in self._held()]
-        self.projector = self._setting.bind(seen, balance)
-        self._rows = self._setting.accumulator(self.projector)
+        return self._fix(seen, balance)
 
     def _settled(self) -> int:
         """How many of the oldest steps need not wait any longer; some at a time, as each time costs a look back."""
@@ -277,21 +266,20 @@ class LookaheadBook:
             for pending in self._pending:
                 pending.place -= first
 
-    def _finish(self, pendings: Sequence[_Pending], over: bool) -> None:
+    def _finish(self, projector: Projector, pendings: Sequence[_Pending], over: bool) -> None:
         """Project what some steps' batches have moved, block by block, and hand on what they leave in the moment.
 
         Args:
+            projector: The projection.
             pendings: The steps.
             over: Whether the segment ends here; then those with much left in the moment wait on.
         """
-        if self.projector is None or not pendings:
-            return
         shares = self._shares()
         on = [
             over and self._waits(len(shares) - 1 - age, share, self._lookahead.share_at_end)
             for age, share in zip(range(len(pendings)), shares, strict=False)
         ]
-        entries = [[self._entry(batch) for batch in pending.batches] for pending in pendings]
+        entries = [[self._entry(projector, batch) for batch in pending.batches] for pending in pendings]
         passed: list[dict[int, float]] = [{} for _ in pendings]
         left: list[dict[int, Number]] = [{} for _ in pendings]
         for b, block in enumerate(self._setting.blocks):
@@ -300,7 +288,7 @@ class LookaheadBook:
                 moved, kept = _of(reaches[pending.place], pending, b)
                 moved = _spread(moved, block.numel, self._setting.like)
                 for batch, entry in zip(pending.batches, entries[i], strict=True):
-                    self._project(b, batch, entry, moved * pending.scale[b])
+                    self._project(projector, b, batch, entry, moved * pending.scale[b])
                 gradient = pending.gradient[block.span]
                 by_all = moved * gradient
                 self._tail.examples[block.span] -= by_all
@@ -313,23 +301,26 @@ class LookaheadBook:
                 self._visits.append(_Visit(len(self._tail.folds), batch.ids, *entry, derivatives, passed[i]))
             pending.place, pending.carried = -1, left[i] if on[i] else None
 
-    def _entry(self, batch: CapturedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _entry(self, projector: Projector, batch: CapturedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Make room for a batch's rows, the positions of its audited examples, and their rows."""
-        if self.projector is None:
-            raise RuntimeError("the projection was not fixed")
         chosen = self._audit.positions(batch.ids)
         new = self._setting.like.new_zeros
-        return new(len(batch.ids), self.projector.columns), chosen, new(len(chosen), self._setting.size)
+        return new(len(batch.ids), projector.columns), chosen, new(len(chosen), self._setting.size)
 
-    def _project(self, b: int, batch: CapturedBatch, entry: tuple[Tensor, Tensor, Tensor], factors: Tensor) -> None:
+    def _project(
+        self,
+        projector: Projector,
+        b: int,
+        batch: CapturedBatch,
+        entry: tuple[Tensor, Tensor, Tensor],
+        factors: Tensor,
+    ) -> None:
         rows, chosen, audit_rows = entry
-        span = self._setting.blocks[b].span
         for position, gradients in batch.pieces:
-            if position != b or self.projector is None:
-                continue
-            self.projector.add_displacements(rows, b, gradients, factors)
-            if len(chosen):
-                audit_rows[:, span] += gradients.select(chosen).dense() * factors
+            if position == b:
+                projector.add_displacements(rows, b, gradients, factors)
+                if len(chosen):
+                    audit_rows[:, self._setting.blocks[b].span] += gradients.select(chosen).dense() * factors
 
 
 def _of(reach: Reach, pending: _Pending, block: int) -> tuple[Number, Number]:

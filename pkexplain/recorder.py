@@ -91,7 +91,7 @@ class Recorder:
         self._store, self._model, self._optimizer = open_store(run), model, optimizer
         self._num_examples, self._segments, self._dtype = num_examples, segments, dtype
         self._projection = projection or Kronecker()
-        rule_for(optimizer)  # refuse it before the model is looked at
+        rule = rule_for(optimizer)
         in_group = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
         groups = {n: in_group[id(p)] for n, p in model.named_parameters() if p.requires_grad and id(p) in in_group}
         layers, blocks = find_layers(model, groups)
@@ -100,7 +100,7 @@ class Recorder:
         self._names = [name for block in blocks for name in block.parameters]
         self._parameters = [named[name] for name in self._names]
         self._like = torch.empty(0, dtype=dtype, device=self._parameters[0].device)
-        self._steps = StepReader(model, optimizer, self._blocks, self._like)
+        self._steps = StepReader(model, optimizer, rule, self._blocks, self._like)
         self._lookahead = Lookahead.of(lookahead, self._like)
         self._active: CapturedBatch | None = None
         self._pending: list[CapturedBatch] = []
@@ -118,7 +118,7 @@ class Recorder:
         self._run_id = uuid.uuid4().hex
         self._fingerprint = ModelFingerprint.of(self._model, self._blocks)
         self._checked, self._ended = False, "still recording, or killed"
-        self._skipping, self._warned = False, False
+        self._skipping, self._warned, self._named = False, False, False
         self._store.create(self._manifest())
         self._store.put("checkpoints/00000.safetensors", self._checkpoint().tensors())
         self._handles = [
@@ -142,7 +142,7 @@ class Recorder:
 
     @contextmanager
     def step(self, ids: Sequence[int] | Tensor, *, accumulate: bool = False) -> Iterator[None]:
-        """Record one batch: a forward pass, one backward pass and the optimizer's step.
+        """Record one batch: its forward and backward passes and the optimizer's step.
 
         Args:
             ids: Each example's row number in the training set, ``(batch,)``, without repeats.
@@ -214,6 +214,7 @@ class Recorder:
                 "Call optimizer.step() inside the block, or pass accumulate=True where a later batch steps",
             )
         if accumulate:
+            batch.compact()  # before the next batch may write into its inputs
             self._pending.append(batch)
 
     def _sum_into(self, index: int) -> Callable[[Tensor], None]:
@@ -252,8 +253,7 @@ class Recorder:
             raise not_finite(batches)
         if not self._checked:
             self._check_capture(batches)
-        for waiting in batches:
-            waiting.compact()  # before the step: a layer's input may be a parameter
+        batch.compact()  # before the step: a layer's input may be a parameter
         self._steps.begin()
         self._before = self._flat()
 
@@ -271,7 +271,16 @@ class Recorder:
         self._forget()
 
     def _skip(self, batches: Sequence[CapturedBatch]) -> None:
-        """Note a step that was not taken."""
+        """Note a step that was not taken; name single examples without a loss, for whole batches overflow together."""
+        seen = [(batch.ids, batch.derivatives.isnan()) for batch in batches if batch.derivatives is not None]
+        ids = [int(i) for examples, odd in seen if not odd.all() for i in examples[odd]]
+        if ids and not self._named:
+            self._named = True
+            warnings.warn(
+                "pkexplain: the loss scaler skipped a step in which the loss derivative of some examples alone is nan: "
+                f"{', '.join(map(str, ids[:8]))}. Scaling overflows for whole batches, so look at these.",
+                stacklevel=5,
+            )
         self._accountant.skip(batches)
         self._forget()
 
@@ -339,7 +348,8 @@ class Recorder:
                 warnings.warn(
                     f"pkexplain: {shares[worst]:.0%} of what moved {self._names[worst]} in segment {t} came from no "
                     "example and no weight decay; it is on the ledger's optimizer line. Was the parameter changed "
-                    "outside optimizer.step()? Where it was not, give the recorder a longer lookahead.",
+                    "outside optimizer.step(), or is an update rule of your own wrong? Otherwise, give the recorder a "
+                    "longer lookahead.",
                     stacklevel=4,
                 )
         if summary.bent > _BEND and not self._warned:

@@ -32,7 +32,6 @@ __all__ = [
     "dense_parts",
     "embedding",
     "linear",
-    "normalises_with_the_batch",
     "running_statistics",
     "scale_and_shift",
     "tensors_of",
@@ -60,10 +59,8 @@ class Use:
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient of the only output, ``(examples, …)``."""
-        gradient = self.gradients[0]
-        assert gradient is not None
-        return gradient
+        """The gradient of the first output that has one, ``(examples, …)``; a rule is called only where one has."""
+        return next(gradient for gradient in self.gradients if gradient is not None)
 
     def given(self, position: int, name: str) -> Any:
         """An argument of the forward pass, None where it was left out."""
@@ -145,7 +142,7 @@ def scale_and_shift(use: Use, parts: Parts) -> list[ExampleGradients]:
     return dense_parts({name: part.sum(axes) if axes else part for name, part in products.items()}, parts)
 
 
-def normalises_with_the_batch(module: Any, training: bool) -> bool:
+def _normalises_with_the_batch(module: Any, training: bool) -> bool:
     """Whether a BatchNorm takes the batch's statistics and not the running ones."""
     return training or module.running_mean is None
 
@@ -157,7 +154,7 @@ def batch_norm(use: Use, parts: Parts) -> list[ExampleGradients]:
     backward pass is the derivative of the whole batch's loss, so the examples still sum to the gradient.
     """
     x, g, module = use.input, use.gradient, use.module
-    if normalises_with_the_batch(module, use.training):
+    if _normalises_with_the_batch(module, use.training):
         var, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0, keepdim=True)
     else:
         mean, var = (_by_channel(part, x) for part in (module.running_mean, module.running_var))

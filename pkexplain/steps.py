@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pkexplain.contract import broken, stranger
 from pkexplain.layers import Block
-from pkexplain.update_rules import LinearStep, rule_for
+from pkexplain.update_rules import LinearStep, UpdateRule
 
 __all__ = ["StepReader"]
 
@@ -25,19 +25,22 @@ class StepReader:
     Args:
         model: The model.
         optimizer: Its optimizer.
+        rule: The optimizer's update rule.
         blocks: The recorded parameters.
         like: An empty tensor of the number format and device of what is read.
-
-    Raises:
-        UnsupportedOptimizerError: The optimizer has no update rule.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, blocks: Sequence[Block], like: Tensor
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rule: UpdateRule,
+        blocks: Sequence[Block],
+        like: Tensor,
     ) -> None:
-        """Find the optimizer's rule and the parameters."""
+        """Find the parameters."""
         self._model, self._optimizer, self._blocks, self._like = model, optimizer, blocks, like
-        self._rule = rule_for(optimizer)
+        self._rule = rule
         named = dict(model.named_parameters())
         self._parameters = [named[name] for block in blocks for name in block.parameters]
         self._known = {id(p) for p in self._parameters}

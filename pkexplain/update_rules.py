@@ -54,10 +54,10 @@ class LinearStep:
         learning_rate: The learning rate, for the record.
     """
 
-    decay: Number
-    gain: Number
-    moment_step: Number
-    gradient_step: Number
+    decay: Number = 0.0
+    gain: Number = 0.0
+    moment_step: Number = 0.0
+    gradient_step: Number = 0.0
     coupled_decay: Number = 0.0
     decoupled_decay: Number = 0.0
     learning_rate: float = 0.0
@@ -80,10 +80,13 @@ class LinearStep:
             steps: The step of each parameter.
             sizes: How many coordinates each has.
             like: A tensor of the number format and device of the result.
+
+        Raises:
+            UnsupportedOptimizerError: A number is neither a scalar nor one for each coordinate.
         """
         numbers: dict[str, Any] = {"learning_rate": max(step.learning_rate for step in steps)}
         for field in fields(cls)[:-1]:
-            values = [getattr(step, field.name) for step in steps]
+            values = [_plain(getattr(step, field.name), size) for step, size in zip(steps, sizes, strict=True)]
             if not any(isinstance(value, Tensor) for value in values) and len(set(values)) == 1:
                 numbers[field.name] = values[0]
                 continue
@@ -93,6 +96,24 @@ class LinearStep:
             ]
             numbers[field.name] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return cls(**numbers)
+
+
+def _plain(value: Number, size: int) -> Number:
+    """Take a tensor without dimensions for the scalar it is, and refuse one that does not fit the parameter."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return float(value)
+    if isinstance(value, Tensor) and value.numel() != size:
+        raise UnsupportedOptimizerError(
+            message(
+                "reading an optimizer's step",
+                "its update rule gave a number that does not fit the parameter",
+                got=f"a tensor of shape {tuple(value.shape)}",
+                expected=f"a scalar, or the parameter's shape ({size} numbers)",
+                source="UpdateRule.read",
+                fix="Return scalars, or tensors of the parameter's shape",
+            )
+        )
+    return value
 
 
 class UpdateRule(Protocol):
@@ -106,10 +127,10 @@ class UpdateRule(Protocol):
         Args:
             group: The optimizer's parameter group, as the step used it.
             state: The optimizer's state of the parameter, after the step.
-            first: Whether the parameter had no state before the step.
+            first: Whether the parameter had no tensor in its state before the step.
 
         Returns:
-            The step's numbers; those for each coordinate have the parameter's shape.
+            The step's numbers: scalars, or tensors of the parameter's shape.
         """
         ...
 
@@ -256,7 +277,9 @@ _RULES: list[UpdateRule] = [SGD(), Adam(), AdamW(), NAdam(), RAdam(), Adamax(), 
 def register_update_rule(rule: UpdateRule) -> None:
     """Make an optimizer known to every `Recorder` of this process; a rule for the same class is replaced.
 
-    What a rule gets wrong shows in every explanation, as the ledger's ``optimizer`` line.
+    Where a rule makes another step than the optimizer, the difference is on the ledger's ``optimizer`` line. Try a new
+    one with every option switched on and ``lookahead="exact"``: what is left there should be rounding. A rule that
+    copies the step (``gradient_step`` as the quotient of step and gradient) makes any optimizer close and says nothing.
 
     Args:
         rule: An object with the attribute ``optimizer`` and the method ``read`` of `UpdateRule`.

@@ -6,32 +6,20 @@ is known when the segment closes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from pkexplain.batches import Audit, CapturedBatch, Factors, Setting, Totals
-from pkexplain.displacement import MomentAccount, Reach, RowAccumulator, look_back
+from pkexplain.batches import Book, CapturedBatch, Factors, Setting, Target, Totals
+from pkexplain.displacement import MomentAccount, Reach, look_back
 from pkexplain.gradients import ExampleGradients
 from pkexplain.projector import Projector
 from pkexplain.update_rules import LinearStep
 
-__all__ = ["HELD_BYTES", "VisitBook"]
-
-HELD_BYTES = 1 << 30
-"""Most memory for gradients that wait for the projection to be fixed."""
+__all__ = ["VisitBook"]
 
 
-@dataclass(frozen=True)
-class _Target:
-    """Where rows go once the projection is fixed."""
-
-    projector: Projector
-    rows: RowAccumulator
-
-
-class VisitBook:
+class VisitBook(Book):
     """Follows what the examples do, for optimizers whose numbers are scalars.
 
     Args:
@@ -40,23 +28,12 @@ class VisitBook:
 
     def __init__(self, setting: Setting) -> None:
         """Begin the first segment."""
-        self._setting, self._audit = setting, Audit(setting)
+        super().__init__(setting)
         self._full = MomentAccount(setting.spans, setting.like.new_zeros(setting.size))
         self._held: list[tuple[int, CapturedBatch, Factors]] = []
         self._visits: list[tuple[int, CapturedBatch, Tensor]] = []
-        self._steps: list[dict[int, LinearStep]] = []
+        self._steps: list[Mapping[int, LinearStep]] = []
         self._waiting = 0
-        self._target: _Target | None = None
-
-    @property
-    def projector(self) -> Projector | None:
-        """The projection, once it is fixed."""
-        return self._target.projector if self._target else None
-
-    @property
-    def audit_ids(self) -> Tensor:
-        """The audited examples."""
-        return self._audit.ids
 
     def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         """Take one block's gradients as the backward pass reaches them: project them, or keep them until it can."""
@@ -66,24 +43,15 @@ class VisitBook:
             self._project(self._target.projector, batch, position, gradients)
 
     def step(
-        self, batches: Sequence[CapturedBatch], numbers: dict[int, LinearStep], scale: Factors, gradient: Tensor
+        self, batches: Sequence[CapturedBatch], numbers: Mapping[int, LinearStep], scale: Factors, gradient: Tensor
     ) -> Tensor | None:
-        """Follow one optimizer step.
-
-        Args:
-            batches: The batches whose gradients it applies.
-            numbers: The step's numbers for each block.
-            scale: What the captured gradients were multiplied with before the step, for each block.
-            gradient: Their sum, scaled, ``(parameters,)``.
-
-        Returns:
-            The sum of the batches' rows as captured, ``(columns,)``; None while the projection is not fixed.
-        """
+        """Follow one optimizer step."""
         self._steps.append(numbers)
         place, waited = len(self._steps) - 1, bool(self._held)
         self._held += [(place, batch, scale) for batch in batches]
-        if self._target is None:
-            self._target = self._bind() if self._warm() else None
+        waiting = [batch for _, batch, _ in self._held]
+        if self._target is None and self._warm(waiting):
+            self._fix([batch.pieces for batch in waiting])
         total = self._enter_held(self._target) if self._target is not None else None
         self._full.step(numbers, {block: gradient[span] for block, span in self._setting.spans.items()})
         if self._target is not None and self._waiting >= self._setting.num_examples:
@@ -92,22 +60,13 @@ class VisitBook:
 
     def close(self) -> Totals:
         """End the segment and begin the next."""
-        target = self._target = self._target or self._bind()
+        target = self._target or self._fix([batch.pieces for _, batch, _ in self._held])
         self._enter_held(target)
         self._fold(target)
         rows, derivatives = target.rows.close()
         return Totals(rows, derivatives, self._audit.rows.close()[0], self._full.close())
 
-    def _warm(self) -> bool:
-        examples = sum(len(batch.ids) for _, batch, _ in self._held)
-        held = sum(batch.nbytes for _, batch, _ in self._held)
-        return examples >= self._setting.projection.warm_up or held >= HELD_BYTES
-
-    def _bind(self) -> _Target:
-        projector = self._setting.bind([batch.pieces for _, batch, _ in self._held])
-        return _Target(projector, self._setting.accumulator(projector))
-
-    def _enter_held(self, target: _Target) -> Tensor:
+    def _enter_held(self, target: Target) -> Tensor:
         """Note the rows of the batches that wait; return their sum as captured, ``(columns,)``."""
         like = self._setting.like
         total = like.new_zeros(target.projector.columns)
@@ -125,7 +84,7 @@ class VisitBook:
         self._held = []
         return total
 
-    def _fold(self, target: _Target) -> None:
+    def _fold(self, target: Target) -> None:
         """Turn the waiting gradients into displacements up to now, and moments."""
         if not self._steps:
             return

@@ -261,3 +261,61 @@ def test_a_parameter_changed_by_hand_is_named():
 
 def test_a_run_without_surprises_warns_of_nothing():
     assert_closes(Loop(dtype=torch.float32).run(), tolerance=1e-4)  # warnings are errors here
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda p: torch.optim.AdamW(p, lr=3e-3), lambda p: torch.optim.SGD(p, lr=0.05)],
+    ids=["adamw", "sgd"],
+)
+def test_an_input_buffer_that_is_written_over_while_gradients_accumulate_does_no_harm(optimizer):
+    found = []
+    for reused in (False, True):
+        loop = Loop(optimizer=optimizer, projection=pk.Kronecker(100_000))
+        buffer = torch.empty(8, 64, dtype=torch.float64)
+        with loop.recorder:
+            for place, ids in enumerate(batches(EXAMPLES, 8, 2)):
+                with loop.recorder.step(ids, accumulate=place % 3 < 2):
+                    if place % 3 == 0:
+                        loop.optimizer.zero_grad()
+                    x = buffer.copy_(loop.inputs[ids]) if reused else loop.inputs[ids]
+                    F.cross_entropy(loop.model(x), loop.targets[ids]).backward()
+                    if place % 3 == 2:
+                        loop.optimizer.step()
+        assert_closes(loop)
+        found.append(loop.store.trajectory().segment(0).row_sum)
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_segment_of_many_visits_is_added_up_on_its_way(monkeypatch):
+    from pkexplain.lookahead import LookaheadBook
+
+    settled, settle = [], LookaheadBook._settle_visits
+
+    def counting(self, target):
+        settled.append(len(self._visits))
+        settle(self, target)
+
+    monkeypatch.setattr(LookaheadBook, "_settle_visits", counting)
+    options = {"segments": 60, "lookahead": 4, "projection": pk.SparseSign(300)}
+    loop = Loop(cnn, image=True, **options).run(epochs=10)
+    values = loop.values()
+    assert values["displacement gap"] < 1e-8
+    assert values["audit error"] < 1.0
+    assert len(settled) > 5
+    assert max(settled) * 8 <= EXAMPLES + 5 * 8  # no more wait than there are examples, and one lookahead
+
+
+def test_nan_under_a_loss_scaler_is_named_once():
+    loop = Loop(dtype=torch.float32, segments="epoch")
+    loop.inputs[17] = float("nan")
+    scaler = torch.amp.GradScaler("cpu")
+    said = pytest.warns(UserWarning, match=r"skipped a step .* some examples alone is nan: 17\. Scaling")
+    with said, loop.recorder:
+        for ids in batches(EXAMPLES, 8, 2):
+            with loop.recorder.step(ids):
+                loop.optimizer.zero_grad()
+                scaler.scale(F.cross_entropy(loop.model(loop.inputs[ids]), loop.targets[ids])).backward()
+                scaler.step(loop.optimizer)
+                scaler.update()
+    assert [s.skipped_steps for s in loop.store.trajectory().summaries] == [1, 1]

@@ -344,13 +344,23 @@ def test_a_model_without_a_trainable_parameter():
         Loop(mlp(), torch.optim.SGD(other.parameters(), lr=0.1))
 
 
+def compiled_in_place(model):
+    model[0].compile(backend="eager")
+    return model
+
+
 @pytest.mark.parametrize(
-    "wrap", [functools.partial(torch.compile, backend="eager"), nn.DataParallel], ids=["compile", "parallel"]
+    ("wrap", "got"),
+    [
+        (functools.partial(torch.compile, backend="eager"), "OptimizedModule"),
+        (nn.DataParallel, "DataParallel"),
+        (compiled_in_place, r"compile\(\) was called on '0'"),
+    ],
+    ids=["compile", "parallel", "in place"],
 )
-def test_a_wrapped_model_is_refused(wrap):
-    wrapped = wrap(mlp())
-    with pytest.raises(ConfigurationError, match=r"hooks do not reach the layers of a wrapped model\. Got \w+; "):
-        Loop(wrapped)
+def test_a_wrapped_or_compiled_model_is_refused(wrap, got):
+    with pytest.raises(ConfigurationError, match=rf"layers of a wrapped or compiled model\. Got {got}; "):
+        Loop(wrap(mlp()))
 
 
 def test_nothing_is_written_before_the_model_is_accepted(tmp_path):

@@ -182,6 +182,16 @@ def test_a_rule_of_ones_own_is_found_and_replaced():
         update_rules._RULES[:] = known
 
 
+def test_a_number_without_dimensions_is_a_scalar_and_one_that_does_not_fit_is_refused():
+    like = torch.zeros(0, dtype=torch.float64)
+    joined = LinearStep.joined([LinearStep(gain=torch.tensor(0.5)), LinearStep(gain=0.5)], [2, 3], like)
+    assert joined.gain == 0.5
+    assert not joined.elementwise
+    match = r"^reading an optimizer's step: .* Got a tensor of shape \(4,\); expected a scalar, or .* \(3 numbers\)"
+    with pytest.raises(UnsupportedOptimizerError, match=match):
+        LinearStep.joined([LinearStep(gain=torch.ones(4))], [3], like)
+
+
 def test_steps_of_neighbours_are_joined():
     like = torch.zeros(0, dtype=torch.float64)
     same = LinearStep(0.9, 1.0, 0.1, 0.0)
