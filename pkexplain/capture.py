@@ -33,6 +33,12 @@ class Capture:
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype | None = None) -> None:
         self.layers, self._dtype = tuple(layers), dtype
+        self._parameters = {
+            (layer.name, names): [layer.module.get_parameter(name) for name in names]
+            for layer in layers
+            if not layer.buffers
+            for _, names in layer.blocks
+        }
         self._paused = False
         self._positions: dict[str, bool] = {}  # embeddings of one-dimensional indices: whether those are positions
         self._broadcast: set[str] = set()  # layers whose only row was seen to be added to every example
@@ -160,10 +166,10 @@ class Capture:
         self._paused = True  # the rule may run the layer again, which is not a use to record
         try:
             with torch.no_grad():
-                blocks = layer.blocks if layer.buffers else [b for b in layer.blocks if any(_moving(layer, b[1]))]
+                blocks = [block for block in layer.blocks if layer.buffers or self._moves(layer, block[1])]
                 found = layer.rule(replace(noted.use, gradients=tuple(arrived)), [names for _, names in blocks])
                 for (position, names), block in zip(blocks, found, strict=True):
-                    sink(position, block if layer.buffers else _without_frozen(layer, names, block))
+                    sink(position, block if layer.buffers else self._without_frozen(layer, names, block))
         except RuntimeError as error:
             if isinstance(error, (PkexplainError, torch.OutOfMemoryError)):
                 raise
@@ -171,6 +177,19 @@ class Capture:
             raise refusal(layer.name, layer.module, why) from error
         finally:
             self._paused = False
+
+    def _moves(self, layer: Layer, names: tuple[str, ...]) -> bool:
+        """Whether a block has a parameter that was not frozen since."""
+        return any(parameter.requires_grad for parameter in self._parameters[layer.name, names])
+
+    def _without_frozen(self, layer: Layer, names: tuple[str, ...], gradients: ExampleGradients) -> ExampleGradients:
+        """Leave out the parameters of a block that were frozen since."""
+        parameters = self._parameters[layer.name, names]
+        if all(parameter.requires_grad for parameter in parameters):
+            return gradients
+        dtype = gradients.select(slice(0, 1)).total().dtype
+        masks = [p.new_full((p.numel(),), float(p.requires_grad), dtype=dtype) for p in parameters]
+        return gradients.scaled(torch.cat(masks))
 
 
 @dataclass(frozen=True)
@@ -201,21 +220,6 @@ def _widened(use: Use, examples: int, plain: int | None = None) -> Use:
         return value.expand(examples, *value.shape[1:]) if plain is None and _leads_with(value, 1) else value
 
     return replace(use, args=tuple(map(widen, use.args)), kwargs={n: widen(v) for n, v in use.kwargs.items()})
-
-
-def _moving(layer: Layer, names: Sequence[str]) -> list[bool]:
-    return [layer.module.get_parameter(name).requires_grad for name in names]
-
-
-def _without_frozen(layer: Layer, names: Sequence[str], gradients: ExampleGradients) -> ExampleGradients:
-    """Leave out parameters of a block that were frozen since."""
-    moving = _moving(layer, names)
-    if all(moving):
-        return gradients
-    parameters = [layer.module.get_parameter(name) for name in names]
-    dtype = gradients.select(slice(0, 1)).total().dtype
-    masks = [p.new_full((p.numel(),), float(m), dtype=dtype) for p, m in zip(parameters, moving, strict=True)]
-    return gradients.scaled(torch.cat(masks))
 
 
 def _apart(layer: Layer, output: Any, examples: int, lifted: bool) -> tuple[Any, list[Tensor]]:

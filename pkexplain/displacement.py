@@ -100,10 +100,14 @@ class RowAccumulator:
             moved: How far, for each block.
             kept: What of it stays in the moment.
         """
-        before, self._moment = self._moment, None
-        if before is not None:
-            every = torch.arange(self._examples, device=self._like.device)
-            self.add(every, before.rows, before.derivatives(), moved, kept)
+        if self._moment is None:
+            return
+        parts = _Parts.of(None, self._moment.rows, self._moment.derivatives(), self._columns)
+        self._moved.add(parts, moved, self._columns)
+        if any(kept.values()):
+            self._moment.shrink(parts, kept, self._columns)
+        else:
+            self._moment = None
 
     def close(self) -> tuple[Tensor, Tensor]:
         """End the segment and start the next.
@@ -118,17 +122,23 @@ class RowAccumulator:
 
 @dataclass
 class _Parts:
-    """Gradients of some examples, with the size that each block's columns have."""
+    """Gradients of some examples, or of all (``ids`` None), with the size that each block's columns have."""
 
-    ids: Tensor
+    ids: Tensor | None
     rows: Tensor
     derivatives: Tensor
     sizes: Tensor  # squared norms, (batch, blocks)
 
     @classmethod
-    def of(cls, ids: Tensor, rows: Tensor, derivatives: Tensor, columns: Mapping[int, slice]) -> _Parts:
+    def of(cls, ids: Tensor | None, rows: Tensor, derivatives: Tensor, columns: Mapping[int, slice]) -> _Parts:
         parts = [torch.linalg.vector_norm(rows[:, c], dim=1) for c in columns.values()]
         return cls(ids, rows, derivatives, torch.stack(parts, dim=1).square_())
+
+    def weight(self, factors: Mapping[int, float], columns: Mapping[int, slice]) -> Tensor:
+        """Compute ‖part‖ / |derivative| of each row multiplied with the factors, 0 where nothing is left of it."""
+        values = self.sizes.new_tensor([factors[block] for block in columns])
+        size = self.sizes @ values.square()
+        return torch.where(size > 0, size.sqrt() / self.derivatives.abs(), 0.0)
 
 
 @dataclass
@@ -140,20 +150,35 @@ class _Sum:
     weighted: Tensor
 
     def add(self, parts: _Parts, factors: Mapping[int, float], columns: Mapping[int, slice]) -> None:
-        values = [factors[block] for block in columns]
-        if len(set(values)) == 1:
-            self.rows.index_add_(0, parts.ids, parts.rows, alpha=values[0])
-        else:
-            for (_, span), factor in zip(columns.items(), values, strict=True):
+        for span, factor in _spans(factors, columns):
+            if parts.ids is None:
+                self.rows[:, span].add_(parts.rows[:, span], alpha=factor)
+            else:
                 self.rows[:, span].index_add_(0, parts.ids, parts.rows[:, span], alpha=factor)
-        size = parts.sizes @ torch.tensor(values, dtype=parts.sizes.dtype, device=parts.sizes.device).square()
-        counted = size > 0
-        weight = size.sqrt() / parts.derivatives.abs()
-        self.weight.index_add_(0, parts.ids, torch.where(counted, weight, 0.0))
-        self.weighted.index_add_(0, parts.ids, torch.where(counted, weight * parts.derivatives, 0.0))
+        weight = parts.weight(factors, columns)
+        for total, part in ((self.weight, weight), (self.weighted, _times(weight, parts.derivatives))):
+            total.add_(part) if parts.ids is None else total.index_add_(0, parts.ids, part)
+
+    def shrink(self, parts: _Parts, factors: Mapping[int, float], columns: Mapping[int, slice]) -> None:
+        """Multiply the sum, whose rows ``parts`` are, in place; what it holds counts as one visit from then on."""
+        for span, factor in _spans(factors, columns):
+            self.rows[:, span] *= factor
+        self.weight = parts.weight(factors, columns)
+        self.weighted = _times(self.weight, parts.derivatives)
 
     def derivatives(self) -> Tensor:
         return torch.where(self.weight == 0, 0.0, self.weighted / self.weight)
+
+
+def _spans(factors: Mapping[int, float], columns: Mapping[int, slice]) -> list[tuple[slice, float]]:
+    """Give the columns that have a factor in common together where that is all of them."""
+    pairs = [(columns[block], factors[block]) for block in columns]
+    return [(slice(None), pairs[0][1])] if len({factor for _, factor in pairs}) == 1 else pairs
+
+
+def _times(weight: Tensor, derivatives: Tensor) -> Tensor:
+    """Multiply; nan, a loss derivative that was not seen, counts only where there is weight."""
+    return torch.where(weight == 0, 0.0, weight * derivatives)
 
 
 class MomentAccount:

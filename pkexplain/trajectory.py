@@ -17,7 +17,8 @@ from pkexplain.projector import Projector
 
 __all__ = ["Checkpoint", "ModelFingerprint", "Segment", "SegmentSummary", "Trajectory", "checksum_tensor"]
 
-_ROWS_AT_ONCE = 512
+_ROWS_AT_ONCE = 128
+"""Rows that are rounded and summed at a time, so that they stay in a core's cache."""
 _MOST_HANDED_DOWN = 2**-9
 """Most rounding of larger rows that a row takes, relative to its largest number."""
 _SMALLEST_EXPONENT = -126
@@ -90,9 +91,16 @@ class Segment:
             scale = torch.exp2(exponent).to(torch.float32)
         else:
             scale = torch.ones(len(rows), dtype=torch.float32, device=rows.device)
-        stored = (rows / scale[:, None].to(rows.dtype)).to(row_dtype)
+        stored = torch.empty(rows.shape, dtype=row_dtype, device=rows.device)
+        sizes, size_of = scale.unique(return_inverse=True)
+        left = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64, device=rows.device)
+        for some in torch.arange(len(rows), device=rows.device).split(_ROWS_AT_ONCE):
+            factors = scale[some, None].to(rows.dtype)
+            stored[some] = (rows[some] / factors).to(row_dtype)
+            if row_dtype != rows.dtype:
+                left.index_add_(0, size_of[some], (rows[some] - stored[some].to(rows.dtype) * factors).double())
         if row_dtype != rows.dtype:
-            _hand_down(rows, stored, scale)
+            _hand_down(rows, stored, sizes, size_of, left)
         row_sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
         for some, factors in zip(stored.split(_ROWS_AT_ONCE), scale.split(_ROWS_AT_ONCE), strict=True):
             row_sum += factors.double() @ some.double()
@@ -112,23 +120,28 @@ class Segment:
         return cls(**tensors)
 
 
-def _hand_down(rows: Tensor, stored: Tensor, scale: Tensor) -> None:
+def _hand_down(rows: Tensor, stored: Tensor, sizes: Tensor, size_of: Tensor, left_by_size: Tensor) -> None:
     """Let one row of each size take the rounding that the larger ones left, in place, so that the sum keeps its digits.
 
     Where large rows cancel, their rounding can be more than the sum that is left; it is little to the next smaller row.
+
+    Args:
+        rows: The rows, ``(num_examples, k)``.
+        stored: The same, divided by their sizes and rounded.
+        sizes: The sizes that occur, ascending, ``(sizes,)``.
+        size_of: Which of them each row has, ``(num_examples,)``.
+        left_by_size: What rounding the rows of each size left of their sum, ``(sizes, k)``.
     """
-    left = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for size in scale.unique().flip(0):
-        same = (scale == size).nonzero()[:, 0]
-        for some in same.split(_ROWS_AT_ONCE):
-            left += (rows[some].double() - stored[some].double() * size).sum(0)
-        last = same[-1]
-        left -= rows[last].double() - stored[last].double() * size
-        most = rows[last].abs().max().double() * _MOST_HANDED_DOWN
-        taken = torch.where(left.abs() <= most, left, 0.0)
-        wanted = rows[last].double() + taken
-        stored[last] = (wanted / size).to(stored.dtype)
-        left = left - taken + wanted - stored[last].double() * size
+    left = torch.zeros_like(left_by_size[0])
+    places = torch.arange(len(rows), device=rows.device)
+    last = torch.zeros_like(sizes, dtype=torch.long).scatter_reduce_(0, size_of, places, "amax")
+    for place in range(len(sizes) - 1, -1, -1):
+        size, row = sizes[place].double(), last[place]
+        left = left + left_by_size[place]
+        most = rows[row].abs().max().double() * _MOST_HANDED_DOWN
+        before = stored[row].double() * size
+        stored[row] = ((before + torch.where(left.abs() <= most, left, 0.0)) / size).to(stored.dtype)
+        left = left - (stored[row].double() * size - before)
 
 
 @dataclass(frozen=True)
