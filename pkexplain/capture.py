@@ -6,9 +6,10 @@ rule (`pkexplain.layers`) makes the gradient of every example out of the two.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.autograd.graph import register_multi_grad_hook
 from pkexplain.errors import ExampleIdError, PkexplainError, message
 from pkexplain.gradients import ExampleGradients
 from pkexplain.layers import Layer, refusal
-from pkexplain.rules import Use
+from pkexplain.normalised import in_front_of_norms, is_in_front
+from pkexplain.rules import Parts, Use
 
 __all__ = ["Capture"]
 
@@ -89,6 +91,7 @@ class Capture:
     @contextmanager
     def _watching(self, examples: int, on_use: Callable[[_Noted, Sequence[Tensor]], None]) -> Iterator[None]:
         spread: list[str] = []  # layers whose output has gained a dimension
+        made: dict[int, tuple[weakref.ref[Tensor], _Noted]] = {}  # who put out a tensor
 
         def hook_for(layer: Layer) -> Callable[..., Any]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -106,7 +109,13 @@ class Capture:
                 output, places = _apart(layer, output, examples, noted.lifted)
                 watched = [tensor for tensor in places if tensor.requires_grad]
                 if watched:
-                    on_use(replace(noted, wanted=tuple(tensor.requires_grad for tensor in places)), watched)
+                    noted = replace(noted, wanted=tuple(tensor.requires_grad for tensor in places))
+                    on_use(noted, watched)
+                    source = made.get(id(noted.use.given(0, "input")))
+                    if source and source[0]() is noted.use.given(0, "input"):
+                        source[1].behind.append(noted)
+                    if isinstance(output, Tensor):
+                        made[id(output)] = weakref.ref(output), noted
                 return output
 
             return hook
@@ -163,13 +172,14 @@ class Capture:
                 self._broadcast.add(layer.name)
             elif arrived[0].any():
                 raise _positions(layer.name, "a gradient in the first row only")
+        noted.arrived[:] = arrived
         self._paused = True  # the rule may run the layer again, which is not a use to record
         try:
             with torch.no_grad():
                 blocks = [block for block in layer.blocks if layer.buffers or self._moves(layer, block[1])]
-                found = layer.rule(replace(noted.use, gradients=tuple(arrived)), [names for _, names in blocks])
-                for (position, names), block in zip(blocks, found, strict=True):
-                    sink(position, block if layer.buffers else self._without_frozen(layer, names, block))
+                for found in _gradients(noted, tuple(arrived), [names for _, names in blocks]):
+                    for (position, names), block in zip(blocks, found, strict=True):
+                        sink(position, block if layer.buffers else self._without_frozen(layer, names, block))
         except RuntimeError as error:
             if isinstance(error, (PkexplainError, torch.OutOfMemoryError)):
                 raise
@@ -201,6 +211,21 @@ class _Noted:
     wanted: tuple[bool, ...] = ()
     spread: bool = False
     lifted: bool = False  # one example, and a gradient without the dimension that counts it
+    behind: list[_Noted] = field(default_factory=list)  # uses of layers that were given its output
+    arrived: list[Tensor | None] = field(default_factory=list)
+
+
+def _gradients(noted: _Noted, arrived: tuple[Tensor | None, ...], parts: Parts) -> Sequence[Sequence[ExampleGradients]]:
+    """Apply a layer's rule; where BatchNorms are behind it, through the output that they normalised."""
+    layer, use = noted.layer, replace(noted.use, gradients=arrived)
+    if not parts:
+        return []
+    norms = [
+        replace(other.use, gradients=tuple(other.arrived))
+        for other in noted.behind
+        if other.arrived and is_in_front(layer.rule, use.gradient, other.use)
+    ]
+    return in_front_of_norms(layer.rule, use, norms, parts) if norms else [layer.rule(use, parts)]
 
 
 def _values(use: Use) -> list[Any]:

@@ -25,6 +25,7 @@ __all__ = [
     "LinearGradient",
     "MatrixGradient",
     "ScaledGradient",
+    "as_matrix",
     "outer_product",
 ]
 
@@ -100,6 +101,7 @@ class MatrixGradient(ExampleGradients):
     bias: bool
     output_gradients: Tensor
     forms_anew: ClassVar[bool] = False  # whether what `formed` returns may be written over
+    moves_bias: ClassVar[bool] = True  # whether the bias, where there is one, has gradients that are not zero
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -137,12 +139,7 @@ class MatrixGradient(ExampleGradients):
 
     def scaled(self, factors: Tensor) -> MatrixGradient:
         """Multiply elementwise by ``factors``, ``(numel,)``: the product has no factors and is formed where needed."""
-        rows, columns = self.matrix
-        if self.weight and self.bias:
-            split = rows * (columns - 1)
-            matrix = torch.cat([factors[:split].view(rows, columns - 1), factors[split:, None]], dim=1)
-        else:
-            matrix = factors.view(rows, columns)
+        matrix = as_matrix(factors, self.matrix[0], self.weight and self.bias)
         return ScaledGradient(self, matrix, self.output_gradients, self.weight, self.bias)
 
     def compact(self) -> MatrixGradient:
@@ -342,6 +339,13 @@ class EmbeddingGradient(MatrixGradient):
     def nbytes(self) -> int:
         """Bytes of memory held."""
         return self.tokens.nbytes + self.output_gradients.nbytes
+
+
+def as_matrix(flat: Tensor, rows: int, both: bool) -> Tensor:
+    """Bring numbers in a block's parameter order, ``(numel,)``, into ``(rows, columns)``, a bias as the last column."""
+    if not both:
+        return flat.view(rows, -1)
+    return torch.cat([flat[:-rows].view(rows, -1), flat[-rows:, None]], dim=1)
 
 
 def outer_product(left: Tensor | None, g: Tensor, x: Tensor) -> Tensor:

@@ -237,7 +237,8 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
 
     Returns:
         The layers, and the blocks in the order of the flat vector. A parameter that several layers share is a block of
-        its own, which all of them give gradients to.
+        its own, which all of them give gradients to. A BatchNorm without a parameter to record is a layer without
+        blocks: the layer in front of it needs to know it.
 
     Raises:
         UnsupportedLayerError: A layer has no per-example rule.
@@ -254,7 +255,10 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
                 fix="Set requires_grad=True on the parameters to train and give them to the optimizer",
             )
         )
-    return _lay_out(sorted(_owned(model, groups), key=lambda owned: owned.group))
+    layers, blocks = _lay_out(sorted(_owned(model, groups), key=lambda owned: owned.group))
+    known = {id(layer.module) for layer in layers}
+    norms = [(path, m) for path, m in model.named_modules() if isinstance(m, _BATCH_NORM) and id(m) not in known]
+    return [*layers, *(Layer(path, module, rules.batch_norm, ()) for path, module in norms)], blocks
 
 
 def find_buffer_layers(model: nn.Module) -> list[Layer]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pkexplain.batches import HELD_BYTES, Book, CapturedBatch, Factors, Setting, Target, Totals
 from pkexplain.displacement import Reach, look_back
-from pkexplain.gradients import ExampleGradients
+from pkexplain.gradients import ExampleGradients, MatrixGradient
 from pkexplain.projector import Projector
 from pkexplain.update_rules import LinearStep, Number
 
@@ -184,7 +184,8 @@ class LookaheadBook(Book):
         self._tail.step(numbers)
         held = [v for n in numbers.values() for v in vars(n).values() if isinstance(v, Tensor)] + [gradient]
         nbytes = sum(v.nbytes for v in held) + sum(batch.nbytes for batch in batches)
-        self._pending.append(_Pending(len(self._steps) - 1, batches, scale, gradient.clone(), nbytes))
+        gradient = self._without_still_biases(gradient.clone(), batches)
+        self._pending.append(_Pending(len(self._steps) - 1, batches, scale, gradient, nbytes))
         if self._target is None and self._warm(self._held()):
             self._bind()
         settled = 0 if self._target is None else self._settled()
@@ -195,6 +196,20 @@ class LookaheadBook(Book):
             self._forget_steps()
             if sum(len(visit.ids) for visit in self._visits) >= self._setting.num_examples:
                 self._settle_visits(self._target)  # as many rows wait as there are: adding them up frees memory
+
+    def _without_still_biases(self, gradient: Tensor, batches: Sequence[CapturedBatch]) -> Tensor:
+        """Take out, in place, biases whose gradient is rounding, which √v̂, rounding too, would blow up.
+
+        They belong to no example, so what such a bias moves is on the ``optimizer`` line.
+        """
+        moving: dict[int, bool] = {}
+        for position, piece in (piece for batch in batches for piece in batch.pieces):
+            moving[position] = moving.get(position, False) or not isinstance(piece, MatrixGradient) or piece.moves_bias
+        for position, moves in moving.items():
+            if not moves:
+                block = self._setting.blocks[position]
+                gradient[block.span.stop - block.shapes[-1][0] : block.span.stop] = 0
+        return gradient
 
     def close(self) -> Totals:
         """End the segment and begin the next."""

@@ -27,11 +27,15 @@ __all__ = [
     "Rule",
     "Use",
     "batch_norm",
+    "batch_statistics",
+    "by_channel",
     "by_example",
     "convolution",
     "dense_parts",
     "embedding",
     "linear",
+    "normalises_with_the_batch",
+    "over_space",
     "running_statistics",
     "scale_and_shift",
     "tensors_of",
@@ -142,9 +146,15 @@ def scale_and_shift(use: Use, parts: Parts) -> list[ExampleGradients]:
     return dense_parts({name: part.sum(axes) if axes else part for name, part in products.items()}, parts)
 
 
-def _normalises_with_the_batch(module: Any, training: bool) -> bool:
+def normalises_with_the_batch(module: Any, training: bool) -> bool:
     """Whether a BatchNorm takes the batch's statistics and not the running ones."""
     return training or module.running_mean is None
+
+
+def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute the mean of a batch's channels and the root of their variance plus ε, broadcastable to x."""
+    var, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0, keepdim=True)
+    return mean, (var + eps).sqrt()
 
 
 def batch_norm(use: Use, parts: Parts) -> list[ExampleGradients]:
@@ -154,12 +164,12 @@ def batch_norm(use: Use, parts: Parts) -> list[ExampleGradients]:
     backward pass is the derivative of the whole batch's loss, so the examples still sum to the gradient.
     """
     x, g, module = use.input, use.gradient, use.module
-    if _normalises_with_the_batch(module, use.training):
-        var, mean = torch.var_mean(x, (0, *range(2, x.ndim)), correction=0, keepdim=True)
+    if normalises_with_the_batch(module, use.training):
+        mean, deviation = batch_statistics(x, module.eps)
     else:
-        mean, var = (_by_channel(part, x) for part in (module.running_mean, module.running_var))
-    products = {"weight": g * (x - mean) * (var + module.eps).rsqrt(), "bias": g}
-    return dense_parts({name: _over_space(part) for name, part in products.items()}, parts)
+        mean, deviation = by_channel(module.running_mean, x), (by_channel(module.running_var, x) + module.eps).sqrt()
+    products = {"weight": g * (x - mean) / deviation, "bias": g}
+    return dense_parts({name: over_space(part) for name, part in products.items()}, parts)
 
 
 def running_statistics(use: Use, parts: Parts) -> list[ExampleGradients]:
@@ -167,18 +177,20 @@ def running_statistics(use: Use, parts: Parts) -> list[ExampleGradients]:
     if use.training:
         raise RuntimeError("running statistics take part in evaluation mode only")
     x, g, module = use.input, use.gradient, use.module
-    mean, var = (_by_channel(part, x) for part in (module.running_mean, module.running_var + module.eps))
+    mean, var = (by_channel(part, x) for part in (module.running_mean, module.running_var + module.eps))
     if module.weight is not None:
-        g = g * _by_channel(module.weight.detach(), x)
+        g = g * by_channel(module.weight.detach(), x)
     products = {"running_mean": -g * var.rsqrt(), "running_var": -0.5 * g * (x - mean) * var.pow(-1.5)}
-    return dense_parts({name: _over_space(part) for name, part in products.items()}, parts)
+    return dense_parts({name: over_space(part) for name, part in products.items()}, parts)
 
 
-def _by_channel(values: Tensor, like: Tensor) -> Tensor:
+def by_channel(values: Tensor, like: Tensor) -> Tensor:
+    """Bring one number a channel into a shape that is broadcastable to ``like``, ``(examples, channels, …)``."""
     return values.to(like.dtype).view(1, -1, *(1,) * (like.ndim - 2))
 
 
-def _over_space(values: Tensor) -> Tensor:
+def over_space(values: Tensor) -> Tensor:
+    """Sum over all but examples and channels, ``(examples, channels)``."""
     return values.flatten(2).sum(2) if values.ndim > 2 else values
 
 

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import pkexplain as pk
 from pkexplain.capture import Capture
 from pkexplain.layers import find_buffer_layers, find_layers
+from pkexplain.normalised import RowMixture
+from tests.conftest import batches, digits, train
 
 EXAMPLES = 5
 
@@ -46,26 +48,108 @@ def with_copies(net: nn.Sequential, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     return torch.stack([each(x[i : i + 1], second_w[i], second_b[i])[0] for i in range(EXAMPLES)]), copies
 
 
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
-@pytest.mark.parametrize("image", [False, True], ids=["mlp", "cnn"])
-def test_an_examples_share_is_the_gradient_of_its_own_copy_of_the_weights(image, options):
-    net, x = model(image, **options).train(), inputs(image)
-    out, copies = with_copies(net, x)
-    cotangent = torch.randn_like(out)
-    ((out * cotangent).sum() + out.square().sum()).backward()
-    expected = torch.cat([c.grad.flatten(1) for c in copies], dim=1)
-    layers, blocks = find_layers(net, dict.fromkeys(dict(net.named_parameters()), 0))
-    found = torch.zeros_like(expected)
+def captured(net, parameters, run):
+    """Capture a backward pass; return the gradients of every example, ``(EXAMPLES, parameters)``."""
+    layers, blocks = find_layers(net, dict.fromkeys(parameters, 0))
+    found = torch.zeros(EXAMPLES, sum(block.numel for block in blocks), dtype=torch.float64)
 
     def add(position, gradients):
         found[:, blocks[position].span] += gradients.dense()
+        torch.testing.assert_close(gradients.dense().sum(0), gradients.total(), rtol=1e-10, atol=1e-10)
 
     with Capture(layers).during_backward(EXAMPLES, add):
-        out = net(x)
-        ((out * cotangent).sum() + out.square().sum()).backward()
+        run().backward()
+    return found
+
+
+def through_its_own(front, normalise, x, dy, elsewhere=None):
+    """Differentiate ⟨dy_j, y_j⟩, and what reached z_j otherwise, for each example j; all have the same weights."""
+    rows = []
+    for j in range(EXAMPLES):
+        z = front(x)
+        value = (normalise(z)[j] * dy[j]).sum() + (0 if elsewhere is None else (z[j] * elsewhere[j]).sum())
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, list(front.parameters()))]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("image", [False, True], ids=["mlp", "cnn"])
+def test_shares_go_through_an_examples_own_normalised_output_and_its_own_copies(image, options):
+    net, x = model(image, **options).train(), inputs(image)
+    out, copies = with_copies(net, x)
+    cotangent = torch.randn_like(out)
+
+    def loss(out):
+        return (out * cotangent).sum() + out.square().sum()
+
+    loss(out).backward()
+    expected = torch.cat([c.grad.flatten(1) for c in copies], dim=1)
+    y = net[1](net[0](x)).detach().requires_grad_()
+    (dy,) = torch.autograd.grad(loss(net[2:](y)), y)
+    front = through_its_own(net[0], net[1], x, dy)
+    expected[:, : front.shape[1]] = front
+    found = captured(net, dict(net.named_parameters()), lambda: loss(net(x)))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     whole = torch.cat([p.grad.flatten() for p in net.parameters()])
     torch.testing.assert_close(found.sum(0), whole, rtol=1e-10, atol=1e-10)
+    bias = slice(net[0].weight.numel(), front.shape[1])
+    assert not found[:, bias].any()  # a bias in front of a norm moves nothing, not even by rounding
+
+
+def test_an_output_that_two_norms_and_something_else_use():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.front, self.one, self.two = nn.Linear(6, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False)
+
+        def forward(self, x):
+            z = self.front(x)
+            return self.one(z).tanh() + self.two(z).square() + z.sin()
+
+    torch.manual_seed(2)
+    net, x = Branches().double().train(), inputs(image=False)
+    cotangent = torch.randn(EXAMPLES, 4, dtype=torch.float64)
+    found = captured(net, ["front.weight", "front.bias"], lambda: (net(x) * cotangent).sum())
+    z = net.front(x).detach()
+    one, two = (norm(z).detach().requires_grad_() for norm in (net.one, net.two))
+    z.requires_grad_()
+    parts = torch.autograd.grad(((one.tanh() + two.square() + z.sin()) * cotangent).sum(), [one, two, z])
+    expected = through_its_own(net.front, net.one, x, parts[0]) + through_its_own(
+        net.front, net.two, x, parts[1], parts[2]
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_mixture_of_rows_is_projected_and_scaled_as_its_dense_form():
+    torch.manual_seed(0)
+    for weight, bias in ((True, True), (True, False), (False, True)):
+        columns = 3 * weight + bias
+        mixture = RowMixture(torch.randn(5, 2, 4), torch.randn(2, 4, columns), weight, bias)
+        full = torch.einsum("jqm,qmn->jmn", mixture.output_gradients, mixture.matrices)
+        left, right = torch.randn(2, 4), torch.randn(3, columns)
+        torch.testing.assert_close(mixture.sketch(left, right), left @ full @ right.T)
+        torch.testing.assert_close(mixture.sketch(None, right), full @ right.T)
+        torch.testing.assert_close(mixture.sketch(left, None), left @ full)
+        dense, factors = mixture.dense(), torch.rand(4 * columns)
+        torch.testing.assert_close(mixture.scaled(factors).dense(), dense * factors)
+        torch.testing.assert_close(mixture.total(), dense.sum(0))
+        torch.testing.assert_close(mixture.select(torch.tensor([3, 0])).dense(), dense[[3, 0]])
+
+
+def test_adam_behind_a_bias_that_moves_nothing_does_not_blow_contributions_up():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+    x, y = digits(240, torch.float32)
+    optimizer, store = torch.optim.AdamW(net.parameters(), lr=1e-3), pk.MemoryStore()
+    recorder = pk.Recorder(store, net.train(), optimizer, num_examples=240)
+    with pytest.warns(
+        UserWarning, match=r"100% of what moved 0\.bias .* A bias in front of a BatchNorm is moved by rounding"
+    ):
+        train(net, optimizer, x, y, batches(240, 24, 3), recorder=recorder)
+    explanation = pk.Explainer(store, net).explain(x[0], output=pk.Margin(int(y[0])))
+    values = {check.name: check.value for check in explanation.checks}
+    assert values["displacement gap"] < 1e-3
+    assert explanation.gross < 1e3 * abs(explanation.final - explanation.initial)
 
 
 @pytest.mark.parametrize("trained", [True, False])
