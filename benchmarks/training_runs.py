@@ -144,6 +144,9 @@ JOBS = {
         "ResNet with BatchNorm, SGD with momentum", functools.partial(seeded, ResNet),
         using("SGD", lr=0.02, momentum=0.9), digits, epochs=6,
     ),
+    "batchnorm_adamw": Job(
+        "ResNet with BatchNorm, AdamW", functools.partial(seeded, ResNet), using("AdamW", lr=1e-3), digits, epochs=6
+    ),
     "minilm": tuned("all parameters, AdamW", "all", 5e-5),
     "minilm_head": tuned("frozen but for the head, AdamW", "head", 1e-3),
     "minilm_lora": tuned("LoRA of rank 8, AdamW", "lora", 5e-4),
@@ -211,6 +214,7 @@ SPECIAL: dict[str, Callable[[Job], Result]] = {
     "overhead_cnn": functools.partial(overhead_only, steps=71, pairs=5, skip=71),
     "vit": vision_transformer,
     "batchnorm": batch_norm,
+    "batchnorm_adamw": batch_norm,
     "compression": compression,
     "minilm": sentence_encoder,
     "minilm_head": functools.partial(overhead_only, steps=24, pairs=5, skip=24),

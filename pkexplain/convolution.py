@@ -61,6 +61,10 @@ class ConvolutionGradient(MatrixGradient):
         parts = [self._weight_gradient(1).flatten()] if self.weight else []
         return torch.cat([*parts, self.output_gradients.sum((0, 2))]) if self.bias else parts[0]
 
+    def gross(self) -> Tensor:
+        """Bound the sum of the gradients' sizes, ``(numel,)``."""
+        return replace(self, inputs=self.inputs.abs(), output_gradients=self.output_gradients.abs()).total()
+
     def formed(self) -> tuple[Tensor | None, Tensor | None]:
         """Form the weight's gradients, ``(examples, rows, columns)``, and the bias's, ``(examples, rows)``."""
         return self._weights() if self.weight else None, self.output_gradients.sum(2) if self.bias else None

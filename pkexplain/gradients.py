@@ -48,6 +48,10 @@ class ExampleGradients(ABC):
         """Sum over the examples, ``(numel,)``."""
         return self.dense().sum(0)
 
+    def gross(self) -> Tensor:
+        """Bound the sum of the gradients' sizes, ``(numel,)``: what may cancel in `total`."""
+        return self.dense().abs().sum(0)
+
     @abstractmethod
     def select(self, positions: Tensor | slice) -> ExampleGradients:
         """Keep the examples at ``positions`` of the batch."""
@@ -101,7 +105,6 @@ class MatrixGradient(ExampleGradients):
     bias: bool
     output_gradients: Tensor
     forms_anew: ClassVar[bool] = False  # whether what `formed` returns may be written over
-    moves_bias: ClassVar[bool] = True  # whether the bias, where there is one, has gradients that are not zero
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -278,6 +281,10 @@ class LinearGradient(MatrixGradient):
         """Form the weight's gradients, ``(examples, rows, columns)``, and the bias's, ``(examples, rows)``."""
         weight = outer_product(None, self.output_gradients.transpose(1, 2), self.inputs.transpose(1, 2))
         return weight if self.weight else None, self.output_gradients.sum(1) if self.bias else None
+
+    def gross(self) -> Tensor:
+        """Bound the sum of the gradients' sizes, ``(numel,)``."""
+        return replace(self, inputs=self.inputs.abs(), output_gradients=self.output_gradients.abs()).total()
 
     def total(self) -> Tensor:
         """Sum over the examples, ``(numel,)``, as one long example."""

@@ -20,12 +20,15 @@ from torch import Tensor
 
 from pkexplain.batches import HELD_BYTES, Book, CapturedBatch, Factors, Setting, Target, Totals
 from pkexplain.displacement import Reach, look_back
-from pkexplain.gradients import ExampleGradients, MatrixGradient
+from pkexplain.gradients import ExampleGradients
+from pkexplain.normalised import RowMixture
 from pkexplain.projector import Projector
 from pkexplain.update_rules import LinearStep, Number
 
 __all__ = ["Lookahead", "LookaheadBook"]
 
+_ROUNDING = 32
+"""Multiples of a number format's ε, of the terms of a sum, up to which the sum is rounding."""
 _DAMPING = 0.1
 """Part of a block's mean √v̂ that is added to every coordinate's in the balance."""
 
@@ -64,6 +67,7 @@ class _Pending:
     batches: Sequence[CapturedBatch]
     scale: Factors
     gradient: Tensor
+    still: dict[int, Tensor]
     nbytes: int
     carried: dict[int, Number] | None = None  # what of it is in the moment, once its segment is over
 
@@ -184,8 +188,8 @@ class LookaheadBook(Book):
         self._tail.step(numbers)
         held = [v for n in numbers.values() for v in vars(n).values() if isinstance(v, Tensor)] + [gradient]
         nbytes = sum(v.nbytes for v in held) + sum(batch.nbytes for batch in batches)
-        gradient = self._without_still_biases(gradient.clone(), batches)
-        self._pending.append(_Pending(len(self._steps) - 1, batches, scale, gradient, nbytes))
+        still = self._still(batches, scale, gradient)
+        self._pending.append(_Pending(len(self._steps) - 1, batches, scale, gradient.clone(), still, nbytes))
         if self._target is None and self._warm(self._held()):
             self._bind()
         settled = 0 if self._target is None else self._settled()
@@ -197,19 +201,22 @@ class LookaheadBook(Book):
             if sum(len(visit.ids) for visit in self._visits) >= self._setting.num_examples:
                 self._settle_visits(self._target)  # as many rows wait as there are: adding them up frees memory
 
-    def _without_still_biases(self, gradient: Tensor, batches: Sequence[CapturedBatch]) -> Tensor:
-        """Take out, in place, biases whose gradient is rounding, which √v̂, rounding too, would blow up.
+    def _still(self, batches: Sequence[CapturedBatch], scale: Factors, gradient: Tensor) -> dict[int, Tensor]:
+        """Find, in front of BatchNorms, coordinates whose gradient is the rounding of terms that cancel.
 
-        They belong to no example, so what such a bias moves is on the ``optimizer`` line.
+        A bias there, or the weight of a constant input, has no gradient. Its √v̂ is rounding too and would make
+        displacements of it; they belong to no example, and what it moves is on the ``optimizer`` line.
+
+        Returns:
+            For each block in front of a BatchNorm, 0 for such coordinates and 1 for others, ``(numel,)``.
         """
-        moving: dict[int, bool] = {}
-        for position, piece in (piece for batch in batches for piece in batch.pieces):
-            moving[position] = moving.get(position, False) or not isinstance(piece, MatrixGradient) or piece.moves_bias
-        for position, moves in moving.items():
-            if not moves:
-                block = self._setting.blocks[position]
-                gradient[block.span.stop - block.shapes[-1][0] : block.span.stop] = 0
-        return gradient
+        pieces = [piece for batch in batches for piece in batch.pieces]
+        still: dict[int, Tensor] = {}
+        for b in {position for position, piece in pieces if isinstance(piece, RowMixture)}:
+            gross = sum((piece.gross() for position, piece in pieces if position == b), torch.zeros_like(gradient[:1]))
+            rounding = _ROUNDING * torch.finfo(gradient.dtype).eps * abs(scale[b]) * gross
+            still[b] = (gradient[self._setting.blocks[b].span].abs() > rounding).to(gradient.dtype)
+        return still
 
     def close(self) -> Totals:
         """End the segment and begin the next."""
@@ -251,7 +258,12 @@ class LookaheadBook(Book):
         operator = torch.cat([_spread(number, numel, like) for number, numel in parts]).abs_()
         balance = _balance(operator, list(self._setting.spans.values()))
         ratio = operator / balance
-        seen = [[(b, g.scaled(ratio[self._setting.blocks[b].span])) for b, g in batch.pieces] for batch in self._held()]
+        spans = self._setting.spans
+        seen = [
+            [(b, g.scaled(ratio[spans[b]] * pending.still.get(b, 1.0))) for b, g in batch.pieces]
+            for pending in self._pending
+            for batch in pending.batches
+        ]
         return self._fix(seen, balance)
 
     def _settled(self) -> int:
@@ -302,6 +314,8 @@ class LookaheadBook(Book):
             for i, pending in enumerate(pendings):
                 moved, kept = _of(reaches[pending.place], pending, b)
                 moved = _spread(moved, block.numel, self._setting.like)
+                if b in pending.still:
+                    moved, kept = moved * pending.still[b], kept * pending.still[b]
                 for batch, entry in zip(pending.batches, entries[i], strict=True):
                     self._project(projector, b, batch, entry, moved * pending.scale[b])
                 gradient = pending.gradient[block.span]

@@ -5,7 +5,7 @@ Example j's share of the gradient of W is that of ⟨dy_j, y_j⟩, for which eve
 
     G_j = Σ_p g_j,p ⊗ x_j,p − ḡ_j ⊗ x̄ − diag(s_j) C,    g = γ dy / σ,  ḡ_j = Σ_p g_j,p,  s_j = Σ_p g_j,p ẑ_j,p
 
-with x̄ the mean of x, and C that of ẑ ⊗ x, over the batch; the share of b is zero. It is zero along what the BatchNorm
+with x̄ the mean of x, and C that of ẑ ⊗ x, over the batch; for b it is zero. It is zero along what the BatchNorm
 does not let through, as the sum over the batch is. A split by the gradient of z_j is zero there in the sum alone, and
 an optimizer that divides by √v̂ would blow up what cancels.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from pkexplain.rules import (
     over_space,
 )
 
-__all__ = ["RowMixture", "WithoutBias", "in_front_of_norms", "is_in_front"]
+__all__ = ["RowMixture", "in_front_of_norms", "is_in_front"]
 
 
 _ROUNDING = 1e3
@@ -69,6 +68,10 @@ class RowMixture(MatrixGradient):
         """Sum over the examples, ``(numel,)``."""
         return replace(self, output_gradients=self.output_gradients.sum(0, keepdim=True)).dense()[0]
 
+    def gross(self) -> Tensor:
+        """Bound the sum of the gradients' sizes, ``(numel,)``."""
+        return replace(self, output_gradients=self.output_gradients.abs(), matrices=self.matrices.abs()).total()
+
     def select(self, positions: Tensor | slice) -> RowMixture:
         """Keep the examples at ``positions``."""
         return replace(self, output_gradients=self.output_gradients[positions])
@@ -77,58 +80,6 @@ class RowMixture(MatrixGradient):
     def nbytes(self) -> int:
         """Bytes of memory held."""
         return self.output_gradients.nbytes + self.matrices.nbytes
-
-
-@dataclass(frozen=True)
-class WithoutBias(MatrixGradient):
-    """The same gradients with zeros for the bias."""
-
-    inner: MatrixGradient
-    output_gradients: Tensor
-    weight: bool
-    bias: bool
-    moves_bias: ClassVar[bool] = False
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """Rows and columns of the matrix."""
-        return self.inner.matrix
-
-    def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        """Project from both sides, ``(examples, k_rows, k_columns)``."""
-        if right is None:
-            full = self.inner.sketch(left, None).clone()
-            full[:, :, -1] = 0
-            return full
-        right = right.clone()
-        right[:, -1] = 0
-        return self.inner.sketch(left, right)
-
-    def formed(self) -> tuple[Tensor | None, Tensor | None]:
-        """Form the weight's gradients, ``(examples, rows, columns)``, and the bias's, ``(examples, rows)``."""
-        weight, bias = self.inner.formed()
-        return weight, None if bias is None else torch.zeros_like(bias)
-
-    def total(self) -> Tensor:
-        """Sum over the examples, ``(numel,)``."""
-        total = self.inner.total()
-        total[-self.matrix[0] :] = 0
-        return total
-
-    def compact(self) -> WithoutBias:
-        """Return the same gradients in the form that holds less memory."""
-        inner = self.inner.compact()
-        return self if inner is self.inner else replace(self, inner=inner, output_gradients=inner.output_gradients)
-
-    def select(self, positions: Tensor | slice) -> WithoutBias:
-        """Keep the examples at ``positions``."""
-        inner = self.inner.select(positions)
-        return replace(self, inner=inner, output_gradients=inner.output_gradients)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory held."""
-        return self.inner.nbytes
 
 
 def is_in_front(rule: Rule, z: Tensor, norm: Use) -> bool:
@@ -165,14 +116,14 @@ def in_front_of_norms(rule: Rule, use: Use, norms: Sequence[Use], parts: Parts) 
         own = own + g
         weights += [-over_space(g), -over_space(g * normed)]
         bases += [torch.ones_like(z) / count, normed / count]
-    found: list[Sequence[ExampleGradients]] = [[_without_bias(g) for g in rule(_with(use, own), parts)]]
+    found: list[Sequence[ExampleGradients]] = [rule(_with(use, own), parts)]
     totals = [[g.total() for g in rule(_with(use, base), parts)] for base in bases]
     coefficients = torch.stack(weights, dim=1)
     mixtures: list[ExampleGradients] = []
     for names, flats in zip(parts, zip(*totals, strict=True), strict=True):
         weight, bias = "weight" in names, "bias" in names
         matrices = torch.stack([as_matrix(flat, coefficients.shape[2], weight and bias) for flat in flats])
-        mixtures.append(_without_bias(RowMixture(coefficients, matrices, weight, bias)))
+        mixtures.append(RowMixture(coefficients, matrices, weight, bias))
     found.append(mixtures)
     if elsewhere.norm() > _ROUNDING * torch.finfo(own.dtype).eps * use.gradient.norm():
         found.append(rule(_with(use, elsewhere), parts))
@@ -181,9 +132,3 @@ def in_front_of_norms(rule: Rule, use: Use, norms: Sequence[Use], parts: Parts) 
 
 def _with(use: Use, gradient: Tensor) -> Use:
     return replace(use, gradients=(gradient,))
-
-
-def _without_bias(gradients: ExampleGradients) -> ExampleGradients:
-    if not isinstance(gradients, MatrixGradient) or not gradients.bias:
-        return gradients
-    return WithoutBias(gradients, gradients.output_gradients, gradients.weight, True)

@@ -348,8 +348,8 @@ class Recorder:
                 warnings.warn(
                     f"pkexplain: {shares[worst]:.0%} of what moved {self._names[worst]} in segment {t} came from no "
                     "example and no weight decay; it is on the ledger's optimizer line. Was the parameter changed "
-                    "outside optimizer.step(), or is an update rule of your own wrong? A bias in front of a BatchNorm is "
-                    "moved by rounding alone (bias=False). Otherwise, give the recorder a longer lookahead.",
+                    "outside optimizer.step(), or is an update rule of your own wrong? A bias in front of a BatchNorm "
+                    "is moved by rounding alone (bias=False). Otherwise, give the recorder a longer lookahead.",
                     stacklevel=4,
                 )
         if summary.bent > _BEND and not self._warned:

@@ -93,7 +93,7 @@ def test_shares_go_through_an_examples_own_normalised_output_and_its_own_copies(
     whole = torch.cat([p.grad.flatten() for p in net.parameters()])
     torch.testing.assert_close(found.sum(0), whole, rtol=1e-10, atol=1e-10)
     bias = slice(net[0].weight.numel(), front.shape[1])
-    assert not found[:, bias].any()  # a bias in front of a norm moves nothing, not even by rounding
+    assert found[:, bias].abs().max() < 1e-12 * found.abs().max()  # a bias in front of a norm moves nothing
 
 
 def test_an_output_that_two_norms_and_something_else_use():
@@ -148,7 +148,8 @@ def test_adam_behind_a_bias_that_moves_nothing_does_not_blow_contributions_up():
         train(net, optimizer, x, y, batches(240, 24, 3), recorder=recorder)
     explanation = pk.Explainer(store, net).explain(x[0], output=pk.Margin(int(y[0])))
     values = {check.name: check.value for check in explanation.checks}
-    assert values["displacement gap"] < 1e-3
+    assert values["displacement gap"] < 1e-3  # constant pixels in front of the norm stand still, too
+    assert values["audit error"] < 0.1
     assert explanation.gross < 1e3 * abs(explanation.final - explanation.initial)
 
 
