@@ -92,6 +92,7 @@ class Capture:
     def _watching(self, examples: int, on_use: Callable[[_Noted, Sequence[Tensor]], None]) -> Iterator[None]:
         spread: list[str] = []  # layers whose output has gained a dimension
         made: dict[int, tuple[weakref.ref[Tensor], _Noted]] = {}  # who put out a tensor
+        used: list[_Noted] = []
 
         def hook_for(layer: Layer) -> Callable[..., Any]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -110,6 +111,7 @@ class Capture:
                 watched = [tensor for tensor in places if tensor.requires_grad]
                 if watched:
                     noted = replace(noted, wanted=tuple(tensor.requires_grad for tensor in places))
+                    used.append(noted)
                     on_use(noted, watched)
                     source = made.get(id(noted.use.given(0, "input")))
                     if source and source[0]() is noted.use.given(0, "input"):
@@ -126,6 +128,9 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
+            for noted in used:  # a tensor's hook holds a use that holds the tensor, by what is behind it
+                noted.behind.clear()
+                noted.arrived.clear()
 
     def _spread(self, noted: _Noted, output: Tensor, examples: int, spread: list[str]) -> tuple[_Noted, Tensor]:
         """Give an output that the model broadcasts over the batch one row per example, so that its gradient has too.

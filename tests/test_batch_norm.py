@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -198,3 +201,23 @@ def test_a_frozen_body_with_an_in_place_activation_behind_its_norm_is_explained(
     assert values["quadrature gap"] < 1e-4
     assert values["optimizer share"] < 1e-9
     assert abs(explanation.ledger.remainders["buffers"]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_recorded_step_keeps_none_of_its_activations(kind):
+    net = model(image=True)
+    optimizer, outputs = kind(net.parameters(), lr=1e-3), []
+    net[0].register_forward_hook(lambda _, __, output: outputs.append(weakref.ref(output)))
+    with pk.Recorder(
+        pk.MemoryStore(), net, optimizer, num_examples=EXAMPLES, projection=pk.Identity(), segments=2, lookahead=1
+    ) as recorder:
+        gc.disable()  # what only the collector can free is, on a real model, memory that runs out first
+        try:
+            for _ in range(4):
+                with recorder.step(range(EXAMPLES)):
+                    optimizer.zero_grad()
+                    net(inputs(image=True)).square().mean().backward()
+                    optimizer.step()
+        finally:
+            gc.enable()
+        assert [output() for output in outputs] == [None] * 4
