@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from pkexplain.displacement import MomentAccount
 from pkexplain.gradients import ExampleGradients
 from pkexplain.lookahead import Lookahead, LookaheadBook
 from pkexplain.projector import Projector
+from pkexplain.rows import Rows
+from pkexplain.scratch import empty_on_disk
 from pkexplain.trajectory import Segment, SegmentSummary
 from pkexplain.update_rules import LinearStep
 from pkexplain.visits import VisitBook
@@ -28,11 +32,15 @@ class SegmentAccountant:
     Args:
         setting: What is recorded.
         lookahead: How long gradients wait where the optimizer divides by a second moment.
+        projector: The projection, where it is known from earlier segments.
+        steps: Optimizer steps done before.
     """
 
-    def __init__(self, setting: Setting, lookahead: Lookahead) -> None:
-        """Begin the first segment."""
-        self._setting, self._lookahead = setting, lookahead
+    def __init__(
+        self, setting: Setting, lookahead: Lookahead, projector: Projector | None = None, steps: int = 0
+    ) -> None:
+        """Begin a segment."""
+        self._setting, self._lookahead, self._projector = setting, lookahead, projector
         self._book: Book | None = None  # which one, the first step tells
         self._decay = MomentAccount(setting.spans, setting.like.new_zeros(setting.size))
         groups: dict[int, slice] = {}
@@ -40,7 +48,7 @@ class SegmentAccountant:
             groups[block.group] = slice(groups.get(block.group, block.span).start, block.span.stop)
         self._groups = groups
         self._first_of = {block.group: position for position, block in reversed(list(enumerate(setting.blocks)))}
-        self.total_steps = 0
+        self.total_steps = steps
         self._begin()
 
     def _begin(self) -> None:
@@ -51,7 +59,7 @@ class SegmentAccountant:
     @property
     def projector(self) -> Projector | None:
         """The projection, once it is fixed."""
-        return self._book.projector if self._book else None
+        return self._book.projector if self._book else self._projector
 
     def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         """Take one block's gradients as the backward pass reaches them."""
@@ -80,15 +88,15 @@ class SegmentAccountant:
             parameters: θ before the step, ``(parameters,)``.
         """
         if self._book is None:
-            elementwise = any(n.elementwise for n in numbers.values())
-            self._book = LookaheadBook(self._setting, self._lookahead) if elementwise else VisitBook(self._setting)
+            self._book = self._open(elementwise=any(n.elementwise for n in numbers.values()))
         found = {group: _factor(captured[span], applied[span]) for group, span in self._groups.items()}
         self.bend = max(self.bend, *(bend for _, bend in found.values()))
         scale = {position: found[block.group][0] for position, block in enumerate(self._setting.blocks)}
-        self._smallest, self._largest = min(self._smallest, *scale.values()), max(self._largest, *scale.values())
+        rescaled = [factor * self._setting.ranks.count for factor in scale.values()]  # several processes are averaged
+        self._smallest, self._largest = min(self._smallest, *rescaled), max(self._largest, *rescaled)
         for group, position in self._first_of.items():
             self._rates[group] += numbers[position].learning_rate
-        self.visits += sum(len(batch.ids) for batch in batches)
+        self.visits += sum(batch.everywhere for batch in batches)
         self.steps += 1
         self.total_steps += 1
         checked = self.steps % _CHECKED_STEP == 1
@@ -97,12 +105,33 @@ class SegmentAccountant:
         scaled = attributed if set(scale.values()) == {1.0} else self._scaled(attributed, scale)
         rows = self._book.step(batches, numbers, scale, scaled)
         if checked and rows is not None and self.projector is not None:
+            rows = self._setting.ranks.sum(rows)
             self.note_capture_gap(_gap(rows, self.projector.project_displacements(attributed[None])[0]))
         self._follow_decay(numbers, parameters)
 
+    def _open(self, elementwise: bool) -> Book:
+        if elementwise:
+            return LookaheadBook(self._setting, self._lookahead, self._projector)
+        return VisitBook(self._setting, self._projector)
+
+    def in_flight(self) -> dict[str, Any]:
+        """Return what the next segments need of those before: what is in the optimizer's moment."""
+        return {
+            "decay": (self._decay.moment, self._decay.blocks),
+            "elementwise": isinstance(self._book, LookaheadBook),
+            "book": self._book.in_flight() if self._book else None,
+        }
+
+    def resume(self, in_flight: Mapping[str, Any]) -> None:
+        """Begin with what was in the optimizer's moment."""
+        self._decay.resume(*in_flight["decay"])
+        if in_flight["book"] is not None:
+            self._book = self._open(in_flight["elementwise"])
+            self._book.resume(in_flight["book"])
+
     def skip(self, batches: Sequence[CapturedBatch]) -> None:
         """Count a step that was not taken."""
-        self.visits += sum(len(batch.ids) for batch in batches)
+        self.visits += sum(batch.everywhere for batch in batches)
         self.skipped += 1
 
     def _total(self, batches: Sequence[CapturedBatch]) -> Tensor:
@@ -111,7 +140,7 @@ class SegmentAccountant:
         for batch in batches:
             for position, gradients in batch.pieces:
                 total[self._setting.blocks[position].span] += gradients.total()
-        return total
+        return self._setting.ranks.sum(total)
 
     def _scaled(self, vector: Tensor, scale: dict[int, float]) -> Tensor:
         scaled = vector.clone()
@@ -135,19 +164,22 @@ class SegmentAccountant:
             displacement: Δθ, ``(parameters,)``.
 
         Returns:
-            The segment as it will be stored, and its summary.
+            The segment as it will be stored, with the rows that are kept here, and its summary.
         """
-        book = self._book = self._book or VisitBook(self._setting)
+        book = self._book = self._book or self._open(elementwise=False)
         totals, decay = book.close(), self._decay.close()
         left = displacement - totals.examples - decay
-        segment = Segment.pack(
-            totals.rows,
-            self._setting.projection.row_dtype(self._setting.like.dtype),
-            loss_derivatives=totals.derivatives,
+        row_dtype = self._setting.projection.row_dtype(self._setting.like.dtype)
+        empty = partial(empty_on_disk, directory=self._setting.scratch) if totals.rows.device.type == "cpu" else None
+        rows = Rows.pack(totals.rows, totals.derivatives, row_dtype, empty)
+        segment = Segment(
+            shards=(rows,),
+            row_sum=self._setting.ranks.sum(rows.sum().to(left.device)),
             decay=decay,
             optimizer=left,
             audit_ids=book.audit_ids,
             audit_rows=totals.audit_rows,
+            withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64),
         )
         both = torch.stack([displacement, displacement - decay - left])
         projector = book.projector

@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +17,11 @@ from pkexplain.gradients import ExampleGradients
 from pkexplain.layers import Block
 from pkexplain.projection import Projection
 from pkexplain.projector import Projector
+from pkexplain.ranks import Ranks
+from pkexplain.scratch import zeros_on_disk
 from pkexplain.update_rules import LinearStep
 
-__all__ = ["HELD_BYTES", "Audit", "Book", "CapturedBatch", "Factors", "Setting", "Totals"]
+__all__ = ["HELD_BYTES", "Audit", "Book", "CapturedBatch", "Factors", "Setting", "Target", "Totals", "reached"]
 
 HELD_BYTES = 1 << 30
 """Most memory for gradients that wait for the projection to be fixed."""
@@ -42,6 +47,7 @@ class CapturedBatch:
         audit_rows: Their gradients without projection, ``(chosen, parameters)``.
         derivatives: Loss derivatives, ``(batch,)``, or None where the model's output was not seen.
         summed: Parameters whose gradient has arrived.
+        everywhere: Examples in the batch over all processes; by default those that are here.
     """
 
     ids: Tensor
@@ -51,6 +57,11 @@ class CapturedBatch:
     audit_rows: Tensor | None = None
     derivatives: Tensor | None = None
     summed: set[int] = field(default_factory=set)
+    everywhere: int = 0
+
+    def __post_init__(self) -> None:
+        """Count the examples."""
+        self.everywhere = self.everywhere or len(self.ids)
 
     @property
     def nbytes(self) -> int:
@@ -81,12 +92,18 @@ class Setting:
         projection: How rows are compressed.
         num_examples: How many rows there are.
         like: An empty tensor of the arithmetic's number format and device.
+        ranks: The processes that train.
+        audited_of: The audited examples are chosen among the first so many; 0 for all.
+        scratch: Where rows are gathered that are too many for memory; None for the system's place for such files.
     """
 
     blocks: tuple[Block, ...]
     projection: Projection
     num_examples: int
     like: Tensor
+    ranks: Ranks = field(default_factory=Ranks)
+    audited_of: int = 0
+    scratch: Path | None = None
 
     @property
     def size(self) -> int:
@@ -97,6 +114,12 @@ class Setting:
     def spans(self) -> dict[int, slice]:
         """Where each block lies in the flat vector."""
         return {position: block.span for position, block in enumerate(self.blocks)}
+
+    def rows(self, columns: Mapping[int, slice], width: int) -> RowAccumulator:
+        """Make an accumulator for the rows that this process keeps."""
+        mine = self.ranks.share(self.num_examples)
+        zeros = partial(zeros_on_disk, like=self.like, directory=self.scratch)
+        return RowAccumulator(mine.stop - mine.start, columns, width, self.like, zeros)
 
 
 class Audit:
@@ -109,8 +132,8 @@ class Audit:
     def __init__(self, setting: Setting) -> None:
         """Choose them, evenly over the training set."""
         count, device = setting.num_examples, setting.like.device
-        chosen = min(_AUDIT_EXAMPLES, count, _AUDIT_NUMBERS // setting.size)
-        self.ids = torch.arange(chosen, device=device) * count // max(chosen, 1)
+        chosen = min(_AUDIT_EXAMPLES, setting.audited_of or count, _AUDIT_NUMBERS // setting.size)
+        self.ids = torch.arange(chosen, device=device) * (setting.audited_of or count) // max(chosen, 1)
         self._place = torch.full((count,), -1, device=device)
         self._place[self.ids] = torch.arange(chosen, device=device)
         self.rows = RowAccumulator(chosen, setting.spans, setting.size, setting.like)
@@ -129,8 +152,8 @@ class Totals:
     """What the examples did in a segment.
 
     Attributes:
-        rows: Their displacements in projection space, ``(num_examples, columns)``.
-        derivatives: Their loss derivatives, ``(num_examples,)``.
+        rows: Displacements in projection space of those whose rows are kept here, ``(kept, columns)``.
+        derivatives: Their loss derivatives, ``(kept,)``.
         audit_rows: The audited examples' displacements, ``(audited, parameters)``.
         examples: The sum of all displacements, without projection, ``(parameters,)``.
     """
@@ -149,17 +172,32 @@ class Target:
     rows: RowAccumulator
 
 
+def reached(
+    setting: Setting,
+    rows: RowAccumulator,
+    ids: Tensor,
+    gradients: Tensor,
+    derivatives: Tensor,
+    moved: Factors,
+    kept: Factors,
+) -> None:
+    """Add a batch's gradients to the rows, each in the process that keeps it; see `RowAccumulator.add`."""
+    ids, gradients, derivatives = setting.ranks.route(setting.num_examples, ids, gradients, derivatives)
+    rows.add(ids, gradients, derivatives, moved, kept)
+
+
 class Book(ABC):
     """Follows what the examples do, from the gradients of a step to the rows of a segment.
 
     Args:
         setting: What is recorded.
+        projector: The projection, where it is known.
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, projector: Projector | None = None) -> None:
         """Begin the first segment."""
         self._setting, self._audit = setting, Audit(setting)
-        self._target: Target | None = None
+        self._target = None if projector is None else self._aim(projector)
 
     @property
     def projector(self) -> Projector | None:
@@ -195,16 +233,34 @@ class Book(ABC):
     def close(self) -> Totals:
         """End the segment and begin the next."""
 
+    def in_flight(self) -> dict[str, Any]:
+        """Return what is in the moment between two segments: tensors, numbers and dataclasses of them."""
+        rows = self._target.rows.moment if self._target else None
+        return {"rows": rows, "audit": self._audit.rows.moment}
+
+    def resume(self, in_flight: Mapping[str, Any]) -> None:
+        """Begin with what was in the moment."""
+        if self._target is not None:
+            self._target.rows.resume(in_flight["rows"])
+        self._audit.rows.resume(in_flight["audit"])
+
     def _warm(self, waiting: Sequence[CapturedBatch]) -> bool:
         """Whether enough gradients wait for the projection to be fixed."""
-        examples = sum(len(batch.ids) for batch in waiting)
-        return examples >= self._setting.projection.warm_up or sum(batch.nbytes for batch in waiting) >= HELD_BYTES
+        examples = sum(batch.everywhere for batch in waiting)
+        held = self._setting.ranks.most(sum(batch.nbytes for batch in waiting))
+        return examples >= self._setting.projection.warm_up or held >= HELD_BYTES
 
     def _fix(self, seen: Sequence[Sequence[tuple[int, ExampleGradients]]], balance: Tensor | None = None) -> Target:
         """Fix the projection from the gradients that have been seen."""
-        setting = self._setting
+        setting, ranks = self._setting, self._setting.ranks
         like = setting.like
-        projector = setting.projection.bind(setting.blocks, like.dtype, like.device, seen, balance)
-        columns = {position: part.columns for position, part in enumerate(projector.maps)}
-        self._target = Target(projector, RowAccumulator(setting.num_examples, columns, projector.columns, like))
+        projector = setting.projection.bind(setting.blocks, like.dtype, like.device, seen, balance, ranks)
+        if ranks.count > 1:  # the same to the last bit
+            kept = ranks.from_first(projector.tensors())
+            projector = setting.projection.restore(setting.blocks, like.dtype, like.device, kept)
+        self._target = self._aim(projector)
         return self._target
+
+    def _aim(self, projector: Projector) -> Target:
+        columns = {position: part.columns for position, part in enumerate(projector.maps)}
+        return Target(projector, self._setting.rows(columns, projector.columns))

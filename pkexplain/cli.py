@@ -95,7 +95,7 @@ def inspect(run: RunArgument) -> None:
     table = Table(title="Segments", title_justify="left")
     for column in ("segment", "last step", "visits", "Σ learning rate", "displacement gap", "optimizer ‖share‖"):
         table.add_column(column, justify="right")
-    for t, segment in enumerate(manifest["segments"]):
+    for t, segment in enumerate(entry["summary"] for entry in manifest["segments"]):
         rate = ", ".join(f"{value:.4g}" for value in segment["learning_rate_sum"])
         gaps = (f"{segment['displacement_gap']:.1e}", f"{segment['optimizer_share']:.1e}")
         table.add_row(str(t), f"{segment['last_step']:,}", f"{segment['visits']:,}", rate, *gaps)
@@ -121,7 +121,7 @@ def verify(
             wrong += 1
             _complain("damaged", str(error))
         bar("verifying", done, len(manifest["files"]))
-    for t, segment in enumerate(manifest["segments"]):
+    for t, segment in enumerate(entry["summary"] for entry in manifest["segments"]):
         if not segment["displacement_gap"] <= tolerance:
             wrong += 1
             _complain("gap", f"segment {t}: {segment['displacement_gap']:.2g} is above {tolerance:g}")
@@ -129,7 +129,7 @@ def verify(
     if wrong:
         console.print(f"{wrong} problem(s) in {files} files and {segments} segments.")
         raise typer.Exit(1)
-    largest = max((segment["displacement_gap"] for segment in manifest["segments"]), default=0.0)
+    largest = max((entry["summary"]["displacement_gap"] for entry in manifest["segments"]), default=0.0)
     console.print(f"{files} files whole, {segments} segments; largest displacement gap {largest:.1e}.")
 
 

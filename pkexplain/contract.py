@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,19 @@ from torch import nn
 from pkexplain.batches import CapturedBatch
 from pkexplain.errors import ConfigurationError, NonFiniteGradientError, RecordingError, message
 
-__all__ = ["broken", "check_arguments", "not_finite", "stranger", "used_by_hand", "without_backward"]
+__all__ = [
+    "broken",
+    "check_arguments",
+    "not_finite",
+    "stranger",
+    "used_by_hand",
+    "warn_of_bent",
+    "warn_of_capture",
+    "warn_of_missing",
+    "warn_of_skipped",
+    "warn_of_unexplained",
+    "without_backward",
+]
 
 
 def check_arguments(model: nn.Module, **given: Any) -> None:
@@ -35,19 +48,38 @@ def check_arguments(model: nn.Module, **given: Any) -> None:
                 message(f"Recorder({name}=…)", wrong, got=repr(given[name]), expected=expected, source=source, fix=fix)
             )
     compiled = [name for name, part in model.named_modules() if getattr(part, "_compiled_call_impl", None) is not None]
-    wrapped = hasattr(model, "_orig_mod") or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    wrapped = hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel)
     if wrapped or compiled:
         got = type(model).__name__ if wrapped else f"compile() was called on {compiled[0] or 'the model itself'!r}"
-        raise ConfigurationError(
-            message(
-                "Recorder(model=…)",
-                "hooks do not reach the layers of a wrapped or compiled model",
-                got=got,
-                expected="the model itself",
-                source="pkexplain.capture",
-                fix="Record the model without torch.compile, DataParallel or DistributedDataParallel",
-            )
+        raise _not_this_model(
+            "hooks do not reach the layers of a wrapped or compiled model",
+            got,
+            "the model itself, or its DistributedDataParallel",
+            "Record the model without torch.compile and DataParallel",
         )
+    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]
+    if sharded:
+        raise _not_this_model(
+            "its parameters are sharded over processes (FSDP2, tensor parallel); what is missing is the layers' inputs "
+            "and gradients in front of the reduce-scatter, and checkpoints by shard",
+            f"a DTensor, {sharded[0]!r}",
+            "a model that every process holds whole",
+            "Train with DistributedDataParallel, or freeze the body and record a head or an adapter",
+        )
+    mixed = [name for name, part in model.named_modules() if isinstance(part, nn.SyncBatchNorm)]
+    if mixed:
+        raise _not_this_model(
+            "SyncBatchNorm mixes the examples of several processes, and each process sees only its own",
+            f"{mixed[0]!r}",
+            "BatchNorm of each process's own batch",
+            "Leave convert_sync_batchnorm out, or use GroupNorm",
+        )
+
+
+def _not_this_model(wrong: str, got: str, expected: str, fix: str) -> ConfigurationError:
+    return ConfigurationError(
+        message("Recorder(model=…)", wrong, got=got, expected=expected, source="pkexplain.capture", fix=fix)
+    )
 
 
 def _is_count(value: Any) -> bool:
@@ -116,4 +148,57 @@ def not_finite(batches: Sequence[CapturedBatch]) -> NonFiniteGradientError:
             source="the backward pass",
             fix="Look at these examples and at the learning rate; skip the batch or lower the rate",
         )
+    )
+
+
+def warn_of_missing(short: Mapping[str, float]) -> None:
+    """Warn that the examples give only a part of some parameters' gradients; which part is missing, by parameter."""
+    worst = max(short, key=lambda name: short[name])
+    warnings.warn(
+        f"pkexplain: the examples' gradients do not sum to the gradient of {len(short)} parameters, by up to "
+        f"{short[worst]:.1%} ({worst}). What is missing goes to the ledger's optimizer line. A penalty on the "
+        "weights is better given as weight_decay; a weight used outside its module's forward is not seen.",
+        stacklevel=7,
+    )
+
+
+def warn_of_skipped(ids: Sequence[int]) -> None:
+    """Warn of examples without a loss in a step that was not taken."""
+    warnings.warn(
+        "pkexplain: the loss scaler skipped a step in which the loss derivative of some examples alone is nan: "
+        f"{', '.join(map(str, ids[:8]))}. Scaling overflows for whole batches, so look at these.",
+        stacklevel=6,
+    )
+
+
+def warn_of_unexplained(parameter: str, share: float, segment: int) -> None:
+    """Warn of a parameter that was moved by no example and no weight decay."""
+    warnings.warn(
+        f"pkexplain: {share:.0%} of what moved {parameter} in segment {segment} came from no "
+        "example and no weight decay; it is on the ledger's optimizer line. Was the parameter changed "
+        "outside optimizer.step(), or is an update rule of your own wrong? A bias in front of a BatchNorm "
+        "is moved by rounding alone (bias=False). Otherwise, give the recorder a longer lookahead.",
+        stacklevel=5,
+    )
+
+
+def warn_of_bent(share: float, segment: int) -> None:
+    """Warn that the applied gradient is no multiple of the captured one."""
+    warnings.warn(
+        f"pkexplain: in segment {segment} the gradient that the optimizer was given is not a multiple of the one "
+        f"that backward made, by up to {share:.1%}. Clipping by value, gradient noise and a forgotten "
+        "zero_grad() do that: they change each coordinate by itself, which belongs to no single example, and "
+        "the difference goes to the ledger's optimizer line. Clipping by norm (clip_grad_norm_) is exact.",
+        stacklevel=5,
+    )
+
+
+def warn_of_capture(gap: float, segment: int) -> None:
+    """Warn that gradients were missed in some steps of a segment."""
+    warnings.warn(
+        f"pkexplain: in segment {segment} the captured gradients missed up to {gap:.0%} of a step's "
+        "gradient: the loss gained a penalty, or a weight was used outside its module's forward. From the step "
+        "where this was seen on, what is missing goes to the ledger's optimizer line; until then the "
+        "displacement gap shows it.",
+        stacklevel=5,
     )

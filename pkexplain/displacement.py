@@ -9,7 +9,7 @@ and leaves gain_r · decay_{r+1} ⋯ decay_e · g in the moment, which goes on m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pkexplain.update_rules import LinearStep, Number
 
-__all__ = ["MomentAccount", "Reach", "RowAccumulator", "look_back"]
+__all__ = ["MomentAccount", "Reach", "RowAccumulator", "RowSum", "look_back"]
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,44 @@ def look_back(steps: Sequence[LinearStep], wanted: Sequence[int] | None = None) 
 
 
 class RowAccumulator:
-    """Displacement rows of all examples, gathered over a segment, and what is still in the moment.
+    """Displacement rows of some examples, gathered over a segment, and what is still in the moment.
 
     Args:
         examples: How many rows there are.
         columns: The columns of each block of parameters.
         width: Width of a row.
         like: A tensor of the sums' number format and device.
+        zeros: Makes room for the rows, ``(examples, width)``; by default in memory.
     """
 
-    def __init__(self, examples: int, columns: Mapping[int, slice], width: int, like: Tensor) -> None:
+    def __init__(
+        self,
+        examples: int,
+        columns: Mapping[int, slice],
+        width: int,
+        like: Tensor,
+        zeros: Callable[[int, int], Tensor] | None = None,
+    ) -> None:
         """Start the first segment, with nothing in the moment."""
-        self._examples, self._columns, self._width, self._like = examples, columns, width, like
-        self._moment: _Sum | None = None
+        self._examples, self._columns, self._width, self._zeros = examples, columns, width, zeros or like.new_zeros
+        self._moment: RowSum | None = None
         self._moved = self._new_sum()
 
-    def _new_sum(self) -> _Sum:
-        rows = self._like.new_zeros(self._examples, self._width)
-        return _Sum(rows, torch.zeros_like(rows[:, 0]), torch.zeros_like(rows[:, 0]))
+    def _new_sum(self) -> RowSum:
+        rows = self._zeros(self._examples, self._width)
+        return RowSum(rows, torch.zeros_like(rows[:, 0]), torch.zeros_like(rows[:, 0]))
+
+    @property
+    def moment(self) -> RowSum | None:
+        """What is still in the moment, between two segments; None for nothing."""
+        return self._moment
+
+    def resume(self, moment: RowSum | None) -> None:
+        """Begin with what was in the moment."""
+        if moment is not None:
+            self._moment, count = self._new_sum(), len(moment.rows)  # there may be more examples now
+            for mine, kept in zip(vars(self._moment).values(), vars(moment).values(), strict=True):
+                mine[:count].copy_(kept)
 
     def add(
         self, ids: Tensor, rows: Tensor, derivatives: Tensor, moved: Mapping[int, float], kept: Mapping[int, float]
@@ -86,6 +106,7 @@ class RowAccumulator:
             moved: How far they moved the parameters.
             kept: What of them is in the moment.
         """
+        ids, rows, derivatives = (value.to(self._moved.rows.device) for value in (ids, rows, derivatives))
         parts = _Parts.of(ids, rows, derivatives, self._columns)
         self._moved.add(parts, moved, self._columns)
         if any(kept.values()):
@@ -142,7 +163,7 @@ class _Parts:
 
 
 @dataclass
-class _Sum:
+class RowSum:
     """A sum of rows, and the mean of their loss derivatives weighted with the kernel, that is ‖part‖ / |derivative|."""
 
     rows: Tensor
@@ -150,6 +171,7 @@ class _Sum:
     weighted: Tensor
 
     def add(self, parts: _Parts, factors: Mapping[int, float], columns: Mapping[int, slice]) -> None:
+        """Add gradients, each block's columns with the factor of the block."""
         for span, factor in _spans(factors, columns):
             if parts.ids is None:
                 self.rows[:, span].add_(parts.rows[:, span], alpha=factor)
@@ -167,6 +189,7 @@ class _Sum:
         self.weighted = _times(self.weight, parts.derivatives)
 
     def derivatives(self) -> Tensor:
+        """Return the mean loss derivatives, 0 where there is nothing, ``(examples,)``."""
         return torch.where(self.weight == 0, 0.0, self.weighted / self.weight)
 
 
@@ -215,6 +238,21 @@ class MomentAccount:
         """Follow one step's decoupled weight decay from the parameters before it, ``(parameters,)``."""
         for block, span in self._spans.items():
             _add(self._moved[span], numbers[block].decoupled_decay, parameters[span], -1)
+
+    @property
+    def moment(self) -> Tensor:
+        """What is still in the moment, ``(parameters,)``."""
+        return self._moment
+
+    def resume(self, moment: Tensor, blocks: Iterable[int]) -> None:
+        """Begin with what was in the moment of some blocks."""
+        self._moment.copy_(moment)
+        self._used.update(blocks)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks that have had a gradient."""
+        return sorted(self._used)
 
     def close(self) -> Tensor:
         """End the segment: return what was moved, ``(parameters,)``, and start the next."""

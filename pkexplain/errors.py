@@ -12,6 +12,7 @@
     │   └── NonFiniteGradientError (ArithmeticError)  a batch whose loss or gradients are not finite
     ├── RunError (OSError)                  the files of a run
     │   ├── RunExistsError (FileExistsError)       the directory already holds a run
+    │   ├── RunBusyError (BlockingIOError)         somebody else writes to it
     │   ├── RunNotFoundError (FileNotFoundError)   there is no run, or it holds no finished segment
     │   ├── RunDamagedError                        a file is missing, truncated or altered
     │   └── ModelMismatchError (ValueError)        the model is not the one that was recorded
@@ -33,6 +34,7 @@ __all__ = [
     "PkexplainError",
     "QueryError",
     "RecordingError",
+    "RunBusyError",
     "RunDamagedError",
     "RunError",
     "RunExistsError",
@@ -81,6 +83,10 @@ class RunError(PkexplainError, OSError):
 
 class RunExistsError(RunError, FileExistsError):
     """The directory already holds a run."""
+
+
+class RunBusyError(RunError, BlockingIOError):
+    """Somebody else writes to the run."""
 
 
 class RunNotFoundError(RunError, FileNotFoundError):

@@ -63,10 +63,10 @@ class RowIndex:
         """Check the factory string; nothing is built yet."""
         self._trajectory, self.factory = trajectory, factory
         self._faiss = _faiss()
-        self.dimension = len(trajectory) * trajectory.segment(0).rows.shape[1]
+        self.dimension = len(trajectory) * len(trajectory.segment(0).row_sum)
         self._empty = self._make()
         self._index: Any = None
-        rows = [trajectory.read(f"segments/{t:05d}.safetensors")["row_sum"].numpy() for t in range(len(trajectory))]
+        rows = [trajectory.segment(t).row_sum.numpy() for t in range(len(trajectory))]
         state = hashlib.sha256(f"{trajectory.run_id} {factory}".encode())
         for row_sum in rows:
             state.update(row_sum.tobytes())

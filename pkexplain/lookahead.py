@@ -14,18 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pkexplain.batches import HELD_BYTES, Book, CapturedBatch, Factors, Setting, Target, Totals
+from pkexplain.batches import HELD_BYTES, Book, CapturedBatch, Factors, Setting, Target, Totals, reached
 from pkexplain.displacement import Reach, look_back
 from pkexplain.gradients import ExampleGradients
 from pkexplain.normalised import RowMixture
 from pkexplain.projector import Projector
 from pkexplain.update_rules import LinearStep, Number
 
-__all__ = ["Lookahead", "LookaheadBook"]
+__all__ = ["Lookahead", "LookaheadBook", "Pending"]
 
 _ROUNDING = 32
 """Multiples of a number format's ε, of the terms of a sum, up to which the sum is rounding."""
@@ -60,7 +61,7 @@ class Lookahead:
 
 
 @dataclass
-class _Pending:
+class Pending:
     """A step's batches, waiting: its place in the list of steps, −1 once its segment is over."""
 
     place: int
@@ -77,6 +78,7 @@ class _Visit:
     """A projected batch, waiting for the end of the segment: what it passes on counts from a fold of the tail."""
 
     fold: int
+    everywhere: int
     ids: Tensor
     rows: Tensor
     audited: Tensor
@@ -148,6 +150,16 @@ class _Tail:
         examples, self.examples = self.examples, torch.zeros_like(self.examples)
         return examples
 
+    @property
+    def in_flight(self) -> tuple[Tensor, Tensor]:
+        """What is in the moment between two segments, and what it moves in a step, ``(parameters,)`` each."""
+        return self._moment, self._moving
+
+    def resume(self, moment: Tensor, moving: Tensor) -> None:
+        """Begin with what was in the moment."""
+        self._moment.copy_(moment)
+        self._moving.copy_(moving)
+
     def factors(self) -> list[tuple[Factors, Factors]]:
         """For each fold, what a batch that was added then has moved by now and what it keeps; first, the earliest."""
         moved, kept = dict.fromkeys(self._spans, 0.0), dict.fromkeys(self._spans, 1.0)
@@ -166,13 +178,14 @@ class LookaheadBook(Book):
     Args:
         setting: What is recorded.
         lookahead: How long gradients wait.
+        projector: The projection, where it is known.
     """
 
-    def __init__(self, setting: Setting, lookahead: Lookahead) -> None:
+    def __init__(self, setting: Setting, lookahead: Lookahead, projector: Projector | None = None) -> None:
         """Begin the first segment."""
-        super().__init__(setting)
+        super().__init__(setting, projector)
         self._lookahead, self._tail = lookahead, _Tail(setting)
-        self._pending: list[_Pending] = []
+        self._pending: list[Pending] = []
         self._steps: list[Mapping[int, LinearStep]] = []
         self._visits: list[_Visit] = []
 
@@ -189,7 +202,7 @@ class LookaheadBook(Book):
         held = [v for n in numbers.values() for v in vars(n).values() if isinstance(v, Tensor)] + [gradient]
         nbytes = sum(v.nbytes for v in held) + sum(batch.nbytes for batch in batches)
         still = self._still(batches, scale, gradient)
-        self._pending.append(_Pending(len(self._steps) - 1, batches, scale, gradient.clone(), still, nbytes))
+        self._pending.append(Pending(len(self._steps) - 1, batches, scale, gradient.clone(), still, nbytes))
         if self._target is None and self._warm(self._held()):
             self._bind()
         settled = 0 if self._target is None else self._settled()
@@ -198,7 +211,7 @@ class LookaheadBook(Book):
             self._finish(self._target.projector, self._pending[:settled], over=False)
             self._pending = self._pending[settled:]
             self._forget_steps()
-            if sum(len(visit.ids) for visit in self._visits) >= self._setting.num_examples:
+            if sum(visit.everywhere for visit in self._visits) >= self._setting.num_examples:
                 self._settle_visits(self._target)  # as many rows wait as there are: adding them up frees memory
 
     def _still(self, batches: Sequence[CapturedBatch], scale: Factors, gradient: Tensor) -> dict[int, Tensor]:
@@ -212,8 +225,9 @@ class LookaheadBook(Book):
         """
         pieces = [piece for batch in batches for piece in batch.pieces]
         still: dict[int, Tensor] = {}
-        for b in {position for position, piece in pieces if isinstance(piece, RowMixture)}:
+        for b in sorted({position for position, piece in pieces if isinstance(piece, RowMixture)}):
             gross = sum((piece.gross() for position, piece in pieces if position == b), torch.zeros_like(gradient[:1]))
+            gross = self._setting.ranks.sum(gross)
             rounding = _ROUNDING * torch.finfo(gradient.dtype).eps * abs(scale[b]) * gross
             still[b] = (gradient[self._setting.blocks[b].span].abs() > rounding).to(gradient.dtype)
         return still
@@ -227,7 +241,18 @@ class LookaheadBook(Book):
         self._steps = []
         self._settle_visits(target)
         rows, derivatives = target.rows.close()
-        return Totals(rows, derivatives, self._audit.rows.close()[0], self._tail.close())
+        audit_rows = self._setting.ranks.sum(self._audit.rows.close()[0])
+        return Totals(rows, derivatives, audit_rows, self._tail.close())
+
+    def in_flight(self) -> dict[str, Any]:
+        """Return what is in the moment between two segments, and the gradients that wait on."""
+        return super().in_flight() | {"tail": self._tail.in_flight, "pending": self._pending}
+
+    def resume(self, in_flight: Mapping[str, Any]) -> None:
+        """Begin with what was in the moment."""
+        super().resume(in_flight)
+        self._tail.resume(*in_flight["tail"])
+        self._pending = list(in_flight["pending"])
 
     def _settle_visits(self, target: Target) -> None:
         """Add the projected batches to the rows, with what they passed on up to now; the tail was just folded."""
@@ -238,7 +263,7 @@ class LookaheadBook(Book):
             moved, kept = factors[visit.fold]
             moved = {b: 1 + visit.passed[b] * moved[b] for b in moved}
             kept = {b: visit.passed[b] * kept[b] for b in kept}
-            target.rows.add(visit.ids, visit.rows, visit.derivatives, moved, kept)
+            reached(self._setting, target.rows, visit.ids, visit.rows, visit.derivatives, moved, kept)
             if len(visit.audited):
                 places = self._audit.places(visit.ids[visit.audited])
                 self._audit.rows.add(places, visit.audit_rows, visit.derivatives[visit.audited], moved, kept)
@@ -270,7 +295,7 @@ class LookaheadBook(Book):
         """How many of the oldest steps need not wait any longer; some at a time, as each time costs a look back."""
         shares = self._shares()
         ready = sum(not self._waits(age, share, self._lookahead.share) for age, share in enumerate(reversed(shares)))
-        if sum(pending.nbytes for pending in self._pending) > self._lookahead.held_bytes:
+        if self._setting.ranks.most(sum(p.nbytes for p in self._pending)) > self._lookahead.held_bytes:
             ready = max(ready, -(-len(self._pending) // 4))
         return ready if 4 * ready >= len(self._pending) - ready else 0
 
@@ -293,7 +318,7 @@ class LookaheadBook(Book):
             for pending in self._pending:
                 pending.place -= first
 
-    def _finish(self, projector: Projector, pendings: Sequence[_Pending], over: bool) -> None:
+    def _finish(self, projector: Projector, pendings: Sequence[Pending], over: bool) -> None:
         """Project what some steps' batches have moved, block by block, and hand on what they leave in the moment.
 
         Args:
@@ -327,7 +352,9 @@ class LookaheadBook(Book):
         for i, pending in enumerate(pendings):
             for batch, entry in zip(pending.batches, entries[i], strict=True):
                 derivatives = batch.loss_derivatives(next(iter(pending.scale.values())), self._setting.like)
-                self._visits.append(_Visit(len(self._tail.folds), batch.ids, *entry, derivatives, passed[i]))
+                self._visits.append(
+                    _Visit(len(self._tail.folds), batch.everywhere, batch.ids, *entry, derivatives, passed[i])
+                )
             pending.place, pending.carried = -1, left[i] if on[i] else None
 
     def _entry(self, projector: Projector, batch: CapturedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,7 +379,7 @@ class LookaheadBook(Book):
                     audit_rows[:, self._setting.blocks[b].span] += gradients.select(chosen).dense() * factors
 
 
-def _of(reach: Reach, pending: _Pending, block: int) -> tuple[Number, Number]:
+def _of(reach: Reach, pending: Pending, block: int) -> tuple[Number, Number]:
     if pending.carried is None:
         return reach.moved, reach.kept
     return pending.carried[block] * reach.moved, pending.carried[block] * reach.kept

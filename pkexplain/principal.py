@@ -18,6 +18,7 @@ from torch import Tensor
 from pkexplain.gradients import MatrixGradient
 from pkexplain.layers import Block
 from pkexplain.projector import Pieces, random_signs
+from pkexplain.ranks import Ranks
 
 __all__ = ["principal_bases"]
 
@@ -69,12 +70,12 @@ def _leading(gram: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return energies, block @ turn
 
 
-def _gram(seen: Sequence[MatrixGradient], side: int, seed: int, stream: int) -> Tensor:
+def _gram(seen: Sequence[MatrixGradient], side: int, seed: int, stream: int, ranks: Ranks) -> Tensor:
     """Estimate Σ_i G_i G_iᵀ (side 0) or Σ_i G_iᵀ G_i (side 1) of one block."""
     shape: tuple[int, int] = seen[0].matrix
     enough = max(_ENOUGH, _SAMPLES * shape[side])
-    seen = seen[:: max(1, sum(map(len, seen)) // enough)]
-    examples = sum(map(len, seen))
+    seen = seen[:: max(1, ranks.add(sum(map(len, seen))) // enough)]
+    examples = ranks.add(sum(map(len, seen)))
     combinations = min(_MOST_SKETCHES, -(-_SAMPLES * shape[side] // examples))
     like = seen[0].output_gradients
     mixer = random_signs(seed, stream, (combinations, shape[1 - side])).to(like.device, like.dtype)
@@ -87,7 +88,7 @@ def _gram(seen: Sequence[MatrixGradient], side: int, seed: int, stream: int) -> 
             vectors = torch.cat(waiting, dim=1)
             gram.addmm_(vectors, vectors.T)
             waiting = []
-    return gram
+    return ranks.sum(gram)
 
 
 def _share_out(sides: dict[int, tuple[_Side, _Side]], weights: dict[int, float], k: int) -> dict[int, tuple[int, int]]:
@@ -123,7 +124,7 @@ def _share_out(sides: dict[int, tuple[_Side, _Side]], weights: dict[int, float],
 
 
 def principal_bases(
-    blocks: Sequence[Block], seen: Sequence[Pieces], k: int, seed: int
+    blocks: Sequence[Block], seen: Sequence[Pieces], k: int, seed: int, ranks: Ranks
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Find the bases L and R of every matrix block.
 
@@ -134,6 +135,7 @@ def principal_bases(
         seen: Batches of captured gradients.
         k: Columns to give away over all blocks; each block gets one at least.
         seed: Seed of the random combinations.
+        ranks: The processes that have seen them, each its own.
 
     Returns:
         For each matrix block's position, L ``(n_rows, rows)`` and R ``(n_columns, columns)``, rows orthonormal.
@@ -149,7 +151,7 @@ def principal_bases(
         for side, width in enumerate(block.matrix):
             stream = 4 * position + side
             if mine and width <= _WIDEST:
-                gram = _gram(mine, side, seed, stream)
+                gram = _gram(mine, side, seed, stream, ranks)
                 pair.append(_Side.principal(gram, seed))
                 energy = float(gram.trace())
             else:

@@ -20,8 +20,12 @@ from pkexplain.errors import ConfigurationError, message
 from pkexplain.layers import Block
 from pkexplain.principal import principal_bases
 from pkexplain.projector import IdentityMap, Map, Pieces, Projector, TwoSidedMap, hashed
+from pkexplain.ranks import Ranks
 
 __all__ = ["Identity", "Kronecker", "Projection", "SparseSign", "projection_from_description"]
+
+_MOST_NONZEROS = 256
+"""More columns for a coordinate make a table that is larger, and a projection that is no better."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Projection(ABC):
         device: Any,
         seen: Sequence[Pieces],
         balance: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> Projector:
         """Make the map for a model's blocks.
 
@@ -56,6 +61,7 @@ class Projection(ABC):
             device: Where the arithmetic happens.
             seen: Batches of captured gradients, at least ``warm_up`` examples where there are so many.
             balance: S, ``(parameters,)``, for a map P of S⁻¹ D and S φ; the gradients seen are balanced already.
+            ranks: The processes that saw gradients, each its own; by default this one alone.
         """
 
     @abstractmethod
@@ -86,6 +92,7 @@ class Identity(Projection):
         device: Any,
         seen: Sequence[Pieces],
         balance: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> Projector:
         """Make the map for a model's blocks; where nothing is lost there is nothing to balance."""
         return Projector(blocks, [IdentityMap(block.span) for block in blocks], dtype, device)
@@ -115,6 +122,8 @@ class SparseSign(Projection):
     def __post_init__(self) -> None:
         """Refuse sizes that make no map."""
         _positive(self, k=self.k, nonzeros=self.nonzeros)
+        if self.nonzeros > _MOST_NONZEROS:
+            raise _no_map(self, "nonzeros", self.nonzeros, f"at most {_MOST_NONZEROS}")
 
     def bind(
         self,
@@ -123,6 +132,7 @@ class SparseSign(Projection):
         device: Any,
         seen: Sequence[Pieces],
         balance: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> Projector:
         """Make the map for a model's blocks; each gets columns in proportion to the root of its size, or all of it."""
         maps: list[Map] = []
@@ -191,10 +201,11 @@ class Kronecker(Projection):
         device: Any,
         seen: Sequence[Pieces],
         balance: Tensor | None = None,
+        ranks: Ranks | None = None,
     ) -> Projector:
         """Find the principal directions of the gradients seen and make the map."""
         loose = sum(width for width in self._loose_widths(blocks).values())
-        bases = principal_bases(blocks, seen, self.k - loose, self.seed)
+        bases = principal_bases(blocks, seen, self.k - loose, self.seed, ranks or Ranks())
         kept = {}
         for position, (left, right) in bases.items():
             kept[f"{position}.left"], kept[f"{position}.right"] = left, right
@@ -230,16 +241,20 @@ class Kronecker(Projection):
 def _positive(projection: Projection, **sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise ConfigurationError(
-                message(
-                    f"{projection.kind}({name}=…)",
-                    "the size makes no map",
-                    got=repr(size),
-                    expected="a whole number from 1 up",
-                    source="the projection's parameters",
-                    fix=f"Leave {name} out for its default",
-                )
-            )
+            raise _no_map(projection, name, size, "a whole number from 1 up")
+
+
+def _no_map(projection: Projection, name: str, size: object, expected: str) -> ConfigurationError:
+    return ConfigurationError(
+        message(
+            f"{projection.kind}({name}=…)",
+            "the size makes no map",
+            got=repr(size),
+            expected=expected,
+            source="the projection's parameters",
+            fix=f"Leave {name} out for its default",
+        )
+    )
 
 
 def projection_from_description(described: Mapping[str, Any]) -> Projection:

@@ -157,18 +157,21 @@ class Projector:
         """Project one block's gradients and add them to ``rows``, ``(examples, columns)``, in place."""
         rows[:, self.maps[position].columns] += self.maps[position].gradients(gradients)
 
-    def add_displacements(self, rows: Tensor, position: int, gradients: ExampleGradients, factors: Tensor) -> None:
+    def add_displacements(
+        self, rows: Tensor, position: int, gradients: ExampleGradients, factors: Tensor | None = None
+    ) -> None:
         """Multiply one block's gradients elementwise, balance and project them, and add them to ``rows``, in place.
 
         Args:
             rows: ``(examples, columns)``.
             position: Which block.
             gradients: Its gradients.
-            factors: ``(numel,)``.
+            factors: ``(numel,)``; None for ones.
         """
         if self.balance is not None:
-            factors = factors / self.balance[self.blocks[position].span]
-        self.add(rows, position, gradients.scaled(factors))
+            balance = self.balance[self.blocks[position].span]
+            factors = balance.reciprocal() if factors is None else factors / balance
+        self.add(rows, position, gradients if factors is None else gradients.scaled(factors))
 
     def project(self, pieces: Pieces, examples: int) -> Tensor:
         """Project the captured gradients of a batch, without a balance.

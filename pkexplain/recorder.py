@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,14 +15,30 @@ from torch import Tensor, nn
 from pkexplain.accounting import SegmentAccountant
 from pkexplain.batches import CapturedBatch, Setting
 from pkexplain.capture import Capture
-from pkexplain.contract import broken, check_arguments, not_finite, used_by_hand, without_backward
+from pkexplain.contract import (
+    broken,
+    check_arguments,
+    not_finite,
+    used_by_hand,
+    warn_of_bent,
+    warn_of_capture,
+    warn_of_missing,
+    warn_of_skipped,
+    warn_of_unexplained,
+    without_backward,
+)
+from pkexplain.errors import ConfigurationError, message
+from pkexplain.freezing import freeze
 from pkexplain.gradients import ExampleGradients
 from pkexplain.layers import find_layers, flatten_blocks
 from pkexplain.lookahead import Lookahead
 from pkexplain.model_io import InputShapes, LossDerivatives, check_ids
 from pkexplain.projection import Kronecker, Projection
+from pkexplain.ranks import ranks_of
+from pkexplain.resuming import checksum_optimizer, find_standpoint
+from pkexplain.run_writer import RunWriter
 from pkexplain.steps import StepReader
-from pkexplain.store import Store, open_store
+from pkexplain.store import DirectoryStore, Store, open_store
 from pkexplain.trajectory import Checkpoint, ModelFingerprint, SegmentSummary
 from pkexplain.update_rules import rule_for
 from pkexplain.version import __version__
@@ -88,8 +103,10 @@ class Recorder:
     ) -> None:
         """Check that everything can be recorded; nothing is written yet."""
         check_arguments(model, num_examples=num_examples, segments=segments, lookahead=lookahead, dtype=dtype)
+        model, self._ranks = ranks_of(model)
         self._store, self._model, self._optimizer = open_store(run), model, optimizer
         self._num_examples, self._segments, self._dtype = num_examples, segments, dtype
+        self._given_lookahead, self._resuming = lookahead, False
         self._projection = projection or Kronecker()
         rule = rule_for(optimizer)
         in_group = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -106,21 +123,85 @@ class Recorder:
         self._pending: list[CapturedBatch] = []
         self._open = False
 
+    @classmethod
+    def resume(
+        cls,
+        run: str | os.PathLike[str] | Store,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        num_examples: int | None = None,
+    ) -> Recorder:
+        """Go on with a run: one that was killed, or one that is to be trained further.
+
+        Load the model and the optimizer from what you saved right after `save`. Segments that were finished after that
+        are dropped, and trained again. With an optimizer that has no state yet (a new one, or one without a moment)
+        the run goes on from any checkpoint.
+
+        Args:
+            run: The run.
+            model: The model, as it was then.
+            optimizer: Its optimizer, as it was then, or a new one.
+            num_examples: How many training examples there are now, where they have become more: the new ones come
+                behind the others.
+
+        Returns:
+            A recorder, to be entered as any other.
+
+        Raises:
+            RunNotFoundError: There is no run, or it holds no finished segment.
+            RunDamagedError: A file of the run is missing, truncated or altered.
+            ConfigurationError: An argument cannot be.
+        """
+        store = open_store(run)
+        trajectory, settings = store.trajectory(), store.manifest()["recording"]
+        before = trajectory.num_examples
+        if num_examples is not None and num_examples < before:
+            raise ConfigurationError(
+                message(
+                    "Recorder.resume(num_examples=…)",
+                    "a training set can grow, not shrink",
+                    got=num_examples,
+                    expected=f"{before} or more",
+                    source="the run's manifest",
+                    fix="Leave it out; pkexplain.withdraw takes examples out of a run",
+                )
+            )
+        recorder = cls(
+            store,
+            model,
+            optimizer,
+            num_examples=num_examples or before,
+            projection=trajectory.projection,
+            segments=settings["segments"],
+            lookahead=settings["lookahead"],
+            dtype=trajectory.dtype,
+        )
+        trajectory.fingerprint.check(recorder._model)
+        recorder._resuming = True
+        return recorder
+
     def __enter__(self) -> Recorder:
-        """Start the run: write the first checkpoint and begin to listen to the optimizer."""
-        setting = Setting(self._blocks, self._projection, self._num_examples, self._like)
-        self._accountant = SegmentAccountant(setting, self._lookahead)
+        """Start the run, or go on with it, and begin to listen to the optimizer."""
         self._start = self._flat()
         self._captured = torch.zeros_like(self._start)
         self._attributed: Tensor | None = None
-        self._summaries: list[SegmentSummary] = []
         self._inputs, self._derivatives = InputShapes(self._model), LossDerivatives(self._model)
-        self._run_id = uuid.uuid4().hex
         self._fingerprint = ModelFingerprint.of(self._model, self._blocks)
         self._checked, self._ended = False, "still recording, or killed"
         self._skipping, self._warned, self._named = False, False, False
-        self._store.create(self._manifest())
-        self._store.put("checkpoints/00000.safetensors", self._checkpoint().tensors())
+        self._writer = RunWriter(self._store, self._ranks)
+        self._writer.lock()
+        try:
+            if self._resuming:
+                self._go_on()
+            else:
+                self._accountant = SegmentAccountant(self._setting(), self._lookahead)
+                run_id = self._ranks.gather(uuid.uuid4().hex)[0]
+                self._writer.start({"run_id": run_id, **self._about()}, self._checkpoint())
+        except BaseException:
+            self._writer.release()
+            raise
         self._handles = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -129,16 +210,63 @@ class Recorder:
         self._open = True
         return self
 
+    def _setting(self, audited_of: int = 0) -> Setting:
+        scratch = self._store.path if isinstance(self._store, DirectoryStore) else None
+        return Setting(self._blocks, self._projection, self._num_examples, self._like, self._ranks, audited_of, scratch)
+
+    def _go_on(self) -> None:
+        """Take up a run where the model and the optimizer stand."""
+        manifest = self._store.manifest()
+        trajectory = self._store.trajectory()
+        optimizer = checksum_optimizer(self._optimizer, self._parameters)
+        standpoint = find_standpoint(self._store, manifest, self._start, optimizer, self._ranks)
+        projector = trajectory.projector(self._like.device)
+        self._writer.resume(manifest, {"ended": self._ended}, standpoint.segments)
+        setting = self._setting(audited_of=sum(trajectory.files[0].counts))
+        self._accountant = SegmentAccountant(setting, self._lookahead, projector, self._writer.steps)
+        self._inputs.seen.update(trajectory.inputs)
+        if standpoint.in_flight is not None:
+            self._checked = True
+            if standpoint.in_flight["attributed"]:
+                self._attributed = torch.zeros_like(self._captured)
+            self._accountant.resume(standpoint.in_flight["accounts"])
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the last segment and let go of the model and the optimizer, also after an error."""
         for handle in self._handles:
             handle.remove()
         self._open = False
         self._ended = "finished" if kind is None else f"interrupted by {kind.__name__}"
-        if self._accountant.steps:
-            self._end_segment()
-        else:
-            self._store.commit(self._manifest())
+        try:
+            if self._accountant.steps and (kind is None or self._ranks.count == 1):  # others may not have come this far
+                self._end_segment()
+            if kind is None or self._ranks.count == 1:
+                self._writer.close(self._about())
+        finally:
+            self._writer.release()
+
+    def save(self) -> None:
+        """End the segment here and keep what is in the optimizer's moment, so that `resume` can go on from here.
+
+        Call it where you save your own checkpoint of the model and the optimizer, just before. What the last two calls
+        kept stays in the run.
+
+        Raises:
+            RecordingError: The recorder is not open, or gradients wait for the optimizer's step.
+            RunError: The state cannot be written.
+        """
+        if not self._open or self._active is not None or self._pending:
+            raise broken(
+                "recorder.save() was called where a run cannot be put down",
+                "a step that is not done" if self._open else "a recorder that is not open",
+                "Call it between two steps, after the optimizer has stepped",
+            )
+        self._end_segment()
+        if not len(self._writer):
+            return
+        in_flight = {"attributed": self._attributed is not None, "accounts": self._accountant.in_flight()}
+        optimizer = checksum_optimizer(self._optimizer, self._parameters)
+        self._writer.state(freeze(in_flight), optimizer or "")
 
     @contextmanager
     def step(self, ids: Sequence[int] | Tensor, *, accumulate: bool = False) -> Iterator[None]:
@@ -164,7 +292,8 @@ class Recorder:
             raise broken("the recorder is not open", "a step before it was entered or after it was closed", fix)
         self._steps.refuse_strangers()
         batch = CapturedBatch(check_ids(ids, self._num_examples).to(self._like.device))
-        if self._segments == "epoch" and self._accountant.visits + len(batch.ids) > self._num_examples:
+        batch.everywhere = self._ranks.add(len(batch.ids))
+        if self._segments == "epoch" and self._accountant.visits + batch.everywhere > self._num_examples:
             self._end_segment()  # the loader dropped its last, smaller batch
         self._active, self._stepped = batch, False
         try:
@@ -245,6 +374,9 @@ class Recorder:
         self._steps.refuse_closure(args, kwargs)
         if not batch.summed:
             raise without_backward()
+        self._ranks.sum(self._captured)
+        if self._attributed is not None:
+            self._ranks.sum(self._attributed)
         batches = [*self._pending, batch]
         self._skipping = self._steps.skips
         if self._skipping:
@@ -276,11 +408,7 @@ class Recorder:
         ids = [int(i) for examples, odd in seen if not odd.all() for i in examples[odd]]
         if ids and not self._named:
             self._named = True
-            warnings.warn(
-                "pkexplain: the loss scaler skipped a step in which the loss derivative of some examples alone is nan: "
-                f"{', '.join(map(str, ids[:8]))}. Scaling overflows for whole batches, so look at these.",
-                stacklevel=5,
-            )
+            warn_of_skipped(ids)
         self._accountant.skip(batches)
         self._forget()
 
@@ -302,6 +430,7 @@ class Recorder:
             whole = self._captured[block.span]
             pieces = [g for batch in batches for b, g in batch.pieces if b == position]
             attributed[block.span] = sum((g.total().to(self._dtype) for g in pieces), torch.zeros_like(whole))
+            self._ranks.sum(attributed[block.span])
             gap = float((attributed[block.span] - whole).norm() / whole.norm()) if whole.norm() > 0 else 0.0
             if gap > _CAPTURE_TOLERANCE and not pieces:
                 raise used_by_hand(block.parameters)
@@ -311,28 +440,16 @@ class Recorder:
         if short:
             self._attributed = attributed
         if max(short.values(), default=0.0) > _CAPTURE_TOLERANCE:
-            worst = max(short, key=lambda name: short[name])
-            warnings.warn(
-                f"pkexplain: the examples' gradients do not sum to the gradient of {len(short)} parameters, by up to "
-                f"{short[worst]:.1%} ({worst}). What is missing goes to the ledger's optimizer line. A penalty on the "
-                "weights is better given as weight_decay; a weight used outside its module's forward is not seen.",
-                stacklevel=6,
-            )
+            warn_of_missing(short)
 
     def _end_segment(self) -> None:
         if not self._accountant.steps:
             return
         end = self._flat()
-        first = not self._summaries
         before, self._start = self._start, end
         segment, summary = self._accountant.close(end - before)
-        t = len(self._summaries)
-        if first and self._accountant.projector is not None:
-            self._store.put("projection.safetensors", self._accountant.projector.tensors())
-        self._store.put(f"segments/{t:05d}.safetensors", segment.tensors())
-        self._store.put(f"checkpoints/{t + 1:05d}.safetensors", self._checkpoint().tensors())
-        self._summaries.append(summary)
-        self._store.commit(self._manifest())
+        t = len(self._writer)
+        self._writer.segment(segment, summary, self._checkpoint(), self._accountant.projector, self._about())
         self._warn_of(summary, segment.optimizer, end - before, t)
 
     def _warn_of(self, summary: SegmentSummary, left: Tensor, moved: Tensor, t: int) -> None:
@@ -345,30 +462,12 @@ class Recorder:
             worst = max(range(len(shares)), key=shares.__getitem__)
             if shares[worst] > _UNEXPLAINED:
                 self._warned = True
-                warnings.warn(
-                    f"pkexplain: {shares[worst]:.0%} of what moved {self._names[worst]} in segment {t} came from no "
-                    "example and no weight decay; it is on the ledger's optimizer line. Was the parameter changed "
-                    "outside optimizer.step(), or is an update rule of your own wrong? A bias in front of a BatchNorm "
-                    "is moved by rounding alone (bias=False). Otherwise, give the recorder a longer lookahead.",
-                    stacklevel=4,
-                )
+                warn_of_unexplained(self._names[worst], shares[worst], t)
         if summary.bent > _BEND and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"pkexplain: in segment {t} the gradient that the optimizer was given is not a multiple of the one "
-                f"that backward made, by up to {summary.bent:.1%}. Clipping by value, gradient noise and a forgotten "
-                "zero_grad() do that: they change each coordinate by itself, which belongs to no single example, and "
-                "the difference goes to the ledger's optimizer line. Clipping by norm (clip_grad_norm_) is exact.",
-                stacklevel=4,
-            )
+            warn_of_bent(summary.bent, t)
         if summary.capture_gap > _CAPTURE_TOLERANCE:
-            warnings.warn(
-                f"pkexplain: in segment {t} the captured gradients missed up to {summary.capture_gap:.0%} of a step's "
-                "gradient: the loss gained a penalty, or a weight was used outside its module's forward. From the step "
-                "where this was seen on, what is missing goes to the ledger's optimizer line; until then the "
-                "displacement gap shows it.",
-                stacklevel=4,
-            )
+            warn_of_capture(summary.capture_gap, t)
 
     def _flat(self) -> Tensor:
         return flatten_blocks(self._blocks, dict(self._model.named_parameters()), self._dtype)
@@ -376,22 +475,22 @@ class Recorder:
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(self._start, {name: value.detach() for name, value in self._model.named_buffers()})
 
-    def _manifest(self) -> dict[str, Any]:
+    def _about(self) -> dict[str, Any]:
+        """Describe the run for its manifest."""
         plain = [
             {k: v if isinstance(v, (bool, int, str, float)) else repr(v) for k, v in group.items() if k != "params"}
             for group in self._optimizer.param_groups
         ]
         return {
-            "run_id": self._run_id,
             "pkexplain": __version__,
             "torch": torch.__version__,
             "ended": self._ended,
             "num_examples": self._num_examples,
             "dtype": str(self._dtype).removeprefix("torch."),
+            "recording": {"segments": self._segments, "lookahead": self._given_lookahead},
             "optimizer": {"kind": type(self._optimizer).__name__, "groups": plain},
             "projection": self._projection.describe(),
             "columns": self._accountant.projector.columns if self._accountant.projector else None,
             "model": self._fingerprint.describe(),
             "inputs": self._inputs.seen,
-            "segments": [vars(summary) for summary in self._summaries],
         }

@@ -8,120 +8,28 @@ before a number is made of it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from pkexplain.errors import RunDamagedError, RunError, RunExistsError, RunNotFoundError, message
-from pkexplain.trajectory import Trajectory
+from pkexplain.errors import RunDamagedError, RunError, message
+from pkexplain.storage import FORMAT_VERSION, MemoryStore, Store, busy, damaged, exists, not_found
 
-__all__ = ["DirectoryStore", "MemoryStore", "Store", "checksum_file", "open_store"]
+__all__ = ["DirectoryStore", "MemoryStore", "Store", "checksum_file", "flush_and_rename", "open_store"]
 
-FORMAT_VERSION = 2
-_FILE_NAME = re.compile(r"(?:(?:checkpoints|segments)/\d{5,9}|projection)\.safetensors")
-
-
-class Store(ABC):
-    """Where a run's manifest and tensors are kept."""
-
-    @abstractmethod
-    def create(self, manifest: Mapping[str, Any]) -> None:
-        """Start a run.
-
-        Raises:
-            RunExistsError: There is one already.
-            RunError: The place cannot be written to.
-        """
-
-    @abstractmethod
-    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors under a name; they count once `commit` has named them."""
-
-    @abstractmethod
-    def commit(self, manifest: Mapping[str, Any]) -> None:
-        """Replace the manifest, in one step."""
-
-    @abstractmethod
-    def manifest(self) -> dict[str, Any]:
-        """Read the manifest.
-
-        Raises:
-            RunNotFoundError: There is no run.
-            RunDamagedError: The manifest was altered or is of another format.
-        """
-
-    @abstractmethod
-    def read(self, name: str) -> Mapping[str, Tensor]:
-        """Read the tensors under a name, checked against the manifest.
-
-        Raises:
-            RunDamagedError: The file is missing, truncated or altered.
-        """
-
-    def trajectory(self) -> Trajectory:
-        """Read the run.
-
-        Raises:
-            RunNotFoundError: There is no run, or it holds no finished segment.
-        """
-        manifest = self.manifest()
-        if not manifest["segments"]:
-            raise RunNotFoundError(
-                message(
-                    f"reading the run in {self}",
-                    "it holds no finished segment",
-                    got="0 segments",
-                    expected="at least 1",
-                    source="the run's manifest",
-                    fix="Let the training loop finish one segment (an epoch, by default)",
-                )
-            )
-        return Trajectory.from_manifest(manifest, self.read)
-
-
-class MemoryStore(Store):
-    """A run that lives as long as this object."""
-
-    def __init__(self) -> None:
-        """Make an empty place for one run."""
-        self._manifest: dict[str, Any] | None = None
-        self._tensors: dict[str, dict[str, Tensor]] = {}
-
-    def __str__(self) -> str:
-        """Name the place."""
-        return "memory"
-
-    def create(self, manifest: Mapping[str, Any]) -> None:
-        """Start a run."""
-        if self._manifest is not None:
-            raise _exists(self)
-        self.commit(manifest)
-
-    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep copies of tensors under a name."""
-        self._tensors[name] = {key: value.detach().cpu().clone() for key, value in tensors.items()}
-
-    def commit(self, manifest: Mapping[str, Any]) -> None:
-        """Replace the manifest."""
-        files = {name: {"bytes": sum(t.nbytes for t in kept.values())} for name, kept in self._tensors.items()}
-        self._manifest = json.loads(json.dumps({**manifest, "format_version": FORMAT_VERSION, "files": files}))
-
-    def manifest(self) -> dict[str, Any]:
-        """Read the manifest."""
-        if self._manifest is None:
-            raise _not_found(self)
-        return self._manifest
-
-    def read(self, name: str) -> Mapping[str, Tensor]:
-        """Read the tensors under a name."""
-        return self._tensors[name]
+_LARGEST_MANIFEST = 1 << 28
+_FILE_NAME = re.compile(
+    r"(?:(?:checkpoints|segments|rows|states)/\d{5,9}(?:\.\d{3,6})?(?:-\d{1,9})?|projection)\.safetensors"
+)
 
 
 class DirectoryStore(Store):
@@ -135,6 +43,7 @@ class DirectoryStore(Store):
         """Point at a directory, without touching it."""
         self.path = Path(path)
         self._files: dict[str, dict[str, Any]] = {}
+        self._dropped: set[str] = set()
         self._read: dict[str, Mapping[str, Tensor]] = {}
         self._known: dict[str, Any] | None = None
 
@@ -146,30 +55,76 @@ class DirectoryStore(Store):
         """Start a run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "manifest.json").touch(exist_ok=False)  # of two that start at once, one wins
-        except FileExistsError as error:
-            raise _exists(self) from error
         except OSError as error:
             raise self._unwritable("manifest.json", error) from error
-        self._files, self._read = {}, {}  # of a run that was here before
+        if (self.path / "manifest.json").exists():
+            raise exists(self)
+        self._files, self._read, self._dropped = {}, {}, set()  # of a run that was here before
+        self._sweep()
         self.commit(manifest)
 
-    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def reopen(self) -> dict[str, Any]:
+        """Take up the run that is there, and sweep out what a killed writer has left."""
+        manifest = self.manifest()
+        self._files, self._dropped = dict(manifest["files"]), set()
+        self._sweep()
+        return manifest
+
+    def _sweep(self) -> None:
+        """Remove the files of this kind that the manifest does not name: a killed writer's, which count for nothing."""
+        for folder in ("checkpoints", "segments", "rows", "states", "."):
+            for file in (self.path / folder).glob("*"):
+                name = file.relative_to(self.path).as_posix()
+                ours = _FILE_NAME.fullmatch(name) and name not in self._files
+                if ours or (file.suffix == ".tmp" and not file.is_dir()):
+                    file.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[object]:
+        """Keep every other writer out, by a lock that the system takes back from a process that dies."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / "lock", timeout=0, thread_local=False)
+            lock.acquire()
+        except Timeout as error:
+            raise busy(self) from error
+        except (OSError, NotImplementedError) as error:
+            raise self._unwritable("lock", error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Write a file of tensors beside its place, flush it and rename it."""
         import safetensors.torch
 
         content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         target = self.path / name
         try:
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_suffix(".tmp")
             safetensors.torch.save_file(content, temporary)
-            temporary.chmod((self.path / "manifest.json").stat().st_mode)  # safetensors makes files for the owner alone
+            with contextlib.suppress(FileNotFoundError):  # on another machine than the first process
+                mode = (self.path / "manifest.json").stat().st_mode
+                temporary.chmod(mode)  # safetensors makes files for the owner alone
             self._read.pop(name, None)
             self._files[name] = {"bytes": temporary.stat().st_size, "sha256": checksum_file(temporary)}
-            _flush_and_rename(temporary, target)
+            flush_and_rename(temporary, target)
         except (OSError, safetensors.SafetensorError) as error:
             raise self._unwritable(name, error) from error
+        return self._files[name]
+
+    def note(self, name: str, description: dict[str, Any]) -> None:
+        """Take a file into the next manifest that another process has put."""
+        self._files[name] = description
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Leave files out of the next manifest; they are removed once it is there."""
+        for name in names:
+            self._files.pop(name, None)
+            self._read.pop(name, None)
+            self._dropped.add(name)
 
     def commit(self, manifest: Mapping[str, Any]) -> None:
         """Replace the manifest, in one step."""
@@ -178,31 +133,42 @@ class DirectoryStore(Store):
         temporary = self.path / "manifest.tmp"
         try:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            _flush_and_rename(temporary, self.path / "manifest.json")
+            flush_and_rename(temporary, self.path / "manifest.json")
             self._known = None
         except OSError as error:
             raise self._unwritable("manifest.json", error) from error
+        for name in self._dropped:
+            (self.path / name).unlink(missing_ok=True)
+        self._dropped = set()
 
     def manifest(self) -> dict[str, Any]:
         """Read the manifest and check it against its own checksum."""
         file = self.path / "manifest.json"
         if not file.is_file():
-            raise _not_found(self)
+            raise not_found(self)
+        size = file.stat().st_size
+        if size > _LARGEST_MANIFEST:
+            raise self._damaged(
+                "manifest.json", "it is absurdly large", f"{size} bytes", f"{_LARGEST_MANIFEST} at most"
+            )
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             stated = content.pop("sha256")
             found = _checksum_json(content)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise self._damaged("manifest.json", "it cannot be read", f"{error}", "JSON with a checksum") from error
         if stated != found:
             raise self._damaged("manifest.json", "it was altered", f"sha256 {found}", f"sha256 {stated}")
-        if content["format_version"] != FORMAT_VERSION:
-            raise self._damaged(
-                "manifest.json", "its format is not known here", content["format_version"], FORMAT_VERSION
-            )
-        for name in content["files"]:
+        version, files = content.get("format_version"), content.get("files")
+        if version != FORMAT_VERSION:
+            raise self._damaged("manifest.json", "its format is not known here", version, FORMAT_VERSION)
+        if not isinstance(files, dict):
+            raise self._damaged("manifest.json", "it names no files", files, "a mapping")
+        for name, described in files.items():
             if not _FILE_NAME.fullmatch(name):
                 raise self._damaged("manifest.json", "it names a file that no run has", name, "checkpoints/00000…")
+            if not isinstance(described, dict) or described.keys() < {"bytes", "sha256"}:
+                raise self._damaged("manifest.json", f"it does not describe {name}", described, "bytes and sha256")
         self._known = content
         return content
 
@@ -239,16 +205,7 @@ class DirectoryStore(Store):
             raise self._damaged(name, "it was altered", f"sha256 {found}", f"sha256 {stated['sha256']}")
 
     def _damaged(self, name: str, wrong: str, got: Any, expected: Any) -> RunDamagedError:
-        return RunDamagedError(
-            message(
-                f"reading {name} of the run in {self}",
-                wrong,
-                got=got,
-                expected=expected,
-                source="the run's manifest",
-                fix="Restore the file from a copy, or record the run again",
-            )
-        )
+        return damaged(self, name, wrong, got, expected)
 
     def _unwritable(self, name: str, error: Exception) -> RunError:
         return RunError(
@@ -268,32 +225,6 @@ def open_store(run: str | os.PathLike[str] | Store) -> Store:
     return run if isinstance(run, Store) else DirectoryStore(run)
 
 
-def _exists(store: Store) -> RunExistsError:
-    return RunExistsError(
-        message(
-            f"recording into {store}",
-            "it already holds a run",
-            got="a manifest",
-            expected="an empty place",
-            source="manifest.json",
-            fix="Choose another directory, or delete this run first",
-        )
-    )
-
-
-def _not_found(store: Store) -> RunNotFoundError:
-    return RunNotFoundError(
-        message(
-            f"reading the run in {store}",
-            "there is no run",
-            got="no manifest.json",
-            expected="a recorded run",
-            source="the path given",
-            fix="Give the directory that was passed to pkexplain.Recorder",
-        )
-    )
-
-
 def checksum_file(file: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
@@ -308,7 +239,8 @@ def _checksum_json(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
-def _flush_and_rename(temporary: Path, target: Path) -> None:
+def flush_and_rename(temporary: Path, target: Path) -> None:
+    """Put a written file in its place, in one step that survives a crash of the machine."""
     for path, flags in ((temporary, os.O_RDWR), (None, os.O_RDONLY)):
         if path is None:
             os.replace(temporary, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,15 +14,21 @@ from pkexplain.errors import ModelMismatchError, message
 from pkexplain.layers import Block
 from pkexplain.projection import Projection, projection_from_description
 from pkexplain.projector import Projector
+from pkexplain.rows import Rows
 
-__all__ = ["Checkpoint", "ModelFingerprint", "Segment", "SegmentSummary", "Trajectory", "checksum_tensor"]
+__all__ = [
+    "FIRST_CHECKPOINT",
+    "Checkpoint",
+    "ModelFingerprint",
+    "Segment",
+    "SegmentFiles",
+    "SegmentSummary",
+    "Trajectory",
+    "checksum_tensor",
+]
 
-_ROWS_AT_ONCE = 128
-"""Rows that are rounded and summed at a time, so that they stay in a core's cache."""
-_MOST_HANDED_DOWN = 2**-9
-"""Most rounding of larger rows that a row takes, relative to its largest number."""
-_SMALLEST_EXPONENT = -126
-"""Of the powers of two that float32 holds in full; a row that needs a smaller one becomes zero, not infinity."""
+_VECTORS = ("row_sum", "decay", "optimizer", "audit_ids", "audit_rows", "withdrawn")
+FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
 
 
 def checksum_tensor(tensor: Tensor) -> str:
@@ -61,87 +67,116 @@ class Segment:
     """The optimizer steps between two checkpoints: Δθ_t = Σ_i D_i,t + decay_t + optimizer_t.
 
     Attributes:
-        rows: Displacement rows P D_i,t as stored, ``(num_examples, k)``, divided by ``scale``.
-        scale: What each row is multiplied with, ``(num_examples,)``.
-        row_sum: Σ_i of the rows as stored, in float64, ``(k,)``.
-        loss_derivatives: ∂ℓ_i/∂y_i of each row along its unit direction u_i, averaged over the visits that the row
-            holds with the kernel as weight, ``(num_examples,)``; signed where the output is one number, otherwise
-            −‖∂ℓ_i/∂y_i‖ (u_i being the direction in which the loss falls); nan where the output was not seen.
+        shards: The rows, in parts of consecutive examples.
+        row_sum: Σ_i of the rows as stored, in float64, ``(k,)``; rows that were withdrawn since are in it.
         decay: What weight decay did, ``(parameters,)``.
         optimizer: What is left of Δθ_t, ``(parameters,)``.
         audit_ids: Examples whose displacements were kept without projection, ``(audited,)``.
         audit_rows: Their displacements D_i,t, ``(audited, parameters)``.
+        withdrawn: Sum of the rows that were withdrawn, in float64, ``(k,)``.
+        examples: How many examples the run has; those that came after this segment have rows of zeros in it.
     """
 
-    rows: Tensor
-    scale: Tensor
+    shards: tuple[Rows, ...]
     row_sum: Tensor
-    loss_derivatives: Tensor
     decay: Tensor
     optimizer: Tensor
     audit_ids: Tensor
     audit_rows: Tensor
+    withdrawn: Tensor
+    examples: int = 0
 
-    @classmethod
-    def pack(cls, rows: Tensor, row_dtype: torch.dtype, **others: Tensor) -> Segment:
-        """Round rows to ``row_dtype``, each with a power of two of its own, and sum them as rounded."""
-        if row_dtype == torch.float16:
-            largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).double()
-            exponent = torch.where(largest > 0, largest.log2().ceil() - 14, 0.0).clamp_min(_SMALLEST_EXPONENT)
-            scale = torch.exp2(exponent).to(torch.float32)
-        else:
-            scale = torch.ones(len(rows), dtype=torch.float32, device=rows.device)
-        stored = torch.empty(rows.shape, dtype=row_dtype, device=rows.device)
-        sizes, size_of = scale.unique(return_inverse=True)
-        left = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64, device=rows.device)
-        for some in torch.arange(len(rows), device=rows.device).split(_ROWS_AT_ONCE):
-            factors = scale[some, None].to(rows.dtype)
-            stored[some] = (rows[some] / factors).to(row_dtype)
-            if row_dtype != rows.dtype:
-                left.index_add_(0, size_of[some], (rows[some] - stored[some].to(rows.dtype) * factors).double())
-        if row_dtype != rows.dtype:
-            _hand_down(rows, stored, sizes, size_of, left)
-        row_sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-        for some, factors in zip(stored.split(_ROWS_AT_ONCE), scale.split(_ROWS_AT_ONCE), strict=True):
-            row_sum += factors.double() @ some.double()
-        return cls(stored, scale, row_sum, **others)
+    def __post_init__(self) -> None:
+        """Count the examples."""
+        object.__setattr__(self, "examples", self.examples or sum(map(len, self.shards)))
+
+    @property
+    def loss_derivatives(self) -> Tensor:
+        """The loss derivatives of all rows, ``(examples,)``."""
+        known = [shard.loss_derivatives for shard in self.shards]
+        return torch.cat([*known, known[0].new_zeros(self.examples - sum(map(len, known)))])
 
     def read_rows(self, ids: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Read rows as stored, ``(len(ids), k)``, in parameter units of the projection space."""
-        return self.rows[ids].to(dtype) * self.scale[ids, None].to(dtype)
+        """Read rows as stored, ``(ids, k)``, in parameter units of the projection space.
+
+        Args:
+            ids: Examples, or a slice of them.
+            dtype: Number format to read them in.
+        """
+        if isinstance(ids, slice):
+            return self._read_range(*ids.indices(self.examples)[:2], dtype)
+        found = torch.zeros(len(ids), self.shards[0].rows.shape[1], dtype=dtype)
+        start = 0
+        for shard in self.shards:
+            mine = (ids >= start) & (ids < start + len(shard))
+            if mine.all():
+                return shard.read(ids - start, dtype)
+            found[mine] = shard.read(ids[mine] - start, dtype)
+            start += len(shard)
+        return found
+
+    def _read_range(self, first: int, stop: int, dtype: torch.dtype) -> Tensor:
+        parts, start = [], 0
+        for shard in self.shards:
+            here = slice(max(first - start, 0), min(stop - start, len(shard)))
+            if here.stop > here.start:
+                parts.append(shard.read(here, dtype))
+            start += len(shard)
+        later = max(0, stop - max(first, start))
+        if later or not parts:
+            parts.append(torch.zeros(later, self.shards[0].rows.shape[1], dtype=dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors to store."""
-        return dict(vars(self))
+        """Return the tensors to store beside the rows."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Segment:
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shards: Iterable[Mapping[str, Tensor]], examples: int
+    ) -> Segment:
         """Make the segment again from stored tensors."""
-        return cls(**tensors)
+        named = {name: tensors[name] for name in _VECTORS}
+        return cls(tuple(Rows.from_tensors(shard) for shard in shards), examples=examples, **named)
 
 
-def _hand_down(rows: Tensor, stored: Tensor, sizes: Tensor, size_of: Tensor, left_by_size: Tensor) -> None:
-    """Let one row of each size take the rounding that the larger ones left, in place, so that the sum keeps its digits.
+@dataclass(frozen=True)
+class SegmentFiles:
+    """Where a segment is kept.
 
-    Where large rows cancel, their rounding can be more than the sum that is left; it is little to the next smaller row.
-
-    Args:
-        rows: The rows, ``(num_examples, k)``.
-        stored: The same, divided by their sizes and rounded.
-        sizes: The sizes that occur, ascending, ``(sizes,)``.
-        size_of: Which of them each row has, ``(num_examples,)``.
-        left_by_size: What rounding the rows of each size left of their sum, ``(sizes, k)``.
+    Attributes:
+        vectors: The file of what is not rows.
+        rows: The files of the rows, in order of the examples.
+        counts: How many rows each of them holds.
+        checkpoint: The file of the checkpoint at its end.
     """
-    left = torch.zeros_like(left_by_size[0])
-    places = torch.arange(len(rows), device=rows.device)
-    last = torch.zeros_like(sizes, dtype=torch.long).scatter_reduce_(0, size_of, places, "amax")
-    for place in range(len(sizes) - 1, -1, -1):
-        size, row = sizes[place].double(), last[place]
-        left = left + left_by_size[place]
-        most = rows[row].abs().max().double() * _MOST_HANDED_DOWN
-        before = stored[row].double() * size
-        stored[row] = ((before + torch.where(left.abs() <= most, left, 0.0)) / size).to(stored.dtype)
-        left = left - (stored[row].double() * size - before)
+
+    vectors: str
+    rows: tuple[str, ...]
+    counts: tuple[int, ...]
+    checkpoint: str
+
+    @classmethod
+    def named(cls, segment: int, counts: Sequence[int], revision: int = 0) -> SegmentFiles:
+        """Name the files of a segment; a revision of the run writes beside what it replaces."""
+        end = f"-{revision}.safetensors" if revision else ".safetensors"
+        return cls(
+            vectors=f"segments/{segment:05d}{end}",
+            rows=tuple(f"rows/{segment:05d}.{shard:03d}{end}" for shard in range(len(counts))),
+            counts=tuple(counts),
+            checkpoint=f"checkpoints/{segment + 1:05d}{end}",
+        )
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> SegmentFiles:
+        """Make them again from plain data."""
+        counts = tuple(int(count) for count in described["counts"])
+        return cls(described["vectors"], tuple(described["rows"]), counts, described["checkpoint"])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all of them."""
+        return (self.vectors, *self.rows, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -287,6 +322,7 @@ class Trajectory:
         fingerprint: What the model must be.
         inputs: Shape (without the batch, None where it varied) and type of the model's inputs, or an empty mapping.
         summaries: One for each segment.
+        files: Where each segment is kept.
         details: Everything else the manifest says, for people.
         read: Reads the tensors of a file of the run, by name.
     """
@@ -298,6 +334,7 @@ class Trajectory:
     fingerprint: ModelFingerprint
     inputs: Mapping[str, Any]
     summaries: tuple[SegmentSummary, ...]
+    files: tuple[SegmentFiles, ...]
     details: Mapping[str, Any]
     read: Callable[[str], Mapping[str, Tensor]]
 
@@ -312,11 +349,12 @@ class Trajectory:
 
     def checkpoint(self, t: int) -> Checkpoint:
         """Read checkpoint θ_t, 0 ≤ t ≤ T."""
-        return Checkpoint.from_tensors(self.read(f"checkpoints/{t:05d}.safetensors"))
+        return Checkpoint.from_tensors(self.read(self.files[t - 1].checkpoint if t else FIRST_CHECKPOINT))
 
     def segment(self, t: int) -> Segment:
         """Read segment t, 0 ≤ t < T."""
-        return Segment.from_tensors(self.read(f"segments/{t:05d}.safetensors"))
+        files = self.files[t]
+        return Segment.from_tensors(self.read(files.vectors), map(self.read, files.rows), self.num_examples)
 
     def projector(self, device: torch.device) -> Projector:
         """Make the run's projection again, as it was recorded."""
@@ -334,7 +372,8 @@ class Trajectory:
             projection=projection_from_description(manifest["projection"]),
             fingerprint=ModelFingerprint.from_description(manifest["model"]),
             inputs=manifest["inputs"],
-            summaries=tuple(SegmentSummary.from_description(s) for s in manifest["segments"]),
+            summaries=tuple(SegmentSummary.from_description(s["summary"]) for s in manifest["segments"]),
+            files=tuple(SegmentFiles.from_description(s["files"]) for s in manifest["segments"]),
             details={name: value for name, value in manifest.items() if name not in known},
             read=read,
         )

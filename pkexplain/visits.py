@@ -7,10 +7,11 @@ is known when the segment closes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from pkexplain.batches import Book, CapturedBatch, Factors, Setting, Target, Totals
+from pkexplain.batches import Book, CapturedBatch, Factors, Setting, Target, Totals, reached
 from pkexplain.displacement import MomentAccount, Reach, look_back
 from pkexplain.gradients import ExampleGradients
 from pkexplain.projector import Projector
@@ -24,11 +25,12 @@ class VisitBook(Book):
 
     Args:
         setting: What is recorded.
+        projector: The projection, where it is known.
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, projector: Projector | None = None) -> None:
         """Begin the first segment."""
-        super().__init__(setting)
+        super().__init__(setting, projector)
         self._full = MomentAccount(setting.spans, setting.like.new_zeros(setting.size))
         self._held: list[tuple[int, CapturedBatch, Factors]] = []
         self._visits: list[tuple[int, CapturedBatch, Tensor]] = []
@@ -64,7 +66,17 @@ class VisitBook(Book):
         self._enter_held(target)
         self._fold(target)
         rows, derivatives = target.rows.close()
-        return Totals(rows, derivatives, self._audit.rows.close()[0], self._full.close())
+        audit_rows = self._setting.ranks.sum(self._audit.rows.close()[0])
+        return Totals(rows, derivatives, audit_rows, self._full.close())
+
+    def in_flight(self) -> dict[str, Any]:
+        """Return what is in the moment between two segments."""
+        return super().in_flight() | {"moment": self._full.moment, "blocks": self._full.blocks}
+
+    def resume(self, in_flight: Mapping[str, Any]) -> None:
+        """Begin with what was in the moment."""
+        super().resume(in_flight)
+        self._full.resume(in_flight["moment"], in_flight["blocks"])
 
     def _enter_held(self, target: Target) -> Tensor:
         """Note the rows of the batches that wait; return their sum as captured, ``(columns,)``."""
@@ -80,7 +92,7 @@ class VisitBook(Book):
             if batch.audit_rows is not None:
                 _scale(batch.audit_rows, self._setting.spans, scale)
             self._visits.append((place, batch, batch.loss_derivatives(next(iter(scale.values())), like)))
-            self._waiting += len(batch.ids)
+            self._waiting += batch.everywhere
         self._held = []
         return total
 
@@ -94,7 +106,9 @@ class VisitBook(Book):
             rows.pass_on(*earlier)
         for place, batch, derivatives in self._visits:
             factors = _factors(reaches, place)
-            target.rows.add(batch.ids, self._rows_of(target.projector, batch), derivatives, *factors)
+            reached(
+                self._setting, target.rows, batch.ids, self._rows_of(target.projector, batch), derivatives, *factors
+            )
             if batch.audited is not None and batch.audit_rows is not None:
                 places = self._audit.places(batch.ids[batch.audited])
                 self._audit.rows.add(places, batch.audit_rows, derivatives[batch.audited], *factors)
@@ -102,7 +116,7 @@ class VisitBook(Book):
 
     def _project(self, projector: Projector, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         """Add one block's gradients to a batch's rows, and to those of its audited examples."""
-        projector.add(self._rows_of(projector, batch), position, gradients)
+        projector.add_displacements(self._rows_of(projector, batch), position, gradients)
         if batch.audited is not None and batch.audit_rows is not None:
             span = self._setting.blocks[position].span
             batch.audit_rows[:, span] += gradients.select(batch.audited).dense()

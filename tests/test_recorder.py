@@ -25,6 +25,7 @@ from pkexplain.errors import (
 )
 from tests.conftest import batches, digits, mlp, train
 
+ALL = slice(None)
 EXAMPLES = 24
 
 
@@ -133,7 +134,7 @@ def test_ids_may_be_any_whole_numbers(loop, ids):
         loop.backward([int(i) for i in ids])
         loop.optimizer.step()
     loop.__exit__(None, None, None)
-    rows = loop.store.trajectory().segment(0).rows
+    rows = loop.store.trajectory().segment(0).read_rows(ALL, torch.float64)
     assert sorted(int(i) for i in ids) == rows.abs().sum(1).nonzero()[:, 0].tolist()
 
 
@@ -195,7 +196,12 @@ def test_several_backward_passes_of_a_step_are_summed():
                 other.backward()
             loop.optimizer.step()
         found.append(account(loop)[0][0])
-    torch.testing.assert_close(found[0].rows, found[1].rows, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        found[0].read_rows(ALL, torch.float64),
+        found[1].read_rows(ALL, torch.float64),
+        rtol=1e-10,
+        atol=1e-12,
+    )
     assert found[1].optimizer.norm() < 1e-12
 
 
@@ -529,7 +535,7 @@ def test_what_belongs_to_no_example_is_on_the_optimizer_line_and_fails_its_check
                     loop.model[2].weight += 0.01
     (segment,), trajectory = account(loop)
     moved = trajectory.checkpoint(1).parameters - trajectory.checkpoint(0).parameters
-    whole = segment.rows.sum(0) + segment.decay + segment.optimizer
+    whole = segment.read_rows(ALL, torch.float64).sum(0) + segment.decay + segment.optimizer
     torch.testing.assert_close(whole, moved)
     assert trajectory.summaries[0].optimizer_share > 0.01
     explanation = loop.explain()
@@ -618,9 +624,12 @@ def test_momentum_goes_on_moving_parameters_in_the_next_segment():
         loop.step([0, 1])
         loop.step([2, 3])
     segments, _ = account(loop)
-    assert segments[0].rows.abs().sum(1).nonzero()[:, 0].tolist() == [0, 1]
-    assert segments[1].rows.abs().sum(1).nonzero()[:, 0].tolist() == [0, 1, 2, 3]
-    torch.testing.assert_close(segments[1].rows[:2], 0.9 * segments[0].rows[:2])
+    assert segments[0].read_rows(ALL, torch.float64).abs().sum(1).nonzero()[:, 0].tolist() == [0, 1]
+    assert segments[1].read_rows(ALL, torch.float64).abs().sum(1).nonzero()[:, 0].tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(
+        segments[1].read_rows(ALL, torch.float64)[:2],
+        0.9 * segments[0].read_rows(ALL, torch.float64)[:2],
+    )
 
 
 def test_an_input_buffer_that_is_written_over_does_no_harm():
@@ -639,7 +648,7 @@ def test_an_input_buffer_that_is_written_over_does_no_harm():
                     optimizer.step()
         found.append(store.trajectory().segment(0))
     torch.testing.assert_close(found[1].row_sum, found[0].row_sum)
-    torch.testing.assert_close(found[1].rows, found[0].rows)
+    torch.testing.assert_close(found[1].read_rows(ALL, torch.float64), found[0].read_rows(ALL, torch.float64))
 
 
 def test_a_layer_whose_input_is_a_parameter_is_recorded_as_it_was():
@@ -701,7 +710,7 @@ def test_vanishing_gradients_leave_finite_rows():
                 (F.cross_entropy(model(inputs[ids]), targets[ids]) * factor).backward()
                 optimizer.step()
     segment = store.trajectory().segment(0)
-    assert torch.isfinite(segment.rows).all()
+    assert torch.isfinite(segment.shards[0].rows).all()
     assert torch.isfinite(segment.row_sum).all()
     assert np.isfinite(pk.Explainer(store, model).explain(inputs[0]).contributions).all()
 

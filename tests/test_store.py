@@ -74,7 +74,7 @@ def test_a_manifest_comes_back(store):
     found = reopened(store).manifest()
     assert {name: found[name] for name in MANIFEST} == MANIFEST
     assert found["more"] == 1
-    assert found["format_version"] == 2
+    assert found["format_version"] == 3
     assert set(found["files"]) == {"projection.safetensors"}
 
 
@@ -202,6 +202,8 @@ FILES = [
     "checkpoints/00002.safetensors",
     "segments/00000.safetensors",
     "segments/00001.safetensors",
+    "rows/00000.000.safetensors",
+    "rows/00001.000.safetensors",
     "projection.safetensors",
 ]
 
@@ -241,7 +243,7 @@ def reseal(path, change):
 def test_the_files_are_all_there_is(damaged):
     path, run = damaged
     assert set(json.loads((path / "manifest.json").read_text())["files"]) == set(FILES)
-    assert set(snapshot(path)) == {*FILES, "manifest.json"}
+    assert set(snapshot(path)) == {*FILES, "manifest.json", "lock"}
     assert explain(path, run).passed
 
 
@@ -342,7 +344,7 @@ def test_a_missing_manifest_is_no_run(damaged):
 def test_a_manifest_of_another_format_is_refused(damaged):
     path, run = damaged
     reseal(path, lambda manifest: manifest.update(format_version=1))
-    refused(path, run, "manifest.json", "its format is not known here", "Got 1; expected 2 ")
+    refused(path, run, "manifest.json", "its format is not known here", "Got 1; expected 3 ")
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,7 @@ def test_a_place_that_cannot_be_a_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("something")
     model = mlp()
     with (
-        pytest.raises(RunError, match=r"^writing manifest\.json of the run in .*: the file could not be written; what"),
+        pytest.raises(RunError, match=r"^writing lock of the run in .*: the file could not be written; what"),
         pk.Recorder(tmp_path / "file" / "run", model, torch.optim.SGD(model.parameters(), lr=0.1), num_examples=3),
     ):
         pytest.fail("the loop must not run")

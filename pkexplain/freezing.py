@@ -1,0 +1,84 @@
+"""Objects as tensors and plain data, and back: what is in flight when a run is put down.
+
+Nothing is pickled. Only the classes that the reader names are made again, from their own fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["freeze", "thaw"]
+
+_PLAN = "plan"
+
+
+def freeze(value: Any) -> dict[str, Tensor]:
+    """Take an object of tensors, numbers, strings, lists, tuples, mappings and dataclasses apart.
+
+    Args:
+        value: The object.
+
+    Returns:
+        Tensors by name; the one named ``"plan"`` holds the rest, as JSON in bytes.
+
+    Example:
+        >>> found = freeze({"moment": torch.ones(2), "blocks": [0, 3]})
+        >>> thaw(found, ())
+        {'moment': tensor([1., 1.]), 'blocks': [0, 3]}
+    """
+    tensors: dict[str, Tensor] = {}
+    plan = json.dumps(_plan(value, tensors))
+    return {**tensors, _PLAN: torch.frombuffer(bytearray(plan.encode()), dtype=torch.uint8)}
+
+
+def thaw(tensors: Mapping[str, Tensor], kinds: Iterable[type]) -> Any:
+    """Make an object again.
+
+    Args:
+        tensors: What `freeze` returned.
+        kinds: The dataclasses that may be in it.
+
+    Raises:
+        ValueError: It is no such thing, or holds another class.
+    """
+    try:
+        plan = json.loads(bytes(tensors[_PLAN].tolist()))
+        return _build(plan, tensors, {kind.__name__: kind for kind in kinds})
+    except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{error}") from error
+
+
+def _plan(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if is_dataclass(value):
+        inside = {f.name: _plan(getattr(value, f.name), tensors) for f in fields(value)}
+        return {"kind": type(value).__name__, "fields": inside}
+    if isinstance(value, (list, tuple, set)):
+        return {type(value).__name__: [_plan(part, tensors) for part in value]}
+    if isinstance(value, Mapping):
+        return {"mapping": [[_plan(key, tensors), _plan(part, tensors)] for key, part in value.items()]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be kept")
+
+
+def _build(plan: Any, tensors: Mapping[str, Tensor], kinds: Mapping[str, type]) -> Any:
+    if not isinstance(plan, dict):
+        return plan
+    if "tensor" in plan:
+        return tensors[plan["tensor"]]
+    if "kind" in plan:
+        return kinds[plan["kind"]](**{n: _build(part, tensors, kinds) for n, part in plan["fields"].items()})
+    if "mapping" in plan:
+        return {_build(key, tensors, kinds): _build(part, tensors, kinds) for key, part in plan["mapping"]}
+    ((kind, parts),) = plan.items()
+    return {"list": list, "tuple": tuple, "set": set}[kind](_build(part, tensors, kinds) for part in parts)

@@ -1,0 +1,128 @@
+"""Going on with a run: where in it the model and the optimizer stand, and what was in flight there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkexplain.batches import CapturedBatch
+from pkexplain.displacement import RowSum
+from pkexplain.errors import ConfigurationError, ModelMismatchError, message
+from pkexplain.freezing import thaw
+from pkexplain.gradients import ExampleGradients
+from pkexplain.lookahead import Pending
+from pkexplain.ranks import Ranks
+from pkexplain.storage import Store, damaged
+from pkexplain.trajectory import Trajectory, checksum_tensor
+
+__all__ = ["Standpoint", "checksum_optimizer", "find_standpoint"]
+
+
+def checksum_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
+    """Return the SHA-256 of what an optimizer remembers of some parameters, or None where it remembers nothing."""
+    digest, found = hashlib.sha256(), False
+    for place, parameter in enumerate(parameters):
+        state = optimizer.state.get(parameter, {})
+        for name in sorted(state):
+            value = state[name]
+            if value is None:
+                continue
+            found = True
+            kept = checksum_tensor(value) if isinstance(value, Tensor) else repr(value)
+            digest.update(f"{place} {name} {kept}\n".encode())
+    return digest.hexdigest() if found else None
+
+
+@dataclass(frozen=True)
+class Standpoint:
+    """Where in a run its training goes on.
+
+    Attributes:
+        segments: Finished segments that stay.
+        in_flight: What is in the optimizer's moment there; None where the optimizer starts anew.
+    """
+
+    segments: int
+    in_flight: Mapping[str, Any] | None
+
+
+def find_standpoint(
+    store: Store, manifest: Mapping[str, Any], point: Tensor, optimizer: str | None, ranks: Ranks
+) -> Standpoint:
+    """Find the last place in a run where the model and the optimizer can go on.
+
+    Args:
+        store: The run.
+        manifest: Its manifest, with one finished segment at least.
+        point: θ as the model has it now, ``(parameters,)``.
+        optimizer: Checksum of what the optimizer remembers, or None.
+        ranks: The processes that train.
+
+    Raises:
+        ModelMismatchError: The model is at none of the run's checkpoints.
+        ConfigurationError: The optimizer's state does not belong there, or what was in flight there is not known.
+    """
+    trajectory = Trajectory.from_manifest(manifest, store.read)
+    states = {state["segments"]: state for state in manifest["states"]}
+    here = [t for t in range(len(trajectory), 0, -1) if torch.equal(trajectory.checkpoint(t).parameters, point.cpu())]
+    steps = {t: trajectory.boundaries[t] for t in range(1, len(trajectory) + 1)}
+    if not here:
+        raise ModelMismatchError(
+            message(
+                f"resuming the run in {store}",
+                "the model stands at none of its checkpoints",
+                got="other parameters",
+                expected=f"those after step {', '.join(str(steps[t]) for t in sorted(states) or steps)}",
+                source="the run's checkpoints",
+                fix="Load the model and the optimizer from what you saved right after recorder.save()",
+            )
+        )
+    if optimizer is None:
+        return Standpoint(here[0], None)
+    fitting = [t for t in here if t in states and states[t]["optimizer"] == optimizer]
+    if not fitting:
+        known = [t for t in here if t in states]
+        raise ConfigurationError(
+            message(
+                f"resuming the run in {store}",
+                "the optimizer remembers other steps" if known else "what is in the optimizer's moment is not known",
+                got=f"an optimizer with a state, after step {steps[here[0]]}",
+                expected=f"the state it had at step {steps[here[0]]}"
+                if known
+                else f"a call of recorder.save() at that step (there are {len(states)} states: "
+                f"{', '.join(f'step {steps[t]}' for t in sorted(states)) or 'none'})",
+                source="the run's states",
+                fix="Load the optimizer from what you saved right after recorder.save()"
+                if known
+                else "Go on from a step with a state, or with a new optimizer, which has nothing in its moment",
+            )
+        )
+    files = states[fitting[0]]["files"]
+    if len(files) != ranks.count:
+        raise ConfigurationError(
+            message(
+                f"resuming the run in {store}",
+                "every process has its own part of what is in flight",
+                got=f"{ranks.count} processes",
+                expected=f"{len(files)}",
+                source="the run's states",
+                fix="Resume with as many processes as before, or with a new optimizer",
+            )
+        )
+    name = files[ranks.rank]
+    device = point.device
+    tensors = {key: value.to(device, copy=True) for key, value in store.read(name).items()}
+    try:
+        return Standpoint(fitting[0], thaw(tensors, [RowSum, Pending, CapturedBatch, *_kinds(ExampleGradients)]))
+    except ValueError as error:
+        raise damaged(store, name, "it is not a state", str(error), "what is in flight") from error
+
+
+def _kinds(kind: type) -> list[type]:
+    """List all classes below one."""
+    return [found for below in kind.__subclasses__() for found in (below, *_kinds(below))]

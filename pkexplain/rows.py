@@ -1,0 +1,120 @@
+"""Displacement rows as they are stored: rounded, each with a scale of its own, and summed as rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rows"]
+
+_ROWS_AT_ONCE = 128
+"""Rows that are rounded and summed at a time, so that they stay in a core's cache."""
+_MOST_HANDED_DOWN = 2**-9
+"""Most rounding of larger rows that a row takes, relative to its largest number."""
+_SMALLEST_EXPONENT = -126
+"""Of the powers of two that float32 holds in full; a row that needs a smaller one becomes zero, not infinity."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of consecutive examples in one segment.
+
+    Attributes:
+        rows: Displacement rows P D_i,t as stored, ``(examples, k)``, divided by ``scale``.
+        scale: What each row is multiplied with, ``(examples,)``.
+        loss_derivatives: ∂ℓ_i/∂y_i of each row along its unit direction u_i, averaged over the visits that the row
+            holds with the kernel as weight, ``(examples,)``; signed where the output is one number, otherwise
+            −‖∂ℓ_i/∂y_i‖ (u_i being the direction in which the loss falls); nan where the output was not seen.
+    """
+
+    rows: Tensor
+    scale: Tensor
+    loss_derivatives: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.rows)
+
+    @classmethod
+    def pack(
+        cls,
+        rows: Tensor,
+        loss_derivatives: Tensor,
+        row_dtype: torch.dtype,
+        empty: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
+    ) -> Rows:
+        """Round rows to ``row_dtype``, each with a power of two of its own.
+
+        Args:
+            rows: ``(examples, k)``.
+            loss_derivatives: ``(examples,)``.
+            row_dtype: Number format to store them in.
+            empty: Makes room for them; by default in memory.
+        """
+        if row_dtype == torch.float16:
+            largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).double()
+            exponent = torch.where(largest > 0, largest.log2().ceil() - 14, 0.0).clamp_min(_SMALLEST_EXPONENT)
+            scale = torch.exp2(exponent).to(torch.float32)
+        else:
+            scale = torch.ones(len(rows), dtype=torch.float32, device=rows.device)
+        shape = (len(rows), rows.shape[1])
+        stored = empty(shape, row_dtype) if empty else torch.empty(shape, dtype=row_dtype, device=rows.device)
+        sizes, size_of = scale.unique(return_inverse=True)
+        left = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64, device=rows.device)
+        for some in torch.arange(len(rows), device=rows.device).split(_ROWS_AT_ONCE):
+            factors = scale[some, None].to(rows.dtype)
+            part = rows[some]
+            rounded = (part / factors).to(row_dtype)
+            stored[some] = rounded
+            if row_dtype != rows.dtype:
+                left.index_add_(0, size_of[some], (part - rounded.to(rows.dtype) * factors).double())
+        if row_dtype != rows.dtype and len(rows):
+            _hand_down(rows, stored, sizes, size_of, left)
+        return cls(stored, scale, loss_derivatives)
+
+    def sum(self) -> Tensor:
+        """Sum the rows as stored, in float64, ``(k,)``."""
+        total = torch.zeros(self.rows.shape[1], dtype=torch.float64, device=self.rows.device)
+        for some, factors in zip(self.rows.split(_ROWS_AT_ONCE), self.scale.split(_ROWS_AT_ONCE), strict=True):
+            total += factors.double() @ some.double()
+        return total
+
+    def read(self, ids: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Read rows as stored, ``(ids, k)``, in parameter units of the projection space."""
+        return self.rows[ids].to(dtype) * self.scale[ids, None].to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors to store."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Rows:
+        """Make the rows again from stored tensors."""
+        return cls(**tensors)
+
+
+def _hand_down(rows: Tensor, stored: Tensor, sizes: Tensor, size_of: Tensor, left_by_size: Tensor) -> None:
+    """Let one row of each size take the rounding that the larger ones left, in place, so that the sum keeps its digits.
+
+    Where large rows cancel, their rounding can be more than the sum that is left; it is little to the next smaller row.
+
+    Args:
+        rows: The rows, ``(num_examples, k)``.
+        stored: The same, divided by their sizes and rounded.
+        sizes: The sizes that occur, ascending, ``(sizes,)``.
+        size_of: Which of them each row has, ``(num_examples,)``.
+        left_by_size: What rounding the rows of each size left of their sum, ``(sizes, k)``.
+    """
+    left = torch.zeros_like(left_by_size[0])
+    places = torch.arange(len(rows), device=rows.device)
+    last = torch.zeros_like(sizes, dtype=torch.long).scatter_reduce_(0, size_of, places, "amax")
+    for place in range(len(sizes) - 1, -1, -1):
+        size, row = sizes[place].double(), last[place]
+        left = left + left_by_size[place]
+        most = rows[row].abs().max().double() * _MOST_HANDED_DOWN
+        before = stored[row].double() * size
+        stored[row] = ((before + torch.where(left.abs() <= most, left, 0.0)) / size).to(stored.dtype)
+        left = left - (stored[row].double() * size - before)
