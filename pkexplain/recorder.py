@@ -27,7 +27,7 @@ from pkexplain.contract import (
     warn_of_unexplained,
     without_backward,
 )
-from pkexplain.errors import ConfigurationError, message
+from pkexplain.errors import ConfigurationError, ExampleIdError, message
 from pkexplain.freezing import freeze
 from pkexplain.gradients import ExampleGradients
 from pkexplain.layers import find_layers, flatten_blocks
@@ -53,6 +53,9 @@ _UNEXPLAINED = 0.2
 """Largest share of a parameter's displacement that may be on the optimizer line without a word."""
 _BEND = 1e-3
 """Largest share of the applied gradient that is no multiple of the captured one and passes for rounding."""
+
+_REFUSED = -(1 << 40)
+"""Added to a batch's size by a process that refuses its own part."""
 
 
 class Recorder:
@@ -291,8 +294,7 @@ class Recorder:
             fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"
             raise broken("the recorder is not open", "a step before it was entered or after it was closed", fix)
         self._steps.refuse_strangers()
-        batch = CapturedBatch(check_ids(ids, self._num_examples).to(self._like.device))
-        batch.everywhere = self._ranks.add(len(batch.ids))
+        batch = self._batch(ids)
         if self._segments == "epoch" and self._accountant.visits + batch.everywhere > self._num_examples:
             self._end_segment()  # the loader dropped its last, smaller batch
         self._active, self._stepped = batch, False
@@ -311,6 +313,18 @@ class Recorder:
             self._active = None
         if self._segment_is_full():
             self._end_segment()
+
+    def _batch(self, ids: Sequence[int] | Tensor) -> CapturedBatch:
+        """Check the ids; where another process refuses its own, none goes on without it."""
+        try:
+            batch = CapturedBatch(check_ids(ids, self._num_examples).to(self._like.device))
+        except ExampleIdError:
+            self._ranks.add(_REFUSED)
+            raise
+        batch.everywhere = self._ranks.add(len(batch.ids))
+        if batch.everywhere < 0:
+            raise broken("another process has refused its batch", "wrong ids there", "Read that process's own error")
+        return batch
 
     def _receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         if self._attributed is not None:
