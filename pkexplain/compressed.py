@@ -25,8 +25,8 @@ from pkexplain.search import MEMORY_BUDGET, RunRows
 
 __all__ = ["CompressedSearch", "faiss_or_none", "load_faiss"]
 
-TRAINING_ROWS = 65536
-"""Rows that an index is trained on, at most."""
+_TRAINING_ROWS, _TRAINING_ROWS_A_CELL = 65536, 64
+"""Rows that an index is trained on, at most: so many, or for many cells so many for each."""
 _SPREAD = 0.2
 """s above: the cosine with the query that a row's distance from its cell's centre is credited with."""
 _PROBES = 8
@@ -170,7 +170,8 @@ class CompressedSearch:
         self._finish()
 
     def _train(self, rows: RunRows) -> None:
-        most = min(len(rows), TRAINING_ROWS)
+        cells = self._cells.nlist if self._cells is not None else 0
+        most = min(len(rows), max(_TRAINING_ROWS, _TRAINING_ROWS_A_CELL * cells))
         if any(not transform.is_trained for transform in self._transforms):
             sample = rows.read(_spread_evenly(len(rows), min(most, _sample_size(rows.dimension))))
             for transform in self._transforms:

@@ -19,11 +19,13 @@ from pkexplain.trajectory import Trajectory
 
 __all__ = ["RowIndex", "choose_factory"]
 
-_EXACT_NUMBERS = 1 << 28
-"""A run of at most so many stored numbers is searched exactly: 100 queries then take less than a second."""
+_EXACT_NUMBERS = 1 << 27
+"""A run of at most so many stored numbers is searched exactly: 100 queries then take a second or two."""
 _PRINCIPAL = 256
 _FEWEST_ROWS_A_CELL = 39
 """faiss wants at least so many training rows for each cell."""
+_MOST_CELLS = 4096
+"""More cells would need a larger sample of rows to train on."""
 _CANDIDATES, _FEWEST_CANDIDATES = 4, 200
 """How many times more rows than are shown a compressed index proposes, and how many at least."""
 
@@ -36,7 +38,7 @@ def choose_factory(num_examples: int, dimension: int) -> str:
         dimension: Length of a row, over all segments.
 
     Returns:
-        ``"Flat"`` for a run that is searched exactly in less than a second, otherwise a faiss factory string: principal
+        ``"Flat"`` for a run that is searched exactly in a second or two, otherwise a faiss factory string: principal
         directions, about √num_examples cells where that many can be trained, one byte a number.
 
     Example:
@@ -47,8 +49,8 @@ def choose_factory(num_examples: int, dimension: int) -> str:
         return "Flat"
     cells = 2 ** round(np.log2(num_examples) / 2)
     parts = [f"PCA{_PRINCIPAL}"] if dimension > _PRINCIPAL else []
-    if num_examples >= _FEWEST_ROWS_A_CELL * cells and num_examples >= 10_000:
-        parts.append(f"IVF{min(cells, 1024)}")
+    if num_examples >= _FEWEST_ROWS_A_CELL * cells:
+        parts.append(f"IVF{min(cells, _MOST_CELLS)}")
     return ",".join([*parts, "SQ8"])
 
 
@@ -105,6 +107,11 @@ class RowIndex:
     def ready(self) -> bool:
         """Whether it can search at once."""
         return self._ready
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the index beside the run; 0 where none is kept."""
+        return self._kept.size if self._kept else 0
 
     def prepare(self, on_rows: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Load a compressed index from beside the run, or build it and keep it there; exact search needs neither.

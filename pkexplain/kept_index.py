@@ -42,6 +42,11 @@ class KeptIndex:
         """Name the files, without touching them."""
         self._file, self._state = directory / f"{state[:16]}.faiss", state
 
+    @property
+    def size(self) -> int:
+        """Bytes of the index file; 0 where there is none."""
+        return self._file.stat().st_size if self._file.is_file() else 0
+
     def load(self, search: CompressedSearch, num_examples: int) -> bool:
         """Read the index into ``search``; whether there was one that is whole, of these rows, and this user's."""
         try:
