@@ -1,7 +1,7 @@
 """What does an index find, hold and cost? Made rows up to a million, and a recorded run. About twenty minutes.
 
-It needs 5 GB of disk, in the folder given (a temporary one without it), which is deleted. The settings in
-`pkexplain/compressed.py` and `pkexplain/index.py` were chosen on another recorded run, other made rows and other digits.
+It needs 5 GB of disk, in the folder given (a temporary one without it), which is deleted. The settings
+in `pkexplain/compressed.py` and `pkexplain/index.py` were chosen on another recorded run, made rows and digits.
 """
 
 from __future__ import annotations
