@@ -84,7 +84,7 @@ class RowIndex:
         self._search: ExactSearch | CompressedSearch = (
             ExactSearch(self._rows, self._device) if self.exact else self._empty()
         )
-        state = hashlib.sha256(f"{trajectory.run_id} {factory}".encode())
+        state = hashlib.sha256(f"{trajectory.rows_id} {factory}".encode())
         for row_sum in self._rows.row_sums:
             state.update(row_sum.numpy().tobytes())
         self._kept = KeptIndex(directory, state.hexdigest()) if directory and not self.exact else None

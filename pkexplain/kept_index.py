@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from pkexplain.compressed import CompressedSearch
-from pkexplain.store import _flush_and_rename, checksum_file
+from pkexplain.store import checksum_file, flush_and_rename
 
 __all__ = ["KeptIndex", "cache_directory"]
 
@@ -89,7 +89,7 @@ class KeptIndex:
             temporary[1].write_text(json.dumps(signed), encoding="utf-8")
             self._file.with_suffix(".json").unlink(missing_ok=True)
             for written, place in zip(temporary, (self._file, self._file.with_suffix(".json")), strict=True):
-                _flush_and_rename(written, place)
+                flush_and_rename(written, place)
         except (OSError, RuntimeError):
             for file in temporary:
                 with contextlib.suppress(OSError):
@@ -137,7 +137,7 @@ def _make_key() -> bytes:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(secrets.token_bytes(_KEY_BYTES))
-        _flush_and_rename(Path(name), directory / "index.key")
+        flush_and_rename(Path(name), directory / "index.key")
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(name)

@@ -110,6 +110,7 @@ class Recorder:
         self._store, self._model, self._optimizer = open_store(run), model, optimizer
         self._num_examples, self._segments, self._dtype = num_examples, segments, dtype
         self._given_lookahead, self._resuming = lookahead, False
+        self._gone: Sequence[int] = ()
         self._projection = projection or Kronecker()
         rule = rule_for(optimizer)
         in_group = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -213,9 +214,9 @@ class Recorder:
         self._open = True
         return self
 
-    def _setting(self, audited_of: int = 0) -> Setting:
+    def _setting(self, audited: Tensor | None = None) -> Setting:
         scratch = self._store.path if isinstance(self._store, DirectoryStore) else None
-        return Setting(self._blocks, self._projection, self._num_examples, self._like, self._ranks, audited_of, scratch)
+        return Setting(self._blocks, self._projection, self._num_examples, self._like, self._ranks, audited, scratch)
 
     def _go_on(self) -> None:
         """Take up a run where the model and the optimizer stand."""
@@ -225,9 +226,10 @@ class Recorder:
         standpoint = find_standpoint(self._store, manifest, self._start, optimizer, self._ranks)
         projector = trajectory.projector(self._like.device)
         self._writer.resume(manifest, {"ended": self._ended}, standpoint.segments)
-        setting = self._setting(audited_of=sum(trajectory.files[0].counts))
+        setting = self._setting(trajectory.segment(0).audit_ids)
         self._accountant = SegmentAccountant(setting, self._lookahead, projector, self._writer.steps)
         self._inputs.seen.update(trajectory.inputs)
+        self._gone = manifest.get("withdrawn", [])
         if standpoint.in_flight is not None:
             self._checked = True
             if standpoint.in_flight["attributed"]:
@@ -317,7 +319,7 @@ class Recorder:
     def _batch(self, ids: Sequence[int] | Tensor) -> CapturedBatch:
         """Check the ids; where another process refuses its own, none goes on without it."""
         try:
-            batch = CapturedBatch(check_ids(ids, self._num_examples).to(self._like.device))
+            batch = CapturedBatch(check_ids(ids, self._num_examples, gone=self._gone).to(self._like.device))
         except ExampleIdError:
             self._ranks.add(_REFUSED)
             raise

@@ -124,17 +124,20 @@ def work(rank, world, directory, port, queue):
 
 
 def explained(directory):
-    """Explain with the rows shared out over the processes."""
+    """Explain with the rows shared out over the processes, from the checkpoint that both can read."""
     path, net = f"{directory}/sgd-sparse-plain", model()
-    trajectory = pk.DirectoryStore(path).trajectory()
-    from pkexplain.layers import flatten_blocks  # the blocks' order is that of the flat vector
-
     net.load_state_dict(torch.load(f"{path}.pt", weights_only=True)["model"])
-    blocks = trajectory.fingerprint.blocks
-    assert torch.equal(
-        flatten_blocks(blocks, dict(net.named_parameters()), torch.float64), trajectory.checkpoint(3).parameters
-    )
-    return {}
+    answers = {}
+    for index in ("Flat", "SQ8"):
+        explainer = pk.Explainer(path, net, index=index, group=dist.group.WORLD)
+        (first, *_) = explainer.explain(queries()[:2], output=pk.Logit(0), k=4)
+        answers[index] = {
+            "shown": [(c.id, c.contribution, c.segments) for c in (*first.proponents, *first.opponents)],
+            "remainder": first.remainder,
+            "all": explainer.contributions(queries(), output=pk.Logit(0)),
+            "rows": explainer.index.rows.num_examples,
+        }
+    return {"explained": answers}
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +175,12 @@ def alone(tmp_path_factory):
     return get
 
 
+def queries(dtype=torch.float64):
+    return digits(EXAMPLES + 6, dtype)[0][EXAMPLES:]
+
+
 def contributions(path, net, dtype=torch.float64):
-    queries = digits(EXAMPLES + 6, dtype)[0][EXAMPLES:]
-    return pk.Explainer(path, net, tolerance=1e-4).contributions(queries, output=pk.Logit(0))
+    return pk.Explainer(path, net, tolerance=1e-4).contributions(queries(dtype), output=pk.Logit(0))
 
 
 @pytest.mark.filterwarnings("ignore:pkexplain. the examples' gradients do not sum")
@@ -219,14 +225,33 @@ def test_what_one_process_refuses_stops_the_other(together):
     assert "ids are out of range. Got [99]" in second
 
 
+@pytest.mark.parametrize("index", ["Flat", "SQ8"])
+def test_processes_that_share_the_rows_out_answer_as_one(together, index):
+    directory, answers = together
+    path, net = directory / "sgd-sparse-plain", model()
+    net.load_state_dict(torch.load(f"{path}.pt", weights_only=True)["model"])
+    explainer = pk.Explainer(path, net, index="Flat")
+    alone = explainer.explain(queries()[0], output=pk.Logit(0), k=4)
+    everything = explainer.contributions(queries(), output=pk.Logit(0))
+    assert sum(answers[rank]["explained"][index]["rows"] for rank in range(PROCESSES)) == EXAMPLES
+    for rank in range(PROCESSES):
+        answer = answers[rank]["explained"][index]
+        both = (*alone.proponents, *alone.opponents)
+        assert [i for i, _, _ in answer["shown"]] == [c.id for c in both]
+        np.testing.assert_allclose([c for _, c, _ in answer["shown"]], [c.contribution for c in both], rtol=1e-9)
+        np.testing.assert_allclose([s for *_, s in answer["shown"]], [c.segments for c in both], rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(answer["all"], everything, rtol=1e-9, atol=1e-12)
+        shown = [i for i, _, _ in answer["shown"]]
+        left = np.abs(np.delete(everything[0], shown))
+        assert answer["remainder"].num_rest == len(left)
+        assert answer["remainder"].rest == pytest.approx(np.delete(everything[0], shown).sum(), rel=1e-9)
+        assert answer["remainder"].bound >= left.max() * (1 - 1e-12)
+
+
 def test_one_process_alone_is_no_group():
     ranks = Ranks()
     assert (ranks.rank, ranks.count, ranks.share(7), ranks.gather("x")) == (0, 1, slice(0, 7), ["x"])
     assert issubclass(ProcessGroup, Ranks)
-
-
-class Sharded(nn.Linear):
-    """A layer whose weight says, as a DTensor does, that it lies on several devices."""
 
 
 def test_sharded_parameters_are_refused(tmp_path):
