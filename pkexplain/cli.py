@@ -134,6 +134,42 @@ def verify(
 
 
 @app.command()
+def merge(
+    run: RunArgument, shards: Annotated[int, typer.Option(min=1, help="Files of rows that a segment gets.")] = 1
+) -> None:
+    """Lay the rows of a run out in another number of files; no number changes."""
+    from pkexplain.editing import merge as lay_out
+    from pkexplain.progress import ProgressBar
+
+    lay_out(run, shards=shards, progress=ProgressBar())
+    _console().print(f"Each segment's rows lie in {shards} file(s) now.")
+
+
+@app.command()
+def withdraw(
+    run: RunArgument, ids: Annotated[str, typer.Option(help="Row numbers of the examples, for example 3,17,1204.")]
+) -> None:
+    """Take examples out of a run for good: their rows are gone from every file, their sum stays on the ledger."""
+    from pkexplain.editing import withdraw as take_out
+    from pkexplain.progress import ProgressBar
+
+    numbers = ids.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise QueryError(
+            message(
+                f"--ids {ids}",
+                "these are not row numbers",
+                got=repr(ids),
+                expected="whole numbers and commas",
+                source="the command line",
+                fix="Write them as in --ids 3,17,1204",
+            )
+        )
+    take_out(run, [int(number) for number in numbers], progress=ProgressBar())
+    _console().print(f"{len(numbers)} example(s) withdrawn; the ledger of an explanation keeps their sum.")
+
+
+@app.command()
 def explain(
     run: RunArgument,
     model: Annotated[str, typer.Option(help="package.module:build, a function that returns the model.")],
@@ -147,7 +183,7 @@ def explain(
         ),
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 10,
-    index: Annotated[str, typer.Option(help="A faiss factory string.")] = "Flat",
+    index: Annotated[str, typer.Option(help="auto, Flat for exact search, or any faiss factory string.")] = "auto",
     report: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="package.module:load, a function that returns the training set, for the report.")
