@@ -18,11 +18,7 @@ __all__ = [
     "not_finite",
     "stranger",
     "used_by_hand",
-    "warn_of_bent",
-    "warn_of_capture",
     "warn_of_missing",
-    "warn_of_skipped",
-    "warn_of_unexplained",
     "without_backward",
 ]
 
@@ -159,46 +155,4 @@ def warn_of_missing(short: Mapping[str, float]) -> None:
         f"{short[worst]:.1%} ({worst}). What is missing goes to the ledger's optimizer line. A penalty on the "
         "weights is better given as weight_decay; a weight used outside its module's forward is not seen.",
         stacklevel=7,
-    )
-
-
-def warn_of_skipped(ids: Sequence[int]) -> None:
-    """Warn of examples without a loss in a step that was not taken."""
-    warnings.warn(
-        "pkexplain: the loss scaler skipped a step in which the loss derivative of some examples alone is nan: "
-        f"{', '.join(map(str, ids[:8]))}. Scaling overflows for whole batches, so look at these.",
-        stacklevel=6,
-    )
-
-
-def warn_of_unexplained(parameter: str, share: float, segment: int) -> None:
-    """Warn of a parameter that was moved by no example and no weight decay."""
-    warnings.warn(
-        f"pkexplain: {share:.0%} of what moved {parameter} in segment {segment} came from no "
-        "example and no weight decay; it is on the ledger's optimizer line. Was the parameter changed "
-        "outside optimizer.step(), or is an update rule of your own wrong? A bias in front of a BatchNorm "
-        "is moved by rounding alone (bias=False). Otherwise, give the recorder a longer lookahead.",
-        stacklevel=5,
-    )
-
-
-def warn_of_bent(share: float, segment: int) -> None:
-    """Warn that the applied gradient is no multiple of the captured one."""
-    warnings.warn(
-        f"pkexplain: in segment {segment} the gradient that the optimizer was given is not a multiple of the one "
-        f"that backward made, by up to {share:.1%}. Clipping by value, gradient noise and a forgotten "
-        "zero_grad() do that: they change each coordinate by itself, which belongs to no single example, and "
-        "the difference goes to the ledger's optimizer line. Clipping by norm (clip_grad_norm_) is exact.",
-        stacklevel=5,
-    )
-
-
-def warn_of_capture(gap: float, segment: int) -> None:
-    """Warn that gradients were missed in some steps of a segment."""
-    warnings.warn(
-        f"pkexplain: in segment {segment} the captured gradients missed up to {gap:.0%} of a step's "
-        "gradient: the loss gained a penalty, or a weight was used outside its module's forward. From the step "
-        "where this was seen on, what is missing goes to the ledger's optimizer line; until then the "
-        "displacement gap shows it.",
-        stacklevel=5,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,20 +15,10 @@ from torch import Tensor, nn
 from pkexplain.accounting import SegmentAccountant
 from pkexplain.batches import CapturedBatch, Setting
 from pkexplain.capture import Capture
-from pkexplain.contract import (
-    broken,
-    check_arguments,
-    not_finite,
-    used_by_hand,
-    warn_of_bent,
-    warn_of_capture,
-    warn_of_missing,
-    warn_of_skipped,
-    warn_of_unexplained,
-    without_backward,
-)
+from pkexplain.contract import broken, check_arguments, not_finite, without_backward
 from pkexplain.errors import ConfigurationError, ExampleIdError, message
 from pkexplain.freezing import freeze
+from pkexplain.gradient_sums import ROUNDING, GradientSums
 from pkexplain.gradients import ExampleGradients
 from pkexplain.layers import find_layers, flatten_blocks
 from pkexplain.lookahead import Lookahead
@@ -37,22 +27,15 @@ from pkexplain.projection import Kronecker, Projection
 from pkexplain.ranks import ranks_of
 from pkexplain.resuming import checksum_optimizer, find_standpoint
 from pkexplain.run_writer import RunWriter
+from pkexplain.segment_warnings import SegmentWarnings
 from pkexplain.steps import StepReader
 from pkexplain.store import DirectoryStore, Store, open_store
-from pkexplain.trajectory import Checkpoint, ModelFingerprint, SegmentSummary
+from pkexplain.trajectory import Checkpoint, ModelFingerprint
 from pkexplain.update_rules import rule_for
 from pkexplain.version import __version__
 
 __all__ = ["Recorder"]
 
-_CAPTURE_TOLERANCE = 1e-2
-"""Where more of a gradient is missing a layer is used in a way no hook sees, or the loss has a penalty."""
-_ROUNDING = 1e-4
-"""A smaller one is rounding, in float32 too."""
-_UNEXPLAINED = 0.2
-"""Largest share of a parameter's displacement that may be on the optimizer line without a word."""
-_BEND = 1e-3
-"""Largest share of the applied gradient that is no multiple of the captured one and passes for rounding."""
 
 _REFUSED = -(1 << 40)
 """Added to a batch's size by a process that refuses its own part."""
@@ -187,20 +170,22 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         """Start the run, or go on with it, and begin to listen to the optimizer."""
+        if self._open:
+            raise broken("the recorder is open already", "a second 'with recorder:'", "Make a recorder for each run")
         self._start = self._flat()
-        self._captured = torch.zeros_like(self._start)
-        self._attributed: Tensor | None = None
         self._inputs, self._derivatives = InputShapes(self._model), LossDerivatives(self._model)
         self._fingerprint = ModelFingerprint.of(self._model, self._blocks)
-        self._checked, self._ended = False, "still recording, or killed"
-        self._skipping, self._warned, self._named = False, False, False
+        self._ended = "still recording, or killed"
+        self._skipping, self._warnings = False, SegmentWarnings(self._names, [p.numel() for p in self._parameters])
         self._writer = RunWriter(self._store, self._ranks)
         self._writer.lock()
         try:
             if self._resuming:
                 self._go_on()
             else:
-                self._accountant = SegmentAccountant(self._setting(), self._lookahead)
+                setting = self._setting()
+                self._accountant = SegmentAccountant(setting, self._lookahead)
+                self._sums = GradientSums(setting, self._parameters)
                 run_id = self._ranks.gather(uuid.uuid4().hex)[0]
                 self._writer.start({"run_id": run_id, **self._about()}, self._checkpoint())
         except BaseException:
@@ -209,7 +194,7 @@ class Recorder:
         self._handles = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(lambda *_: self._after_step()),
-            *(parameter.register_hook(self._sum_into(i)) for i, parameter in enumerate(self._parameters)),
+            *self._sums.hooks(lambda: self._active),
         ]
         self._open = True
         return self
@@ -228,12 +213,11 @@ class Recorder:
         self._writer.resume(manifest, {"ended": self._ended}, standpoint.segments)
         setting = self._setting(trajectory.segment(0).audit_ids)
         self._accountant = SegmentAccountant(setting, self._lookahead, projector, self._writer.steps)
+        self._sums = GradientSums(setting, self._parameters)
         self._inputs.seen.update(trajectory.inputs)
         self._gone = manifest.get("withdrawn", [])
         if standpoint.in_flight is not None:
-            self._checked = True
-            if standpoint.in_flight["attributed"]:
-                self._attributed = torch.zeros_like(self._captured)
+            self._sums.resume(standpoint.in_flight["attributed"])
             self._accountant.resume(standpoint.in_flight["accounts"])
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -269,7 +253,7 @@ class Recorder:
         self._end_segment()
         if not len(self._writer):
             return
-        in_flight = {"attributed": self._attributed is not None, "accounts": self._accountant.in_flight()}
+        in_flight = {"attributed": self._sums.apart, "accounts": self._accountant.in_flight()}
         optimizer = checksum_optimizer(self._optimizer, self._parameters)
         self._writer.state(freeze(in_flight), optimizer or "")
 
@@ -329,8 +313,7 @@ class Recorder:
         return batch
 
     def _receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
-        if self._attributed is not None:
-            self._attributed[self._blocks[position].span] += gradients.total().to(self._dtype)
+        self._sums.receive(position, gradients)
         self._accountant.receive(batch, position, gradients)
 
     def _segment_is_full(self) -> bool:
@@ -349,7 +332,7 @@ class Recorder:
                 "optimizer.step() inside recorder.step(ids, accumulate=True)",
                 "Leave accumulate out for the batch that the optimizer steps on",
             )
-        if not accumulate and not self._stepped and not torch.isfinite(self._captured.sum()):
+        if not accumulate and not self._stepped and not self._sums.finite():
             self._skip([*self._pending, batch])  # a loss scaler saw it too
             return
         if not accumulate and not self._stepped:
@@ -361,19 +344,6 @@ class Recorder:
         if accumulate:
             batch.compact()  # before the next batch may write into its inputs
             self._pending.append(batch)
-
-    def _sum_into(self, index: int) -> Callable[[Tensor], None]:
-        """Make the hook that adds one parameter's gradient, as autograd sums it, to the flat vector."""
-        start = sum(p.numel() for p in self._parameters[:index])
-
-        def add(gradient: Tensor) -> None:
-            batch = self._active
-            if batch is None:
-                return  # a backward pass of the user's own, between the steps
-            batch.summed.add(index)
-            self._captured[start : start + gradient.numel()] += gradient.detach().flatten().to(self._dtype)
-
-        return add
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         batch = self._active
@@ -390,17 +360,14 @@ class Recorder:
         self._steps.refuse_closure(args, kwargs)
         if not batch.summed:
             raise without_backward()
-        self._ranks.sum(self._captured)
-        if self._attributed is not None:
-            self._ranks.sum(self._attributed)
+        self._sums.join()
         batches = [*self._pending, batch]
         self._skipping = self._steps.skips
         if self._skipping:
             return
-        if not torch.isfinite(self._captured.sum()):
+        if not torch.isfinite(self._sums.captured.sum()):
             raise not_finite(batches)
-        if not self._checked:
-            self._check_capture(batches)
+        self._accountant.note_capture_gap(self._sums.check(batches))
         batch.compact()  # before the step: a layer's input may be a parameter
         self._steps.begin()
         self._before = self._flat()
@@ -411,52 +378,22 @@ class Recorder:
         if self._skipping:
             self._skip(batches)
             return
-        attributed = self._captured if self._attributed is None else self._attributed
-        numbers = self._steps.numbers()
-        self._accountant.step(batches, self._captured, attributed, self._steps.applied, numbers, self._before)
-        if self._attributed is None and self._accountant.capture_gap > _ROUNDING:
-            self._attributed = torch.zeros_like(self._captured)  # from here on the examples' part is followed by itself
+        gradients = self._sums.captured, self._sums.attributed, self._steps.applied
+        self._accountant.step(batches, *gradients, self._steps.numbers(), self._before)
+        if self._accountant.capture_gap > ROUNDING:
+            self._sums.follow()
         self._forget()
 
     def _skip(self, batches: Sequence[CapturedBatch]) -> None:
-        """Note a step that was not taken; name single examples without a loss, for whole batches overflow together."""
-        seen = [(batch.ids, batch.derivatives.isnan()) for batch in batches if batch.derivatives is not None]
-        ids = [int(i) for examples, odd in seen if not odd.all() for i in examples[odd]]
-        if ids and not self._named:
-            self._named = True
-            warn_of_skipped(ids)
+        """Note a step that was not taken."""
+        self._warnings.of_skipped(batches)
         self._accountant.skip(batches)
         self._forget()
 
     def _forget(self) -> None:
         """Drop the gradients that wait for the optimizer's step."""
         self._pending = []
-        for vector in (self._captured, self._attributed):
-            if vector is not None:
-                vector.zero_()
-
-    def _check_capture(self, batches: Sequence[CapturedBatch]) -> None:
-        """Hold the sum of what was captured against every block's gradient, once, before the first step.
-
-        A gradient that no layer captured is refused. Where the examples give only a part of one (a penalty in the loss)
-        their sum is followed by itself from here on, so that the rest goes to the ledger's ``optimizer`` line.
-        """
-        attributed, short = torch.zeros_like(self._captured), {}
-        for position, block in enumerate(self._blocks):
-            whole = self._captured[block.span]
-            pieces = [g for batch in batches for b, g in batch.pieces if b == position]
-            attributed[block.span] = sum((g.total().to(self._dtype) for g in pieces), torch.zeros_like(whole))
-            self._ranks.sum(attributed[block.span])
-            gap = float((attributed[block.span] - whole).norm() / whole.norm()) if whole.norm() > 0 else 0.0
-            if gap > _CAPTURE_TOLERANCE and not pieces:
-                raise used_by_hand(block.parameters)
-            short.update(dict.fromkeys(block.parameters, gap) if gap > _ROUNDING else {})
-            self._accountant.note_capture_gap(gap if gap <= _ROUNDING else 0.0)  # the rest has its own line
-        self._checked = True
-        if short:
-            self._attributed = attributed
-        if max(short.values(), default=0.0) > _CAPTURE_TOLERANCE:
-            warn_of_missing(short)
+        self._sums.clear()
 
     def _end_segment(self) -> None:
         if not self._accountant.steps:
@@ -466,24 +403,7 @@ class Recorder:
         segment, summary = self._accountant.close(end - before)
         t = len(self._writer)
         self._writer.segment(segment, summary, self._checkpoint(), self._accountant.projector, self._about())
-        self._warn_of(summary, segment.optimizer, end - before, t)
-
-    def _warn_of(self, summary: SegmentSummary, left: Tensor, moved: Tensor, t: int) -> None:
-        """Say once what a finished segment could not give to the examples, and why."""
-        if not self._warned and self._attributed is None and summary.bent <= _BEND:
-            sizes = [p.numel() for p in self._parameters]
-            floor = 0.01 * float(moved.norm())  # a parameter that hardly moved is nobody's concern
-            pairs = zip(left.split(sizes), moved.split(sizes), strict=True)
-            shares = [float(a.norm()) / max(float(b.norm()), floor, 1e-30) for a, b in pairs]
-            worst = max(range(len(shares)), key=shares.__getitem__)
-            if shares[worst] > _UNEXPLAINED:
-                self._warned = True
-                warn_of_unexplained(self._names[worst], shares[worst], t)
-        if summary.bent > _BEND and not self._warned:
-            self._warned = True
-            warn_of_bent(summary.bent, t)
-        if summary.capture_gap > _CAPTURE_TOLERANCE:
-            warn_of_capture(summary.capture_gap, t)
+        self._warnings.of(t, summary, segment.optimizer, end - before, self._sums.apart)
 
     def _flat(self) -> Tensor:
         return flatten_blocks(self._blocks, dict(self._model.named_parameters()), self._dtype)
