@@ -21,6 +21,7 @@ from pkexplain.layers import find_layers
 from pkexplain.model_io import QueryBatch, as_queries
 from pkexplain.outputs import Output, settle_output
 from pkexplain.quadrature import Quadrature
+from pkexplain.storage import damaged
 from pkexplain.store import DirectoryStore, Store, open_store
 
 __all__ = ["Explainer"]
@@ -82,7 +83,9 @@ class Explainer:
         groups = {name: block.group for block in self._trajectory.fingerprint.blocks for name in block.parameters}
         for name, parameter in mine.named_parameters():
             parameter.requires_grad_(name in groups)
-        layers, _ = find_layers(mine, groups)
+        layers, blocks = find_layers(mine, groups)
+        if tuple(blocks) != self._trajectory.fingerprint.blocks:
+            raise damaged(store, "manifest.json", "its blocks are not the model's", len(groups), "those of its layers")
         self._projector = self._trajectory.projector(device)
         self._field = OutputField(mine, layers, self._projector, self._trajectory)
         self._segments = [self._trajectory.segment(t) for t in range(len(self._trajectory))]

@@ -35,7 +35,7 @@ from pkexplain.lookahead import Lookahead
 from pkexplain.model_io import InputShapes, LossDerivatives, check_ids
 from pkexplain.projection import Kronecker, Projection
 from pkexplain.ranks import ranks_of
-from pkexplain.resuming import checksum_optimizer, find_standpoint
+from pkexplain.resuming import checksum_optimizer, find_standpoint, take_up
 from pkexplain.run_writer import RunWriter
 from pkexplain.steps import StepReader
 from pkexplain.store import DirectoryStore, Store, open_store
@@ -221,15 +221,15 @@ class Recorder:
         optimizer = checksum_optimizer(self._optimizer, self._parameters)
         standpoint = find_standpoint(self._store, manifest, self._start, optimizer, self._ranks)
         projector = trajectory.projector(self._like.device)
-        self._writer.resume(manifest, {"ended": self._ended}, standpoint.segments)
         setting = self._setting(audited_of=sum(trajectory.files[0].counts))
-        self._accountant = SegmentAccountant(setting, self._lookahead, projector, self._writer.steps)
+        steps = trajectory.boundaries[standpoint.segments]
+        self._accountant = SegmentAccountant(setting, self._lookahead, projector, steps)
         self._inputs.seen.update(trajectory.inputs)
         if standpoint.in_flight is not None:
             self._checked = True
-            if standpoint.in_flight["attributed"]:
+            if take_up(self._store, standpoint, setting, self._accountant):
                 self._attributed = torch.zeros_like(self._captured)
-            self._accountant.resume(standpoint.in_flight["accounts"])
+        self._writer.resume(manifest, {"ended": self._ended}, standpoint.segments)  # last: a refusal drops nothing
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the last segment and let go of the model and the optimizer, also after an error."""
