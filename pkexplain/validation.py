@@ -8,7 +8,7 @@ from somebody else can be refused, and cannot do anything else.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from numbers import Real
@@ -27,7 +27,6 @@ FILE_NAME = re.compile(
 """The names that files of tensors have."""
 _PROJECTION = "projection.safetensors"
 _MOST_AUDITED = 1 << 16
-_WHOLE = (torch.int64,)
 
 Format = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 """The shape of a tensor and the number formats that it may have."""
@@ -71,8 +70,7 @@ class Layout:
         Raises:
             MisfitError: It is not that of a run.
         """
-        columns = trajectory.details.get("columns")
-        parameters = _check_model(trajectory)
+        columns, parameters = trajectory.details["columns"], _check_model(trajectory)
         _number("columns", columns, 1, parameters)
         _check_segments(trajectory)
         _check_rest(trajectory)
@@ -103,13 +101,14 @@ class Layout:
             raise MisfitError("it lacks a buffer", sorted(tensors), missing[0])
         here = {n: ((*s,), (tensors[f"buffer.{n}"].dtype,)) for n, s in buffers.items()}
         wanted = {f"buffer.{n}": form for n, form in here.items()}
-        _check_tensors(tensors, wanted | {"parameters": ((self.parameters,), (self.trajectory.dtype,))})
+        parameters = {"parameters": ((self.parameters,), (self.trajectory.dtype,))}
+        _check_tensors(tensors, wanted | parameters, may_be_odd=wanted)  # a mask may hold infinities
 
     def _check_vectors(self, tensors: Mapping[str, Tensor]) -> None:
-        audited = len(tensors.get("audit_ids", ()))
+        audited = _length(tensors.get("audit_ids"))
         vector, row = ((self.parameters,), (self.trajectory.dtype,)), ((self.columns,), (torch.float64,))
         wanted: dict[str, Format] = {"row_sum": row, "withdrawn": row, "decay": vector, "optimizer": vector}
-        wanted["audit_ids"] = ((min(audited, _MOST_AUDITED),), _WHOLE)
+        wanted["audit_ids"] = ((min(audited, _MOST_AUDITED),), (torch.int64,))
         wanted["audit_rows"] = ((audited, self.parameters), (self.trajectory.dtype,))
         _check_tensors(tensors, wanted)
         ids, most = tensors["audit_ids"], self.trajectory.num_examples
@@ -127,30 +126,22 @@ class Layout:
 
     def _check_projection(self, tensors: Mapping[str, Tensor]) -> None:
         self._check_checkpoint(self.trajectory.read(FIRST_CHECKPOINT))  # θ is as large as is said: so are P's tables
+        blocks = self.trajectory.fingerprint.blocks
+        matrices = {position: block.matrix for position, block in enumerate(blocks) if block.matrix is not None}
+        sizes = {f"{p}.{side}": m[side == "right"] for p, m in matrices.items() for side in ("left", "right")}
         for name, tensor in tensors.items():
-            position, _, side = name.partition(".")
-            if name == "balance":
-                wanted: tuple[int, ...] = (self.parameters,)
-            elif side in ("left", "right") and re.fullmatch(r"[0-9]{1,9}", position):
-                wanted = (len(tensor), self._matrix(int(position))[side == "right"])
-            else:
-                raise MisfitError("it holds a tensor that no projection has", name, "0.left, 0.right, balance")
-            _check_tensors(tensors, {name: (wanted, (self.trajectory.dtype,))})
-            if name != "balance" and not 1 <= len(tensor) <= wanted[1]:
-                raise MisfitError(f"{name} is no basis", tuple(tensor.shape), f"1 to {wanted[1]} rows")
+            shape: tuple[int, ...] = (self.parameters,)
+            if name in sizes:
+                shape = max(1, min(_length(tensor), sizes[name])), sizes[name]
+            elif name != "balance":
+                raise MisfitError("it holds a tensor that the projection has no use for", name, [*sizes, "balance"][:8])
+            _check_tensors(tensors, {name: (shape, (self.trajectory.dtype,))})
         try:
-            found = self.trajectory.projection.columns(self.trajectory.fingerprint.blocks, tensors)
+            found = self.trajectory.projection.columns(blocks, tensors)
         except KeyError as error:
             raise MisfitError("it lacks a basis", sorted(tensors), error.args[0]) from error
         if found != self.columns:
             raise MisfitError("it has other columns than the rows", found, self.columns)
-
-    def _matrix(self, position: int) -> tuple[int, int]:
-        blocks = self.trajectory.fingerprint.blocks
-        matrix = blocks[position].matrix if position < len(blocks) else None
-        if matrix is None:
-            raise MisfitError("it has a basis for parameters that are no matrix", position, f"{len(blocks)} blocks")
-        return matrix
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Format], may_be_odd: Iterable[str] = ()) -> None:
@@ -239,6 +230,10 @@ def _check_rest(trajectory: Trajectory) -> None:
         for name in state["files"]:
             if not (isinstance(name, str) and FILE_NAME.fullmatch(name) and name.startswith("states/")):
                 raise MisfitError("it names a file that no run has", repr(name)[:200], "states/00000…")
+
+
+def _length(tensor: Tensor | None) -> int:
+    return tensor.shape[0] if tensor is not None and tensor.ndim else 0
 
 
 def _number(name: str, value: Any, least: int, most: int) -> None:
