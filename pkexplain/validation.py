@@ -144,7 +144,9 @@ class Layout:
             raise MisfitError("it has other columns than the rows", found, self.columns)
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Format], may_be_odd: Iterable[str] = ()) -> None:
+def _check_tensors(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Format], may_be_odd: Collection[str] = ()
+) -> None:
     """Check shapes, number formats, and that numbers are finite."""
     for name, (shape, kinds) in wanted.items():
         tensor = tensors.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,3 +97,20 @@ def look(run: Path, last: int = 100) -> int:
         assert torch.allclose(rows, segment.row_sum, rtol=0, atol=1e-9 * scale)
         assert torch.allclose(explained, rows, rtol=0, atol=1e-9 * scale)
     return len(trajectory)
+
+
+def watch(run: Path) -> str:
+    """Open a run again and again until it says that it is done."""
+    openings, longest = 0, 0.0
+    while not (run / "done").exists():
+        if (run / "segments").exists() and list((run / "checkpoints").glob("00001*")):
+            before = time.perf_counter()
+            look(run)
+            openings, longest = openings + 1, max(longest, time.perf_counter() - before)
+        time.sleep(5)
+    return f"opened {openings} times meanwhile, {longest:.2f} s at most"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(watch(Path(sys.argv[1])))
