@@ -166,15 +166,22 @@ def _check_pending(pending: Pending, setting: Setting) -> None:
     """
     blocks = range(len(setting.blocks))
     by_block = [pending.scale, pending.still, pending.carried or {}]
-    if pending.place != -1 or len(pending.gradient) != setting.size or any(d.keys() - set(blocks) for d in by_block):
+    if pending.place != -1 or pending.gradient.shape != (setting.size,) or any(d.keys() - {*blocks} for d in by_block):
         raise ValueError("steps that did not wait")
+    parts = [(b, part) for by in by_block for b, part in by.items() if isinstance(part, Tensor)]
+    if any(part.shape != (setting.blocks[b].numel,) for b, part in parts):
+        raise ValueError("factors of other parameters")
     for batch in pending.batches:
-        check_ids(batch.ids, setting.num_examples)
+        everyone = torch.arange(len(check_ids(batch.ids, setting.num_examples)), device=batch.ids.device)
+        if batch.derivatives is not None and batch.derivatives.shape != everyone.shape:
+            raise ValueError("loss derivatives of other examples")
         for position, gradients in batch.pieces:
             numel = setting.blocks[position].numel if position in blocks else -1
             matrix = gradients.matrix if isinstance(gradients, MatrixGradient) else (numel, 1)
-            if len(gradients) != len(batch.ids) or math.prod(matrix) != numel or gradients.total().shape != (numel,):
+            if len(gradients) != len(everyone) or math.prod(matrix) != numel or gradients.total().shape != (numel,):
                 raise ValueError("gradients of other parameters")
+            if gradients.select(everyone).nbytes != gradients.nbytes:  # an IndexError where there are too few
+                raise ValueError("gradients of other examples")
 
 
 def _no_state(store: Store, name: str, error: Exception) -> RunDamagedError:

@@ -81,9 +81,9 @@ class DirectoryStore(Store):
     @contextmanager
     def lock(self) -> Iterator[object]:
         """Keep every other writer out, by a lock that the system takes back from a process that dies."""
+        self._keep_inside("lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._keep_inside("lock")
             lock = FileLock(self.path / "lock", timeout=0, thread_local=False)
             lock.acquire()
         except Timeout as error:

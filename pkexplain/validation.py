@@ -202,8 +202,9 @@ def _check_segments(trajectory: Trajectory) -> None:
                     raise MisfitError(f"{each.name} is not a number", repr(part)[:80], "a number")
         for name in ("last_step", "visits", "skipped_steps"):
             _number(name, getattr(summary, name), 0, 1 << 62)
-        if len(summary.rescaled) != 2:
-            raise MisfitError("rescaled is no range", summary.rescaled, "two numbers")
+        if not isinstance(summary.learning_rate_sum, tuple) or len(summary.rescaled) != 2:
+            got = summary.learning_rate_sum, summary.rescaled
+            raise MisfitError("its learning rates are no list, or rescaled is no range", got, "a list, and two numbers")
     if any(after <= before for before, after in pairwise(trajectory.boundaries)):
         raise MisfitError("its segments do not follow one another", trajectory.boundaries[:8], "ascending steps")
 

@@ -81,11 +81,15 @@ def damaged_copy(runs, tmp_path):
 def use(training, run):
     """Explain with a run, then go on with it: everything that reads it."""
     explanation = pk.Explainer(run, training.model).explain(training.queries[0])
+    go_on(training, run)
+    return explanation
+
+
+def go_on(training, run):
     optimizer = type(training.optimizer)(training.model.parameters())
     optimizer.load_state_dict(training.optimizer.state_dict())
     with pk.Recorder.resume(run, training.model, optimizer):
         pass
-    return explanation
 
 
 def assert_noticed(training, run, name):
@@ -227,7 +231,7 @@ def small_disk(tmp_path):
     if not ROOT or shutil.which("mount") is None or subprocess.run(mounted, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     yield place
-    subprocess.run(["umount", str(place)], check=True)
+    subprocess.run(["umount", "--lazy", str(place)], check=True)  # files of it are still mapped into memory
 
 
 @pytest.mark.parametrize("left", [0, 20_000, 60_000, 90_000, 130_000])
