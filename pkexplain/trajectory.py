@@ -357,6 +357,7 @@ class Trajectory:
 
     def projector(self, device: torch.device) -> Projector:
         """Make the run's projection again, as it was recorded."""
+        self.checkpoint(0)  # θ is as large as the manifest says, and P's tables may be
         kept = self.read("projection.safetensors")
         return self.projection.restore(self.fingerprint.blocks, self.dtype, device, kept)
 

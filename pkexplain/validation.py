@@ -125,7 +125,6 @@ class Layout:
             raise MisfitError("it holds other tensors", sorted(tensors), sorted(wanted))
 
     def _check_projection(self, tensors: Mapping[str, Tensor]) -> None:
-        self._check_checkpoint(self.trajectory.read(FIRST_CHECKPOINT))  # θ is as large as is said: so are P's tables
         blocks = self.trajectory.fingerprint.blocks
         matrices = {position: block.matrix for position, block in enumerate(blocks) if block.matrix is not None}
         sizes = {f"{p}.{side}": m[side == "right"] for p, m in matrices.items() for side in ("left", "right")}

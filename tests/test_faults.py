@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import pkexplain as pk
+from pkexplain import scratch
 from pkexplain.errors import RunDamagedError, RunError, RunNotFoundError
 from tests.crashes import WORKS, crash
 from tests.endurance import endure, look
@@ -246,6 +247,18 @@ def test_a_disk_that_is_full_costs_no_finished_segment(tmp_path, small_disk, unb
     (small_disk / "ballast").unlink()
     Training(small_disk).go()
     assert_goes_on(Training(small_disk), unbroken, told)
+
+
+def test_large_arrays_have_their_room_before_they_are_written_to(small_disk, monkeypatch):
+    monkeypatch.setattr(scratch, "MEMORY_BYTES", 1000)
+    fits, too_large = ((count,) for count in (200_000, 800_000))
+    zeros = scratch.zeros_on_disk(*fits, like=torch.zeros(1, dtype=torch.float64), directory=small_disk)
+    assert not zeros.any()
+    kind, text, _ = outcome(lambda: scratch.empty_on_disk(too_large, torch.float64, small_disk).fill_(1.0).sum())
+    assert kind == "RunError", text  # without its room the process would be ended by the system
+    assert text.startswith(f"making room for 6400000 bytes of rows in {small_disk}: there is none; ")
+    assert "No space left" in text
+    assert not list(small_disk.iterdir())
 
 
 @pytest.mark.skipif(not ROOT, reason="who is not root cannot become somebody else")
