@@ -133,7 +133,7 @@ class DirectoryStore(Store):
         content["sha256"] = _checksum_json(content)
         temporary = self.path / "manifest.tmp"
         try:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            temporary.write_text(json.dumps(content), encoding="utf-8")
             flush_and_rename(temporary, self.path / "manifest.json")
             self._known = None
         except OSError as error:

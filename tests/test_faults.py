@@ -39,7 +39,7 @@ NOBODY = 65534
 
 @pytest.mark.parametrize("work", WORKS[::3], ids=str)
 def test_a_killed_process_loses_no_finished_segment_and_comes_to_the_same_end(tmp_path, work):
-    crash(work, tmp_path, kills=4, seed=1)
+    crash(work, tmp_path, kills=3, seed=1)
 
 
 @pytest.mark.stress
