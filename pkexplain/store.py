@@ -110,6 +110,7 @@ class DirectoryStore(Store):
                 mode = (self.path / "manifest.json").stat().st_mode
                 temporary.chmod(mode)  # safetensors makes files for the owner alone
             self._read.pop(name, None)
+            self._dropped.discard(name)
             self._files[name] = {"bytes": temporary.stat().st_size, "sha256": checksum_file(temporary)}
             flush_and_rename(temporary, target)
         except (OSError, safetensors.SafetensorError) as error:
@@ -164,8 +165,8 @@ class DirectoryStore(Store):
         version, files = content.get("format_version"), content.get("files")
         if version != FORMAT_VERSION:
             raise self._damaged("manifest.json", "its format is not known here", version, FORMAT_VERSION)
-        if not isinstance(files, dict):
-            raise self._damaged("manifest.json", "it names no files", files, "a mapping")
+        if not isinstance(files, dict) or not isinstance(content.get("segments"), list):
+            raise self._damaged("manifest.json", "it names no files and segments", files, "a mapping, and a list")
         for name, described in files.items():
             if not FILE_NAME.fullmatch(name):
                 raise self._damaged("manifest.json", "it names a file that no run has", name, "checkpoints/00000…")

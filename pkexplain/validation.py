@@ -217,13 +217,16 @@ def _check_names(files: SegmentFiles) -> None:
 
 
 def _check_rest(trajectory: Trajectory) -> None:
-    """Check what a run is gone on with: inputs, states and settings."""
+    """Check what is shown to people, and what a run is gone on with: inputs, states and settings."""
     for shape, kind in ((said["shape"], said["dtype"]) for said in trajectory.inputs.values()):
         if not isinstance(getattr(torch, kind), torch.dtype):
             raise MisfitError("its inputs have no number format", repr(kind)[:80], "one of torch")
         for size in shape:
             _number("inputs", 0 if size is None else size, 0, 1 << 48)
     details = trajectory.details
+    said = [trajectory.run_id, details["ended"], details["pkexplain"], details["torch"], details["optimizer"]["kind"]]
+    if not all(isinstance(text, str) for text in said) or not isinstance(details["optimizer"]["groups"], list):
+        raise MisfitError("it does not say what was recorded", repr(said)[:200], "words")
     _number("revision", details["revision"], 0, 999_999_999)
     if not isinstance(details["recording"], Mapping) or not details["recording"].keys() >= {"segments", "lookahead"}:
         raise MisfitError("it does not say how it was recorded", repr(details["recording"])[:80], "its settings")

@@ -14,9 +14,6 @@ import pkexplain as pk
 from tests.faults import PHASES, Watch, WatchedTraining, killed
 from tests.test_resume import assert_same_run
 
-MARKS = 130
-"""About as many phases as a training goes through."""
-
 
 @dataclass(frozen=True)
 class Work:
@@ -75,7 +72,7 @@ WORKS = [
 
 
 def crash(work: Work, directory: Path, kills: int, seed: int) -> Counter[str]:
-    """Kill a work so many times, half of them at any moment and half right where it writes; count what it was doing.
+    """Kill a work so many times, half of them at any moment and half in each phase in turn; count what it was doing.
 
     Each time it comes to its end, that is compared with the end of one that was never killed, and it starts anew.
     """
@@ -87,8 +84,8 @@ def crash(work: Work, directory: Path, kills: int, seed: int) -> Counter[str]:
     while done < kills or not ends:
         here.mkdir(exist_ok=True)
         last = done >= kills  # let it come to its end once
-        aimed = None if last or done % 2 else chance.randrange(1, MARKS)
-        delay = 0.0 if chance.random() < 0.3 else chance.uniform(1e-6, 3e-3)
+        aimed = None if last or done % 2 else (PHASES[done // 2 % len(PHASES)], chance.randrange(1, 7))
+        delay = 0.0 if chance.random() < 0.5 else chance.uniform(1e-6, 3e-3)
         watch = Watch(aimed, delay)
         watch.note_segments(*[_segments(here)] * 2)
         if killed(work.make(here, watch).go_with_patience, None if last or aimed else 0.6, chance):

@@ -12,6 +12,7 @@ import signal
 import struct
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +31,13 @@ class Watch:
     """What a process is doing, in memory that is left when it is killed: its phase, and the segments it has finished.
 
     Args:
-        kill_at: Let the process die by itself after it has entered so many phases.
+        kill_at: Let the process die by itself when it has entered this phase so many times.
         delay: And after so many seconds more.
     """
 
-    def __init__(self, kill_at: int | None = None, delay: float = 0.0) -> None:
-        self._memory, self._kill_at, self._delay, self._entered = mmap.mmap(-1, 12), kill_at, delay, 0
+    def __init__(self, kill_at: tuple[str, int] | None = None, delay: float = 0.0) -> None:
+        self._memory, self._kill_at, self._delay = mmap.mmap(-1, 12), kill_at, delay
+        self._entered: Counter[str] = Counter()
         self.saving = False
 
     @property
@@ -59,8 +61,8 @@ class Watch:
 
     def enter(self, phase: str) -> None:
         struct.pack_into("i", self._memory, 0, PHASES.index(phase))
-        self._entered += 1
-        if self._entered == self._kill_at:
+        self._entered[phase] += 1
+        if (phase, self._entered[phase]) == self._kill_at:
             if self._delay == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the system ends the process, whatever it is doing

@@ -125,6 +125,8 @@ CHANGES = [
     set_("inputs", to={"0": {"shape": [64], "dtype": "load"}}),
     set_("inputs", to={"0": {"shape": [64], "dtype": "cuda.empty_cache"}}),
     set_("inputs", to=[3]),
+    *(set_(name, to=[1]) for name in ("run_id", "ended", "pkexplain", "torch", "optimizer")),
+    set_("optimizer", "groups", to=3),
     set_("recording", to=None),
     set_("recording", to={}),
     set_("revision", to=-1),
@@ -476,3 +478,21 @@ def test_a_device_in_place_of_a_file(training, run):
     os.mkfifo(run / ROWS)  # reading it would wait for ever
     with pytest.raises(RunDamagedError, match=rf"^reading {ROWS} of .*: it is missing"):
         use(training, run)
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_the_command_line_refuses_in_one_line(recorded, tmp_path, command):
+    from typer.testing import CliRunner
+
+    from pkexplain.cli import app
+
+    run = tmp_path / "run"
+    shutil.copytree(recorded["sgd"].run, run)
+    assert CliRunner().invoke(app, [command, str(run)]).exit_code == 0
+    if command == "verify":
+        forge_tensors(run, ROWS, put("scale", poke(nan)))
+        told = CliRunner().invoke(app, [command, str(run)])
+        assert told.exit_code == 1
+        assert ROWS in " ".join(told.output.split())
+    reseal(run, set_("num_examples", to=10**15))
+    assert isinstance(CliRunner().invoke(app, [command, str(run)]).exception, RunDamagedError)
