@@ -85,7 +85,8 @@ def crash(work: Work, directory: Path, kills: int, seed: int) -> Counter[str]:
         here.mkdir(exist_ok=True)
         last = done >= kills  # let it come to its end once
         aimed = None if last or done % 2 else (PHASES[done // 2 % len(PHASES)], chance.randrange(1, 7))
-        delay = 0.0 if chance.random() < 0.5 else chance.uniform(1e-6, 3e-3)
+        short = aimed is not None and aimed[0] == "between files"  # microseconds
+        delay = 0.0 if short or chance.random() < 0.5 else chance.uniform(1e-6, 3e-3)
         watch = Watch(aimed, delay)
         watch.note_segments(*[_segments(here)] * 2)
         if killed(work.make(here, watch).go_with_patience, None if last or aimed else 0.6, chance):
