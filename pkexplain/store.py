@@ -27,7 +27,7 @@ from pkexplain.validation import FILE_NAME
 __all__ = ["DirectoryStore", "MemoryStore", "Store", "checksum_file", "flush_and_rename", "open_store"]
 
 _LARGEST_MANIFEST = 1 << 26
-"""Bytes, of some 60,000 segments; JSON can take twenty times its size once it is read."""
+"""Bytes, of some 80,000 segments; JSON can take twenty times its size once it is read."""
 
 
 class DirectoryStore(Store):
@@ -134,7 +134,10 @@ class DirectoryStore(Store):
         content["sha256"] = _checksum_json(content)
         temporary = self.path / "manifest.tmp"
         try:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
+            text = json.dumps(content)
+            if len(text) > _LARGEST_MANIFEST:
+                raise OSError(f"{len(text)} bytes, more than any reader takes: record fewer, longer segments")
+            temporary.write_text(text, encoding="utf-8")
             flush_and_rename(temporary, self.path / "manifest.json")
             self._known = None
         except OSError as error:
@@ -158,7 +161,7 @@ class DirectoryStore(Store):
             content = json.loads(file.read_text(encoding="utf-8"))
             stated = content.pop("sha256")
             found = _checksum_json(content)
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, MemoryError) as error:
             raise self._damaged("manifest.json", "it cannot be read", f"{error}", "JSON with a checksum") from error
         if stated != found:
             raise self._damaged("manifest.json", "it was altered", f"sha256 {found}", f"sha256 {stated}")

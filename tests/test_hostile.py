@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 import pkexplain as pk
-from pkexplain.errors import PkexplainError, RunDamagedError
+from pkexplain import store
+from pkexplain.errors import PkexplainError, RunDamagedError, RunError
 from tests.faults import content_of, forge, forge_tensors, limit_memory, outcome, reseal
 from tests.test_faults import go_on, use
 from tests.trainings import EXAMPLES, Training
@@ -194,6 +195,26 @@ def test_a_manifest_of_a_gigabyte(recorded, tmp_path):
         RunDamagedError, match=r"^reading manifest\.json of .*: it is absurdly large\. Got 1073741824 b"
     ):
         use(recorded["sgd"], run)
+
+
+def test_a_manifest_that_swells_when_it_is_read(recorded, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(recorded["sgd"].run, run)
+    (run / "manifest.json").write_bytes(b"[" + b"[]," * 8_000_000 + b"0]")
+    kind, text, _ = outcome(lambda: use(recorded["sgd"], run), prepare=lambda: limit_memory(MOST_MEMORY // 4))
+    assert kind == "RunDamagedError"
+    assert text.startswith(f"reading manifest.json of the run in {run}: it cannot be read")
+
+
+def test_a_manifest_that_no_reader_would_take_is_not_written(tmp_path, monkeypatch):
+    training = Training(tmp_path)
+    training.go(epochs=1)
+    most = (training.run / "manifest.json").stat().st_size + 3000
+    monkeypatch.setattr(store, "_LARGEST_MANIFEST", most)
+    with pytest.raises(RunError, match=r"^writing manifest\.json .*: record fewer, longer segments"):
+        training.go(epochs=9)
+    assert (training.run / "manifest.json").stat().st_size <= most
+    assert len(pk.DirectoryStore(training.run).trajectory()) > 2
 
 
 def test_huge_maps_are_not_made(recorded, tmp_path):
