@@ -8,6 +8,7 @@ import mmap
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -22,6 +23,7 @@ import safetensors.torch
 from torch import Tensor
 
 import pkexplain as pk
+from pkexplain.errors import RunExistsError, RunNotFoundError
 from tests.trainings import Training
 
 PHASES = ("training", "writing a file", "between files", "writing the manifest", "in save()", "own checkpoint")
@@ -94,6 +96,17 @@ class WatchedTraining(Training):
         self.watch = watch or Watch()
         self.store = WatchedStore(self.run)
         self.store.watch = self.watch
+
+    def go_with_patience(self):
+        """Go on, or start anew where nothing was saved: then the run is deleted, its manifest first."""
+        try:
+            self.go()
+        except (RunExistsError, RunNotFoundError):
+            self.watch.note_segments(max(self.watch.segments), 0)
+            (self.run / "manifest.json").unlink()
+            self.watch.note_segments(0, 0)
+            shutil.rmtree(self.run)
+            self.go()
 
     def save(self, recorder, epoch):
         real = recorder.save

@@ -197,6 +197,7 @@ def test_a_manifest_of_a_gigabyte(recorded, tmp_path):
         use(recorded["sgd"], run)
 
 
+@pytest.mark.stress
 def test_a_manifest_that_swells_when_it_is_read(recorded, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(recorded["sgd"].run, run)
