@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pkexplain.editing import merge, withdraw
 from pkexplain.errors import PkexplainError
 from pkexplain.explainer import Explainer
-from pkexplain.explanation import Check, Contribution, Cost, Explanation, GroupSum, Ledger
+from pkexplain.explanation import Check, Contribution, Cost, Explanation, GroupSum, Ledger, Remainder
 from pkexplain.outputs import Custom, Logit, LogProbability, Loss, Margin, Output, TokenLogProbability, Value
 from pkexplain.projection import Identity, Kronecker, SparseSign
 from pkexplain.quadrature import Quadrature
@@ -48,12 +49,15 @@ __all__ = [
     "ProgressBar",
     "Quadrature",
     "Recorder",
+    "Remainder",
     "SparseSign",
     "TokenLogProbability",
     "UpdateRule",
     "Value",
     "__version__",
+    "merge",
     "register_update_rule",
+    "withdraw",
     "write_report",
 ]
 

@@ -93,7 +93,7 @@ class Setting:
         num_examples: How many rows there are.
         like: An empty tensor of the arithmetic's number format and device.
         ranks: The processes that train.
-        audited_of: The audited examples are chosen among the first so many; 0 for all.
+        audited: The audited examples, where they are chosen already.
         scratch: Where rows are gathered that are too many for memory; None for the system's place for such files.
     """
 
@@ -102,7 +102,7 @@ class Setting:
     num_examples: int
     like: Tensor
     ranks: Ranks = field(default_factory=Ranks)
-    audited_of: int = 0
+    audited: Tensor | None = None
     scratch: Path | None = None
 
     @property
@@ -132,11 +132,12 @@ class Audit:
     def __init__(self, setting: Setting) -> None:
         """Choose them, evenly over the training set."""
         count, device = setting.num_examples, setting.like.device
-        chosen = min(_AUDIT_EXAMPLES, setting.audited_of or count, _AUDIT_NUMBERS // setting.size)
-        self.ids = torch.arange(chosen, device=device) * (setting.audited_of or count) // max(chosen, 1)
+        chosen = min(_AUDIT_EXAMPLES, count, _AUDIT_NUMBERS // setting.size)
+        evenly = torch.arange(chosen, device=device) * count // max(chosen, 1)
+        self.ids = evenly if setting.audited is None else setting.audited.to(device)
         self._place = torch.full((count,), -1, device=device)
-        self._place[self.ids] = torch.arange(chosen, device=device)
-        self.rows = RowAccumulator(chosen, setting.spans, setting.size, setting.like)
+        self._place[self.ids] = torch.arange(len(self.ids), device=device)
+        self.rows = RowAccumulator(len(self.ids), setting.spans, setting.size, setting.like)
 
     def positions(self, ids: Tensor) -> Tensor:
         """Find the audited examples in a batch, ``(chosen,)``."""

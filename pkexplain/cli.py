@@ -137,6 +137,42 @@ def verify(
 
 
 @app.command()
+def merge(
+    run: RunArgument, shards: Annotated[int, typer.Option(min=1, help="Files of rows that a segment gets.")] = 1
+) -> None:
+    """Lay the rows of a run out in another number of files; no number changes."""
+    from pkexplain.editing import merge as lay_out
+    from pkexplain.progress import ProgressBar
+
+    lay_out(run, shards=shards, progress=ProgressBar())
+    _console().print(f"Each segment's rows lie in {shards} file(s) now.")
+
+
+@app.command()
+def withdraw(
+    run: RunArgument, ids: Annotated[str, typer.Option(help="Row numbers of the examples, for example 3,17,1204.")]
+) -> None:
+    """Take examples out of a run for good: their rows are gone from every file, their sum stays on the ledger."""
+    from pkexplain.editing import withdraw as take_out
+    from pkexplain.progress import ProgressBar
+
+    numbers = ids.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise QueryError(
+            message(
+                f"--ids {ids}",
+                "these are not row numbers",
+                got=repr(ids),
+                expected="whole numbers and commas",
+                source="the command line",
+                fix="Write them as in --ids 3,17,1204",
+            )
+        )
+    take_out(run, [int(number) for number in numbers], progress=ProgressBar())
+    _console().print(f"{len(numbers)} example(s) withdrawn; the ledger of an explanation keeps their sum.")
+
+
+@app.command()
 def explain(
     run: RunArgument,
     model: Annotated[str, typer.Option(help="package.module:build, a function that returns the model.")],
@@ -150,7 +186,7 @@ def explain(
         ),
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 10,
-    index: Annotated[str, typer.Option(help="A faiss factory string.")] = "Flat",
+    index: Annotated[str, typer.Option(help="auto, Flat for exact search, or any faiss factory string.")] = "auto",
     report: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="package.module:load, a function that returns the training set, for the report.")
@@ -178,6 +214,70 @@ def explain(
 
         training_set = _call(dataset, "--dataset") if dataset else None
         typer.echo(f"The report: {write_report(explanations, report, dataset=training_set).resolve().as_uri()}")
+
+
+@app.command()
+def index(
+    run: RunArgument,
+    factory: Annotated[
+        str, typer.Option(help="A faiss factory string; auto chooses one by the run's size, Flat searches exactly.")
+    ] = "auto",
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark", help="Compare indices of this run: what they find, hold and cost.")
+    ] = False,
+    queries: Annotated[int, typer.Option(min=1, help="How many queries --benchmark asks.")] = 100,
+) -> None:
+    """Build the index of a run and keep it beside it, or compare several."""
+    from pkexplain.index import RowIndex
+    from pkexplain.progress import ProgressBar
+    from pkexplain.store import DirectoryStore
+
+    store, bar = DirectoryStore(run), ProgressBar()
+    trajectory, directory = store.trajectory(), store.path / "index"
+    if benchmark:
+        _compare(trajectory, queries, factory)
+        return
+    built = RowIndex(trajectory, factory, directory)
+    built.prepare(lambda done, total: bar("index", done, total))
+    size = f"{trajectory.num_examples:,} rows of {built.rows.dimension:,} numbers"
+    if built.exact:
+        typer.echo(f"Flat: the {size} are searched where they are stored; there is nothing to build.")
+    elif built.kept_bytes:
+        per_row = built.kept_bytes / trajectory.num_examples
+        typer.echo(f"{built.factory}: {size}, {built.kept_bytes:,} bytes, {per_row:,.0f} a row, in {directory}")
+    else:
+        typer.echo(f"{built.factory}: {size}; it could not be kept in {directory} and will be built each time.")
+
+
+def _compare(trajectory: Any, count: int, factory: str) -> None:
+    """Print what indices of a run find, hold and cost."""
+    from rich.table import Table
+
+    from pkexplain.index_comparison import FACTORIES, combine_rows, compare_indices
+
+    wanted = FACTORIES if factory in ("auto", *FACTORIES) else (*FACTORIES, factory)
+    table = Table(title=f"Indices, asked {count} queries in one batch", title_justify="left")
+    table.add_column("factory")
+    for column in ("recall@10", "captured mass", "bytes a row", "build", "a query", "rounding"):
+        table.add_column(column, justify="right")
+    refused = []
+    for found in compare_indices(trajectory, combine_rows(trajectory, count), wanted):
+        if isinstance(found, tuple):
+            refused.append(found[1])
+            continue
+        shares = f"{found.recall:.3f}", f"{found.captured_mass:.4f}"
+        times = f"{found.build_seconds:.2f} s", f"{found.query_seconds * 1e3:.2f} ms"
+        table.add_row(found.factory, *shares, f"{found.bytes_per_row:,.0f}", *times, f"{found.rounding:.2%}")
+    console = _console()
+    console.print(table)
+    console.print(
+        "Queries: sums of 16 random rows of this run, each scaled to length one, with Gaussian weights (seed 0); real "
+        "queries are covectors of a model. Candidates are ranked again by the stored rows. Captured mass: sum of the "
+        "best 100 found over the sum of the true 100 largest. Rounding: relative error of the ten largest inner "
+        "products when computed from the index's own rows, median."
+    )
+    for text in refused:
+        _complain("left out:", text)
 
 
 def parse_output(text: str) -> Any:

@@ -33,6 +33,7 @@ class CorrectedCovectors:
             ``(queries, segments)``.
         uncorrected: ⟨q_t, s_t⟩, what the examples add up to before, in output units, ``(queries, segments)``.
         corrected: ⟨q'_t, s_t⟩, what they add up to after, in output units, ``(queries, segments)``.
+        withdrawn: The part of it whose rows were withdrawn, in output units, ``(queries, segments)``.
     """
 
     covectors: Covectors
@@ -40,14 +41,16 @@ class CorrectedCovectors:
     explained: Tensor
     uncorrected: Tensor
     corrected: Tensor
+    withdrawn: Tensor
 
 
-def correct(covectors: Covectors, row_sums: Tensor) -> CorrectedCovectors:
+def correct(covectors: Covectors, row_sums: Tensor, withdrawn: Tensor) -> CorrectedCovectors:
     """Change each q_t so that the stored rows add up to what they must.
 
     Args:
         covectors: What the quadrature gave.
         row_sums: s_t, ``(segments, k)``, in float64.
+        withdrawn: The part of it whose rows were withdrawn, ``(segments, k)``, in float64.
 
     Returns:
         The covectors before and after.
@@ -63,4 +66,5 @@ def correct(covectors: Covectors, row_sums: Tensor) -> CorrectedCovectors:
     q = q + (missing / torch.where(usable, size, 1.0))[:, :, None] * s
     corrected = torch.einsum("qtk,tk->qt", q, s)
     dtype = covectors.projected.dtype
-    return CorrectedCovectors(covectors, q.to(dtype), explained, uncorrected.cpu(), corrected.cpu())
+    gone = torch.einsum("qtk,tk->qt", q, withdrawn.to(q.device))
+    return CorrectedCovectors(covectors, q.to(dtype), explained, uncorrected.cpu(), corrected.cpu(), gone.cpu())

@@ -15,12 +15,14 @@ from pkexplain.checks import checks_of
 from pkexplain.correction import CorrectedCovectors, correct
 from pkexplain.covectors import OutputField, integrate
 from pkexplain.errors import ConfigurationError, QueryError, message
-from pkexplain.explanation import Contribution, Cost, Explanation, Ledger
+from pkexplain.explanation import Cost, Explanation, Ledger
 from pkexplain.index import RowIndex
 from pkexplain.layers import find_layers
 from pkexplain.model_io import QueryBatch, as_queries
 from pkexplain.outputs import Output, settle_output
 from pkexplain.quadrature import Quadrature
+from pkexplain.ranking import Ranking, Scan
+from pkexplain.ranks import ProcessGroup, Ranks
 from pkexplain.storage import damaged
 from pkexplain.store import DirectoryStore, Store, open_store
 
@@ -28,9 +30,6 @@ __all__ = ["Explainer"]
 
 _MOST_QUERIES_AT_ONCE = 128
 _NUMBERS_AT_ONCE = 1 << 27
-_ROWS_AT_ONCE = 4096
-_CANDIDATES = 4
-"""How many times more examples the index proposes than are shown, before they are ranked by the stored rows."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
@@ -42,11 +41,14 @@ class Explainer:
     Args:
         run: The directory of a run, or the `pkexplain.MemoryStore` it was recorded into.
         model: The model, at any state of its recorded parameters; it is copied, never changed.
-        index: A faiss factory string.
+        index: ``"Flat"`` for exact search, any other faiss factory string for a compressed index, or ``"auto"`` for a
+            choice by the number of rows.
         tolerance: Allowed quadrature gap before any correction, relative to |f_T − f_0|.
         quadrature: The rule of integration over a segment, and its budget.
         device: Where to compute; by default where the model is.
         progress: Told how far long work is, for example `pkexplain.ProgressBar`.
+        group: A `torch.distributed` process group whose processes share the rows out: each makes an explainer, asks
+            the same questions and searches its own part, and all get the same answers.
 
     Raises:
         RunNotFoundError: There is no run, or it holds no finished segment.
@@ -60,11 +62,12 @@ class Explainer:
         run: str | os.PathLike[str] | Store,
         model: nn.Module,
         *,
-        index: str = "Flat",
+        index: str = "auto",
         tolerance: float = 0.01,
         quadrature: Quadrature | None = None,
         device: str | torch.device | None = None,
         progress: Progress | None = None,
+        group: Any = None,
     ) -> None:
         """Read the run and check the model against it; the index is built on first use."""
         if not tolerance > 0:
@@ -77,7 +80,7 @@ class Explainer:
         store = open_store(run)
         self._trajectory = store.trajectory()
         self._trajectory.fingerprint.check(model)
-        self._directory = store.path / "index" if isinstance(store, DirectoryStore) else None
+        directory = store.path / "index" if isinstance(store, DirectoryStore) else None
         device = torch.device(device) if device else next(model.parameters()).device
         mine = copy.deepcopy(model).to(device).eval()
         groups = {name: block.group for block in self._trajectory.fingerprint.blocks for name in block.parameters}
@@ -90,23 +93,27 @@ class Explainer:
         self._field = OutputField(mine, layers, self._projector, self._trajectory)
         self._segments = [self._trajectory.segment(t) for t in range(len(self._trajectory))]
         self._row_sums = torch.stack([segment.row_sum for segment in self._segments])
+        self._withdrawn = torch.stack([segment.withdrawn for segment in self._segments])
         self._tolerance, self._quadrature = tolerance, quadrature or Quadrature()
         self._progress = progress or (lambda what, done, total: None)
-        self._factory, self._index = index, None
+        self._whole = Ranking(self._trajectory, index, directory, device, Ranks())
+        ranks = Ranks() if group is None else ProcessGroup(group)
+        self._ranking = self._whole if ranks.count == 1 else Ranking(self._trajectory, index, directory, device, ranks)
 
     @property
     def index(self) -> RowIndex:
-        """The index over the run's rows, made on first use.
+        """The index over the rows that this process searches, made on first use.
 
         Raises:
             MissingDependencyError: faiss is not installed.
             ConfigurationError: faiss refuses the factory string.
         """
-        if self._index is None:
-            self._index = RowIndex(self._trajectory, self._factory, self._directory)
-        if not self._index.ready:
-            self._index.prepare(lambda done, total: self._progress("index", done, total))
-        return self._index
+        self._prepare()
+        return self._ranking.index
+
+    def _prepare(self) -> None:
+        if not self._ranking.index.ready:
+            self._ranking.index.prepare(lambda done, total: self._progress("index", done, total))
 
     def explain(
         self,
@@ -135,28 +142,27 @@ class Explainer:
         """
         self._check(k, reading)
         queries = as_queries(x, self._trajectory.inputs, self._field.device)
-        index = self.index
+        self._prepare()
         explanations: list[Explanation] = []
         for some, some_output, names in self._chunks(queries, output):
             corrected = self._corrected(some, some_output)
-            scan = _Scan(self, corrected)
-            flat = corrected.projected.flatten(1).cpu().numpy()
-            proposed = np.concatenate([index.search(sign * flat, _CANDIDATES * k) for sign in (1, -1)], axis=1)
+            scan = Scan(self._whole, corrected.projected)
+            ledgers = [self._ledger(corrected, row) for row in range(len(some))]
+            ranked = self._ranking.rank(corrected.projected, [ledger.examples for ledger in ledgers], k)
             audited = self._audited(corrected)
-            for row in range(len(some)):
-                ids = torch.from_numpy(np.unique(proposed[row][proposed[row] >= 0]))
-                found = self._contributions_of(ids, corrected.projected[row])
+            for row, found in enumerate(ranked):
                 explanations.append(
                     Explanation(
                         output=names[row],
                         reading=reading,
-                        ledger=_ledger(corrected, row, self._field.has_statistics),
-                        proponents=tuple([c for c in found if c.contribution > 0][:k]),
-                        opponents=tuple([c for c in reversed(found) if c.contribution < 0][:k]),
+                        ledger=ledgers[row],
+                        proponents=found.proponents,
+                        opponents=found.opponents,
+                        remainder=found.remainder,
                         checks=checks_of(self._trajectory, corrected, audited, row, self._tolerance),
                         cost=self._cost(corrected, row),
                         boundaries=self._trajectory.boundaries,
-                        segment_sums=tuple(corrected.corrected[row].tolist()),
+                        segment_sums=tuple((corrected.corrected - corrected.withdrawn)[row].tolist()),
                         checkpoint_outputs=tuple(corrected.covectors.outputs[row].tolist()),
                         query=some.row(row),
                         scan=scan.of(row),
@@ -183,7 +189,8 @@ class Explainer:
         """
         self._check(1, reading)
         queries = as_queries(x, self._trajectory.inputs, self._field.device)
-        parts = [self._scan(self._corrected(some, out).projected) for some, out, _ in self._chunks(queries, output)]
+        projected = [self._corrected(some, out).projected for some, out, _ in self._chunks(queries, output)]
+        parts = [self._ranking.contributions(some) for some in projected]
         return np.concatenate(parts)
 
     def _check(self, k: int, reading: str) -> None:
@@ -241,48 +248,13 @@ class Explainer:
     def _corrected(self, queries: QueryBatch, output: Output) -> CorrectedCovectors:
         report = lambda done, planned: self._progress("covectors", done, planned)  # noqa: E731 - a name for a callback
         covectors = integrate(self._field, queries, output, self._quadrature, self._tolerance, report)
-        return correct(covectors, self._row_sums)
+        return correct(covectors, self._row_sums, self._withdrawn)
 
     def _cost(self, corrected: CorrectedCovectors, row: int) -> Cost:
         covectors = corrected.covectors
         budget = self._quadrature.budget * len(self._trajectory)
         passes = int(covectors.forward_passes[row]), int(covectors.backward_passes[row])
         return Cost(*passes, budget, exhausted=not covectors.settled[row])
-
-    def _scan(self, projected: Tensor) -> np.ndarray:
-        """Compute all contributions from the stored rows, ``(queries, num_examples)``, in float64."""
-        total = torch.zeros(self._trajectory.num_examples, len(projected), dtype=torch.float64)
-        for t, segment in enumerate(self._segments):
-            covector = projected[:, t].cpu().T
-            for start in range(0, len(total), _ROWS_AT_ONCE):
-                part = slice(start, start + _ROWS_AT_ONCE)
-                total[part] += segment.read_rows(part, projected.dtype) @ covector
-        return total.T.numpy()
-
-    def _by_segment(self, ids: Tensor, projected: Tensor) -> Tensor:
-        """Compute the contributions of some examples to one query, segment by segment, ``(ids, segments)``."""
-        parts = [
-            segment.read_rows(ids, projected.dtype) @ projected[t].cpu() for t, segment in enumerate(self._segments)
-        ]
-        return torch.stack(parts, dim=1).double()
-
-    def _contributions_of(self, ids: Tensor, projected: Tensor) -> list[Contribution]:
-        """Rank some examples by their stored rows, largest contribution first, with a_i and K(x, x_i)."""
-        by_segment = self._by_segment(ids, projected)
-        derivatives = torch.stack([segment.loss_derivatives[ids] for segment in self._segments], dim=1).double()
-        kernels = torch.where(derivatives == 0, 0.0, -by_segment / derivatives).sum(1)
-        totals = by_segment.sum(1)
-        order = totals.argsort(descending=True)
-        return [
-            Contribution(
-                id=int(ids[i]),
-                contribution=float(totals[i]),
-                weight=float(totals[i] / kernels[i]),
-                kernel=float(kernels[i]),
-                segments=tuple(by_segment[i].tolist()),
-            )
-            for i in order.tolist()
-        ]
 
     def _audited(self, corrected: CorrectedCovectors) -> Tensor | None:
         """Compute the audited examples' contributions from their stored rows, ``(queries, audited)``."""
@@ -295,30 +267,15 @@ class Explainer:
             total += covector @ segment.read_rows(ids, covector.dtype).T
         return total
 
-
-class _Scan:
-    """All contributions of a batch of queries, computed once, when the first of them is asked for."""
-
-    def __init__(self, explainer: Explainer, corrected: CorrectedCovectors) -> None:
-        self._explainer, self._projected = explainer, corrected.projected
-        self._all: np.ndarray | None = None
-
-    def of(self, row: int) -> Callable[[], np.ndarray]:
-        def contributions() -> np.ndarray:
-            if self._all is None:
-                self._all = self._explainer._scan(self._projected)
-            return self._all[row]
-
-        return contributions
-
-
-def _ledger(corrected: CorrectedCovectors, row: int, statistics: bool) -> Ledger:
-    covectors = corrected.covectors
-    outputs = covectors.outputs[row]
-    return Ledger(
-        initial=float(outputs[0]),
-        final=float(outputs[-1]),
-        examples=float(corrected.corrected[row].sum()),
-        remainders={"decay": float(covectors.decay[row].sum()), "optimizer": float(covectors.optimizer[row].sum())}
-        | ({"buffers": float(covectors.buffers[row].sum())} if statistics else {}),
-    )
+    def _ledger(self, corrected: CorrectedCovectors, row: int) -> Ledger:
+        covectors = corrected.covectors
+        outputs = covectors.outputs[row]
+        lines = {"decay": covectors.decay, "optimizer": covectors.optimizer}
+        lines |= {"buffers": covectors.buffers} if self._field.has_statistics else {}
+        lines |= {"withdrawn": corrected.withdrawn} if self._withdrawn.any() else {}
+        return Ledger(
+            initial=float(outputs[0]),
+            final=float(outputs[-1]),
+            examples=float((corrected.corrected - corrected.withdrawn)[row].sum()),
+            remainders={name: float(line[row].sum()) for name, line in lines.items()},
+        )

@@ -14,7 +14,7 @@ import numpy as np
 
 from pkexplain.errors import QueryError, message
 
-__all__ = ["Check", "Contribution", "Cost", "Explanation", "GroupSum", "Ledger"]
+__all__ = ["Check", "Contribution", "Cost", "Explanation", "GroupSum", "Ledger", "Remainder"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,26 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Remainder:
+    """What is known of the examples that are not shown.
+
+    Attributes:
+        shown: Σ of the contributions shown, in output units.
+        rest: Σ of all others, in output units: the total, which is known exactly, without those shown.
+        num_rest: How many others there are.
+        bound: No single one of them contributes more than this, either way, in output units.
+        exact: Whether all rows were searched; then the bound is the next contribution. Otherwise it is certified by
+            the norms of the rows, and far above what is likely.
+    """
+
+    shown: float
+    rest: float
+    num_rest: int
+    bound: float
+    exact: bool
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Why the model gave one output for one query, in training examples.
 
@@ -126,6 +146,7 @@ class Explanation:
         ledger: The account of the output.
         proponents: Examples with the largest positive contributions, largest first.
         opponents: Examples with the largest negative contributions, most negative first.
+        remainder: What is known of all other examples.
         checks: What can fail, measured, with tolerances.
         cost: Forward and backward passes used.
         boundaries: Optimizer steps done at each checkpoint, ``(segments + 1,)``.
@@ -139,6 +160,7 @@ class Explanation:
     ledger: Ledger
     proponents: tuple[Contribution, ...]
     opponents: tuple[Contribution, ...]
+    remainder: Remainder
     checks: tuple[Check, ...]
     cost: Cost
     boundaries: tuple[int, ...]
@@ -171,6 +193,11 @@ class Explanation:
     def passed(self) -> bool:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
+
+    @property
+    def num_examples(self) -> int:
+        """How many training examples there are."""
+        return self.remainder.num_rest + len({c.id for c in (*self.proponents, *self.opponents)})
 
     @functools.cached_property
     def contributions(self) -> np.ndarray:

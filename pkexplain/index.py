@@ -1,100 +1,120 @@
-"""The compressed gradient-space index: maximum-inner-product search over all rows, with faiss.
+"""The index over the rows of a run: exact search of the stored rows, or a compressed one for large runs.
 
-A row of the index is the concatenation of an example's rows over all segments, a query that of its covectors, so that
-their inner product is the contribution. Whatever the factory string rounds away, candidates are ranked again from the
-stored rows.
+Whatever an index leaves out or rounds away, it only proposes: what it proposes is ranked again by the stored rows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from pkexplain.errors import ConfigurationError, MissingDependencyError, message
-from pkexplain.store import checksum_file
+from pkexplain.compressed import CompressedSearch, faiss_or_none
+from pkexplain.kept_index import KeptIndex
+from pkexplain.search import ExactSearch, RunRows
 from pkexplain.trajectory import Trajectory
 
-__all__ = ["RowIndex"]
+__all__ = ["RowIndex", "choose_factory"]
 
-_BLOCK_BYTES = 1 << 28
-"""Memory for the rows that are added at once."""
-_TRAINING_ROWS = 65536
+_EXACT_NUMBERS = 1 << 27
+"""A run of at most so many stored numbers is searched exactly: 100 queries then take a second or two."""
+_PRINCIPAL = 256
+_FEWEST_ROWS_A_CELL = 39
+"""faiss wants at least so many training rows for each cell."""
+_MOST_CELLS = 4096
+"""More cells would need a larger sample of rows to train on."""
+_CANDIDATES, _FEWEST_CANDIDATES = 4, 200
+"""How many times more rows than are shown a compressed index proposes, and how many at least."""
 
 
-def _faiss() -> Any:
-    try:
-        import faiss
-    except (ImportError, RuntimeError, OSError) as error:  # faiss-gpu without its CUDA libraries is a RuntimeError
-        raise MissingDependencyError(
-            message(
-                "searching the index",
-                f"faiss does not load ({error})",
-                got="no working module 'faiss'",
-                expected="faiss-cpu or faiss-gpu",
-                source="the environment",
-                fix="Install it: pip install 'pkexplain[cpu]' (or 'pkexplain[gpu]' on a machine with CUDA, not both)",
-            )
-        ) from error
-    return faiss
+def choose_factory(num_examples: int, dimension: int) -> str:
+    """Choose an index for a run of this size; docs/index-choice.md has the measurements behind it.
+
+    Args:
+        num_examples: Rows.
+        dimension: Length of a row, over all segments.
+
+    Returns:
+        ``"Flat"`` for a run that is searched exactly in a second or two, otherwise a faiss factory string: principal
+        directions, about √num_examples cells where that many can be trained, one byte a number.
+
+    Example:
+        >>> choose_factory(4_500, 24_576), choose_factory(1_000_000, 2_048)
+        ('Flat', 'PCA256,IVF1024,SQ8')
+    """
+    if num_examples * dimension <= _EXACT_NUMBERS:
+        return "Flat"
+    cells = 2 ** round(np.log2(num_examples) / 2)
+    parts = [f"PCA{_PRINCIPAL}"] if dimension > _PRINCIPAL else []
+    if num_examples >= _FEWEST_ROWS_A_CELL * cells:
+        parts.append(f"IVF{min(cells, _MOST_CELLS)}")
+    return ",".join([*parts, "SQ8"])
 
 
 class RowIndex:
-    """A faiss index over the rows of a run.
+    """Search over the rows of a run.
 
     Args:
         trajectory: The run.
-        factory: Any faiss factory string, for example ``"Flat"``, ``"SQfp16"``, ``"IVF64,Flat"``.
-        directory: Where the index is kept, or None for memory alone.
+        factory: ``"auto"`` for the choice of `choose_factory`, ``"Flat"`` for exact search, or any other faiss factory
+            string, for example ``"SQ8"``, ``"PCA256,IVF1024,SQ8"``.
+        directory: Where a compressed index is kept, or None for memory alone.
+        device: Where to search.
 
     Raises:
-        MissingDependencyError: faiss is not installed.
+        MissingDependencyError: A compressed index is asked for, and faiss is not installed.
         ConfigurationError: faiss refuses the factory string.
     """
 
-    def __init__(self, trajectory: Trajectory, factory: str, directory: Path | None) -> None:
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        factory: str = "auto",
+        directory: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Check the factory string; nothing is built yet."""
-        self._trajectory, self.factory = trajectory, factory
-        self._faiss = _faiss()
-        self.dimension = len(trajectory) * len(trajectory.segment(0).row_sum)
-        self._empty = self._make()
-        self._index: Any = None
-        rows = [trajectory.segment(t).row_sum.numpy() for t in range(len(trajectory))]
-        state = hashlib.sha256(f"{trajectory.run_id} {factory}".encode())
-        for row_sum in rows:
-            state.update(row_sum.tobytes())
-        self._state = state.hexdigest()
-        self._file = directory / f"{self._state[:16]}.faiss" if directory else None
+        self._rows, self._device = RunRows(trajectory), torch.device(device)
+        if factory == "auto":
+            factory = choose_factory(len(self._rows), self._rows.dimension) if faiss_or_none() else "Flat"
+        self.factory = factory
+        self._search: ExactSearch | CompressedSearch = (
+            ExactSearch(self._rows, self._device) if self.exact else self._empty()
+        )
+        state = hashlib.sha256(f"{trajectory.rows_id} {factory}".encode())
+        for row_sum in self._rows.row_sums:
+            state.update(row_sum.numpy().tobytes())
+        self._kept = KeptIndex(directory, state.hexdigest()) if directory and not self.exact else None
+        self._ready = self.exact
 
-    def _make(self) -> Any:
-        try:
-            return self._faiss.index_factory(self.dimension, self.factory, self._faiss.METRIC_INNER_PRODUCT)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ConfigurationError(
-                message(
-                    f"Explainer(index={self.factory!r})",
-                    "faiss refuses this factory string",
-                    got=str(error).strip().splitlines()[-1][:200],
-                    expected="a string for faiss.index_factory",
-                    source=f"faiss, for {self.dimension} dimensions",
-                    fix='Use index="Flat" for exact search',
-                )
-            ) from error
+    def _empty(self) -> CompressedSearch:
+        return CompressedSearch(self._rows.dimension, self.factory)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all stored rows are searched."""
+        return self.factory == "Flat"
+
+    @property
+    def rows(self) -> RunRows:
+        """The rows that are searched."""
+        return self._rows
 
     @property
     def ready(self) -> bool:
-        """Whether the index is in memory."""
-        return self._index is not None
+        """Whether it can search at once."""
+        return self._ready
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the index beside the run; 0 where none is kept."""
+        return self._kept.size if self._kept else 0
 
     def prepare(self, on_rows: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Load the index from beside the run, or build it and keep it there.
+        """Load a compressed index from beside the run, or build it and keep it there; exact search needs neither.
 
         Args:
             on_rows: Told how many rows are in, and of how many.
@@ -102,84 +122,51 @@ class RowIndex:
         Raises:
             ConfigurationError: faiss cannot train this index on this run.
         """
-        if self._index is None:
-            self._index = self._load()
-        if self._index is None:
-            self._index = self._build(on_rows)
-            self._save()
+        if self._ready:
+            return
+        assert isinstance(self._search, CompressedSearch)
+        if self._kept is None or not self._kept.load(self._search, len(self._rows)):
+            self._search = self._empty()
+            self._build(on_rows)
+            if self._kept is not None:
+                self._kept.save(self._search)
+        self._search.move(self._device)
+        self._ready = True
+
+    def _build(self, on_rows: Callable[[int, int], None]) -> None:
+        assert isinstance(self._search, CompressedSearch)
+        self._search.build(self._rows, on_rows)
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Find the rows with the largest inner products.
+        """Find rows with the largest inner products, as far as the index knows them.
 
         Args:
-            queries: Covectors, ``(queries, segments * columns)``.
+            queries: Covectors, ``(queries, dimension)``.
             k: How many rows for each.
 
         Returns:
-            Example ids, ``(queries, k)``; −1 where the index found fewer.
+            Example ids, ``(queries, min(k, num_examples))``; −1 where the index found fewer.
         """
         self.prepare()
-        return self._index.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, self._index.ntotal))[1]
+        return self._search.search(queries, k)
 
-    def _build(self, on_rows: Callable[[int, int], None]) -> Any:
-        index, total = self._empty, self._trajectory.num_examples
-        if not index.is_trained:
-            chosen = torch.linspace(0, total - 1, min(total, _TRAINING_ROWS)).long().unique()
-            try:
-                index.train(self._rows(chosen))
-            except RuntimeError as error:
-                raise ConfigurationError(
-                    message(
-                        f"Explainer(index={self.factory!r})",
-                        "faiss cannot train this index on so few rows",
-                        got=f"{total} examples: {str(error).strip().splitlines()[-1][:160]}",
-                        expected="as many examples as the index has cells or codes",
-                        source="faiss",
-                        fix='Use a smaller index, or index="Flat"',
-                    )
-                ) from error
-        block = max(1, _BLOCK_BYTES // (4 * self.dimension))
-        for start in range(0, total, block):
-            stop = min(start + block, total)
-            index.add(self._rows(torch.arange(start, stop)))
-            on_rows(stop, total)
-        return index
+    def propose(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Propose rows for both ends of the ranking, the largest and the smallest inner products, in one search.
 
-    def _rows(self, ids: torch.Tensor) -> np.ndarray:
-        parts = [self._trajectory.segment(t).read_rows(ids) for t in range(len(self._trajectory))]
-        return torch.cat(parts, dim=1).numpy()
+        Args:
+            queries: Covectors, ``(queries, dimension)``.
+            k: How many rows are wanted of each end, once the proposed ones are ranked by the stored rows.
 
-    def _load(self) -> Any:
-        """Load a kept index, or None where there is none that is whole and of this run."""
-        if self._file is None or not self._file.is_file():
-            return None
-        try:
-            stated = json.loads(self._file.with_suffix(".json").read_text(encoding="utf-8"))
-            whole = stated == self._describe(self._file)
-            index = self._faiss.read_index(str(self._file)) if whole else None
-        except (OSError, ValueError, RuntimeError):
-            return None  # it is made from the rows again, and replaced
-        fits = index is not None and (index.d, index.ntotal) == (self.dimension, self._trajectory.num_examples)
-        return index if fits else None
-
-    def _save(self) -> None:
-        """Keep the index beside the run; a run that cannot be written to keeps it in memory alone.
-
-        A flat index is the rows once more, at twice their size, and as quickly made as read: it is not kept.
+        Returns:
+            Example ids, ``(queries, proposed)``, more than 2 k where there are so many; repeats and −1 among them.
         """
-        if self._file is None or self.factory == "Flat":
-            return
-        temporary = self._file.with_suffix(".tmp")
-        try:
-            self._file.parent.mkdir(exist_ok=True)
-            self._faiss.write_index(self._index, str(temporary))
-            described = json.dumps(self._describe(temporary))
-            os.replace(temporary, self._file)
-            self._file.with_suffix(".json").write_text(described, encoding="utf-8")
-        except (OSError, RuntimeError):
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        candidates = 2 * k if self.exact else max(_FEWEST_CANDIDATES, _CANDIDATES * k)
+        found = self.search(np.concatenate([queries, -queries]), candidates)
+        return np.concatenate(np.split(found, 2), axis=1)
 
-    def _describe(self, file: Path) -> dict[str, Any]:
-        size = file.stat().st_size
-        return {"state": self._state, "factory": self.factory, "bytes": size, "sha256": checksum_file(file)}
+    def reconstruct(self, ids: np.ndarray) -> np.ndarray:
+        """Return rows as the index holds them, ``(ids, dimension)``: rounded, unless it is exact."""
+        self.prepare()
+        if isinstance(self._search, CompressedSearch):
+            return self._search.reconstruct(ids)
+        return self._rows.read(torch.from_numpy(ids)).numpy()

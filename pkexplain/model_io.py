@@ -14,8 +14,16 @@ from pkexplain.errors import ExampleIdError, QueryError, message
 __all__ = ["InputShapes", "LossDerivatives", "QueryBatch", "as_queries", "check_ids", "first_tensor"]
 
 
-def check_ids(ids: Sequence[int] | Tensor, num_examples: int) -> Tensor:
+def check_ids(
+    ids: Sequence[int] | Tensor, num_examples: int, asked: str = "recorder.step(ids)", gone: Sequence[int] = ()
+) -> Tensor:
     """Take example ids as a tensor of row numbers, ``(batch,)``.
+
+    Args:
+        ids: What was given.
+        num_examples: How many examples there are.
+        asked: What they were given to.
+        gone: Examples that were withdrawn.
 
     Raises:
         ExampleIdError: They are not whole numbers in one dimension, in range and without repeats.
@@ -23,9 +31,7 @@ def check_ids(ids: Sequence[int] | Tensor, num_examples: int) -> Tensor:
 
     def bad(wrong: str, got: Any, fix: str) -> ExampleIdError:
         expected = f"different whole numbers from 0 to {num_examples - 1}"
-        return ExampleIdError(
-            message("recorder.step(ids)", wrong, got=got, expected=expected, source=f"{num_examples=}", fix=fix)
-        )
+        return ExampleIdError(message(asked, wrong, got=got, expected=expected, source=f"{num_examples=}", fix=fix))
 
     try:
         tensor = torch.as_tensor(ids if isinstance(ids, Tensor) or hasattr(ids, "dtype") else list(ids))
@@ -41,6 +47,9 @@ def check_ids(ids: Sequence[int] | Tensor, num_examples: int) -> Tensor:
     if len(outside):
         fix = "Count rows of the training set from 0, and give num_examples=len(train)"
         raise bad("ids are out of range", outside[:5].tolist(), fix)
+    withdrawn = tensor[torch.isin(tensor, torch.tensor(gone, dtype=torch.long))] if len(gone) else ()
+    if len(withdrawn):
+        raise bad("these examples were withdrawn from the run", list(map(int, withdrawn[:5])), "Train without them")
     values, counts = tensor.unique(return_counts=True)
     if len(values) < len(tensor):
         fix = "Put an example into a batch once, or into two batches with accumulate=True"

@@ -27,7 +27,7 @@ from pkexplain.contract import (
     warn_of_unexplained,
     without_backward,
 )
-from pkexplain.errors import ConfigurationError, message
+from pkexplain.errors import ConfigurationError, ExampleIdError, message
 from pkexplain.freezing import freeze
 from pkexplain.gradients import ExampleGradients
 from pkexplain.layers import find_layers, flatten_blocks
@@ -53,6 +53,9 @@ _UNEXPLAINED = 0.2
 """Largest share of a parameter's displacement that may be on the optimizer line without a word."""
 _BEND = 1e-3
 """Largest share of the applied gradient that is no multiple of the captured one and passes for rounding."""
+
+_REFUSED = -(1 << 40)
+"""Added to a batch's size by a process that refuses its own part."""
 
 
 class Recorder:
@@ -107,6 +110,7 @@ class Recorder:
         self._store, self._model, self._optimizer = open_store(run), model, optimizer
         self._num_examples, self._segments, self._dtype = num_examples, segments, dtype
         self._given_lookahead, self._resuming = lookahead, False
+        self._gone: Sequence[int] = ()
         self._projection = projection or Kronecker()
         rule = rule_for(optimizer)
         in_group = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -210,9 +214,9 @@ class Recorder:
         self._open = True
         return self
 
-    def _setting(self, audited_of: int = 0) -> Setting:
+    def _setting(self, audited: Tensor | None = None) -> Setting:
         scratch = self._store.path if isinstance(self._store, DirectoryStore) else None
-        return Setting(self._blocks, self._projection, self._num_examples, self._like, self._ranks, audited_of, scratch)
+        return Setting(self._blocks, self._projection, self._num_examples, self._like, self._ranks, audited, scratch)
 
     def _go_on(self) -> None:
         """Take up a run where the model and the optimizer stand."""
@@ -221,10 +225,11 @@ class Recorder:
         optimizer = checksum_optimizer(self._optimizer, self._parameters)
         standpoint = find_standpoint(self._store, manifest, self._start, optimizer, self._ranks)
         projector = trajectory.projector(self._like.device)
-        setting = self._setting(audited_of=sum(trajectory.files[0].counts))
+        setting = self._setting(trajectory.segment(0).audit_ids)
         steps = trajectory.boundaries[standpoint.segments]
         self._accountant = SegmentAccountant(setting, self._lookahead, projector, steps)
         self._inputs.seen.update(trajectory.inputs)
+        self._gone = manifest.get("withdrawn", [])
         if standpoint.in_flight is not None:
             self._checked = True
             if take_up(self._store, standpoint, setting, self._accountant):
@@ -291,8 +296,7 @@ class Recorder:
             fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"
             raise broken("the recorder is not open", "a step before it was entered or after it was closed", fix)
         self._steps.refuse_strangers()
-        batch = CapturedBatch(check_ids(ids, self._num_examples).to(self._like.device))
-        batch.everywhere = self._ranks.add(len(batch.ids))
+        batch = self._batch(ids)
         if self._segments == "epoch" and self._accountant.visits + batch.everywhere > self._num_examples:
             self._end_segment()  # the loader dropped its last, smaller batch
         self._active, self._stepped = batch, False
@@ -311,6 +315,18 @@ class Recorder:
             self._active = None
         if self._segment_is_full():
             self._end_segment()
+
+    def _batch(self, ids: Sequence[int] | Tensor) -> CapturedBatch:
+        """Check the ids; where another process refuses its own, none goes on without it."""
+        try:
+            batch = CapturedBatch(check_ids(ids, self._num_examples, gone=self._gone).to(self._like.device))
+        except ExampleIdError:
+            self._ranks.add(_REFUSED)
+            raise
+        batch.everywhere = self._ranks.add(len(batch.ids))
+        if batch.everywhere < 0:
+            raise broken("another process has refused its batch", "wrong ids there", "Read that process's own error")
+        return batch
 
     def _receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         if self._attributed is not None:

@@ -14,6 +14,7 @@ _ROWS_AT_ONCE = 128
 """Rows that are rounded and summed at a time, so that they stay in a core's cache."""
 _MOST_HANDED_DOWN = 2**-9
 """Most rounding of larger rows that a row takes, relative to its largest number."""
+_ROUNDED_UP = 1 + 1e-5
 _SMALLEST_EXPONENT = -126
 """Of the powers of two that float32 holds in full; a row that needs a smaller one becomes zero, not infinity."""
 
@@ -28,11 +29,13 @@ class Rows:
         loss_derivatives: ∂ℓ_i/∂y_i of each row along its unit direction u_i, averaged over the visits that the row
             holds with the kernel as weight, ``(examples,)``; signed where the output is one number, otherwise
             −‖∂ℓ_i/∂y_i‖ (u_i being the direction in which the loss falls); nan where the output was not seen.
+        norms: ‖P D_i,t‖ of each row as stored, rounded up, ``(examples,)``.
     """
 
     rows: Tensor
     scale: Tensor
     loss_derivatives: Tensor
+    norms: Tensor
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -73,7 +76,7 @@ class Rows:
                 left.index_add_(0, size_of[some], (part - rounded.to(rows.dtype) * factors).double())
         if row_dtype != rows.dtype and len(rows):
             _hand_down(rows, stored, sizes, size_of, left)
-        return cls(stored, scale, loss_derivatives)
+        return cls(stored, scale, loss_derivatives, _norms(stored, scale))
 
     def sum(self) -> Tensor:
         """Sum the rows as stored, in float64, ``(k,)``."""
@@ -86,6 +89,10 @@ class Rows:
         """Read rows as stored, ``(ids, k)``, in parameter units of the projection space."""
         return self.rows[ids].to(dtype) * self.scale[ids, None].to(dtype)
 
+    def part(self, some: slice) -> Rows:
+        """Return the rows of some of the examples, without a copy."""
+        return Rows(**{name: value[some] for name, value in vars(self).items()})
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to store."""
         return dict(vars(self))
@@ -93,7 +100,14 @@ class Rows:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Rows:
         """Make the rows again from stored tensors."""
-        return cls(**tensors)
+        return cls(**{name: tensors[name] for name in ("rows", "scale", "loss_derivatives", "norms")})
+
+
+def _norms(stored: Tensor, scale: Tensor) -> Tensor:
+    wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
+    parts = [torch.linalg.vector_norm(some.to(wide), dim=1) for some in stored.split(_ROWS_AT_ONCE)]
+    norms = torch.cat(parts) if parts else scale.new_zeros(0, dtype=wide)
+    return (norms * scale.to(wide) * _ROUNDED_UP).float()
 
 
 def _hand_down(rows: Tensor, stored: Tensor, sizes: Tensor, size_of: Tensor, left_by_size: Tensor) -> None:

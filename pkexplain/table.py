@@ -111,7 +111,8 @@ def render(explanation: Explanation) -> str:
     """Render an explanation as plain text.
 
     Args:
-        explanation: What to show. Its rows are scanned once, for the gross contribution.
+        explanation: What to show. Its rows are scanned once, for the gross contribution, unless an index that does not
+            search all of them was asked for.
 
     Returns:
         Lines of at most ``WIDTH`` columns, without colour codes.
@@ -158,7 +159,7 @@ def _ledger(explanation: Explanation, places: int) -> Table:
     table.add_column(max_width=40)
     table.add_column(justify="right", no_wrap=True)
     table.add_row("", "initial", fixed(explanation.initial, places))
-    count = f"{len(explanation.contributions):,}"
+    count = f"{explanation.num_examples:,}"
     table.add_row("+", f"examples ({count})", fixed(explanation.total, places, sign=True))
     for name, value in explanation.ledger.remainders.items():
         table.add_row("+", name, fixed(value, places, sign=True))
@@ -170,9 +171,18 @@ def _ledger(explanation: Explanation, places: int) -> Table:
 
 
 def _balance(explanation: Explanation, places: int) -> list[str]:
-    net, gross = explanation.total, explanation.gross
-    ratio = f", {gross / abs(net):,.1f} times as much" if net and math.isfinite(gross / net) else ""
+    net, rest = explanation.total, explanation.remainder
     shown = len({c.id for c in (*explanation.proponents, *explanation.opponents)})
+    held, others, bound = (fixed(value, places, sign=True) for value in (rest.shown, rest.rest, rest.bound))
+    parts = f"The {shown:,} examples below hold {held} of it, the other {rest.num_rest:,} {others}"
+    if not rest.exact:
+        return [
+            f"Net {fixed(net, places, sign=True)}. An index proposed the examples; their own rows ranked them.",
+            f"{parts};",
+            f"by the norms of their rows, none of those contributes more than {bound.removeprefix('+')} either way.",
+        ]
+    gross = explanation.gross
+    ratio = f", {gross / abs(net):,.1f} times as much" if net and math.isfinite(gross / net) else ""
     return [
         f"Net {fixed(net, places, sign=True)}; gross {fixed(gross, places)}{ratio}: the difference cancelled.",
         f"The {shown:,} examples below hold {percent(explanation.shown_share)} of the gross.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,20 @@ class Segment:
         """The loss derivatives of all rows, ``(examples,)``."""
         known = [shard.loss_derivatives for shard in self.shards]
         return torch.cat([*known, known[0].new_zeros(self.examples - sum(map(len, known)))])
+
+    @property
+    def norms(self) -> Tensor:
+        """The norms of all rows, rounded up, ``(examples,)``."""
+        known = [shard.norms for shard in self.shards]
+        return torch.cat([*known, known[0].new_zeros(self.examples - sum(map(len, known)))])
+
+    def part(self, some: slice) -> Segment:
+        """Return the segment with the rows of some of the examples, without a copy."""
+        parts, start = [], 0
+        for shard in self.shards:
+            parts.append(shard.part(slice(max(some.start - start, 0), max(min(some.stop - start, len(shard)), 0))))
+            start += len(shard)
+        return replace(self, shards=tuple(parts), examples=some.stop - some.start)
 
     def read_rows(self, ids: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Read rows as stored, ``(ids, k)``, in parameter units of the projection space.
@@ -324,6 +338,7 @@ class Trajectory:
         files: Where each segment is kept.
         details: Everything else the manifest says, for people.
         read: Reads the tensors of a file of the run, by name.
+        first: The first example; more than 0 in a part of a run.
     """
 
     run_id: str
@@ -336,6 +351,7 @@ class Trajectory:
     files: tuple[SegmentFiles, ...]
     details: Mapping[str, Any]
     read: Callable[[str], Mapping[str, Tensor]]
+    first: int = 0
 
     def __len__(self) -> int:
         """Return the number of segments."""
@@ -353,7 +369,22 @@ class Trajectory:
     def segment(self, t: int) -> Segment:
         """Read segment t, 0 ≤ t < T."""
         files = self.files[t]
-        return Segment.from_tensors(self.read(files.vectors), map(self.read, files.rows), self.num_examples)
+        whole = Segment.from_tensors(
+            self.read(files.vectors), map(self.read, files.rows), max(sum(files.counts), self.first + self.num_examples)
+        )
+        if self.first or whole.examples > self.num_examples:
+            return whole.part(slice(self.first, self.first + self.num_examples))
+        return whole
+
+    def part(self, some: slice) -> Trajectory:
+        """Return the run with the rows of some of the examples, which count from 0 again."""
+        return replace(self, first=self.first + some.start, num_examples=some.stop - some.start)
+
+    @property
+    def rows_id(self) -> str:
+        """Name these rows as no others are named: of this run, after these segments, withdrawals and merges."""
+        names = " ".join(name for files in self.files for name in files.rows)
+        return f"{self.run_id} {names} {self.first} {self.num_examples}"
 
     def projector(self, device: torch.device) -> Projector:
         """Make the run's projection again, as it was recorded."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pkexplain.explanation import Check, Contribution, Cost, Explanation, Ledger
+from pkexplain.explanation import Check, Contribution, Cost, Explanation, Ledger, Remainder
 
 HOSTILE = "</style></title><script>alert('x')</script>\"><img src=x onerror=alert(1)> \u202eabc\u202c שלום & {{ 7*7 }}"
 """Text that must come out as text wherever it goes in."""
@@ -21,6 +21,7 @@ def make_explanation(
     query: object = None,
     strength: np.ndarray | None = None,
     failing: bool = False,
+    exact: bool = True,
 ) -> Explanation:
     """Make an explanation whose contributions, remainders and checkpoint outputs agree with each other.
 
@@ -34,6 +35,7 @@ def make_explanation(
         query: The query; an 8 x 8 picture where it is None.
         strength: Mean contribution of each example, ``(num_examples,)``; about zero where it is None.
         failing: Whether one check fails.
+        exact: Whether all rows were searched.
 
     Returns:
         The explanation. Final minus initial is examples plus remainders plus a gap of 1e-6.
@@ -58,6 +60,10 @@ def make_explanation(
         Check("displacement gap", 3.1e-7, 1e-4, "Share of the parameters' movement that no line of the ledger holds."),
         Check("quadrature gap", 0.42 if failing else 0.0042, 0.01, "Error of the averaged gradient; raise the budget."),
     )
+    proponents = tuple(contribution(i) for i in order[::-1][:k] if contributions[i] > 0)
+    opponents = tuple(contribution(i) for i in order[:k] if contributions[i] < 0)
+    shown = {c.id: c.contribution for c in (*proponents, *opponents)}
+    others = np.delete(contributions, list(shown))
     return Explanation(
         output=output,
         reading=reading,
@@ -67,8 +73,15 @@ def make_explanation(
             float(contributions.sum()),
             {"decay": float(decay.sum()), "optimizer": float(remainder.sum())},
         ),
-        proponents=tuple(contribution(i) for i in order[::-1][:k] if contributions[i] > 0),
-        opponents=tuple(contribution(i) for i in order[:k] if contributions[i] < 0),
+        proponents=proponents,
+        opponents=opponents,
+        remainder=Remainder(
+            shown=sum(shown.values()),
+            rest=float(others.sum()),
+            num_rest=len(others),
+            bound=float(np.abs(others).max(initial=0.0)) * (1.0 if exact else 20.0),
+            exact=exact,
+        ),
         checks=checks,
         cost=Cost(forward_passes=5 * segments, backward_passes=4 * segments, budget=16 * segments),
         boundaries=tuple(range(0, 10 * segments + 1, 10)),

@@ -78,7 +78,7 @@ def explain(disk_run, source, query):
 
 def test_without_a_command_it_shows_what_there_is():
     shown = call("--help").output
-    assert all(command in shown for command in ("demo", "inspect", "verify", "explain"))
+    assert all(command in shown for command in ("demo", "inspect", "verify", "explain", "index", "merge", "withdraw"))
 
 
 def test_demo_trains_explains_and_writes_a_report(tmp_path, monkeypatch):
@@ -94,6 +94,25 @@ def test_demo_trains_explains_and_writes_a_report(tmp_path, monkeypatch):
     assert str(tmp_path / "d[e]mo" / "run") in result.output
     assert "<html" in (tmp_path / "d[e]mo" / "why.html").read_text(encoding="utf-8")
     assert pk.DirectoryStore(tmp_path / "d[e]mo" / "run").manifest()["num_examples"] == 300
+
+
+def test_merge_and_withdraw_change_a_run(disk_run):
+    result = call("merge", disk_run.store, "--shards", 3)
+    assert (result.exit_code, result.output.strip()) == (0, "Each segment's rows lie in 3 file(s) now.")
+    result = call("withdraw", disk_run.store, "--ids", "3, 17")
+    assert result.exit_code == 0
+    assert "2 example(s) withdrawn" in result.output
+    trajectory = pk.DirectoryStore(disk_run.store).trajectory()
+    assert [len(files.rows) for files in trajectory.files] == [3] * len(trajectory)
+    assert trajectory.details["withdrawn"] == [3, 17]
+    assert call("verify", disk_run.store).exit_code == 0
+
+
+@pytest.mark.parametrize("ids", ["three", "1;2", "-1", "", "1,,2"])
+def test_withdraw_refuses_what_are_no_row_numbers(disk_run, ids):
+    result = call("withdraw", disk_run.store, "--ids", ids)
+    assert isinstance(result.exception, QueryError)
+    assert "these are not row numbers" in str(result.exception)
 
 
 def test_inspect_shows_the_run_and_its_segments(disk_run, monkeypatch):

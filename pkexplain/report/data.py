@@ -204,7 +204,7 @@ def _steps(explanation: Explanation) -> Iterator[Step]:
     ledger = explanation.ledger
     pro, con = (sum(c.contribution for c in side) for side in (explanation.proponents, explanation.opponents))
     num_pro, num_con = len(explanation.proponents), len(explanation.opponents)
-    num_rest = len(explanation.contributions) - num_pro - num_con
+    num_rest = explanation.num_examples - num_pro - num_con
     changes = [
         (f"Strongest proponents ({num_pro:,})", "examples", pro if num_pro else None),
         (f"Strongest opponents ({num_con:,})", "examples", con if num_con else None),

@@ -1,0 +1,127 @@
+"""What does an index find, hold and cost? Made rows up to a million, and a recorded run. About twenty minutes.
+
+It needs 5 GB of disk, in the folder given (a temporary one without it), which is deleted. The settings
+in `pkexplain/compressed.py` and `pkexplain/index.py` were chosen on another recorded run, made rows and digits.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from _figures import machine, table, write
+from _made_rows import COLUMNS, MadeRun, Spectrum, make_rows, record
+
+from pkexplain.index import RowIndex, choose_factory
+from pkexplain.index_comparison import FACTORIES, IndexFigures, combine_rows, compare_indices, measure_index
+from pkexplain.search import MEMORY_BUDGET, RunRows
+
+SEED = 1
+SIZES = (10_000, 100_000, 1_000_000)
+INDICES = {
+    10_000: ("PCA256,IVF128,SQ8",),
+    100_000: ("PCA256,IVF256,SQ8",),
+    1_000_000: ("PCA256,IVF1024,SQ8", "PCA256,IVF1024,PQ64x8"),
+}
+
+
+def build(folder: Path, count: int, factory: str, sender) -> None:
+    """Build an index in a process of its own; send the seconds and the largest resident size in bytes."""
+    before = time.perf_counter()
+    RowIndex(MadeRun(folder, count), factory, folder / "index").prepare()
+    sender.send((time.perf_counter() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def in_own_process(*arguments) -> tuple[float, int]:
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=build, args=(*arguments, sender))
+    process.start()
+    sender.close()
+    found = receiver.recv()
+    process.join()
+    return found
+
+
+def shares(found: IndexFigures) -> list[str]:
+    size = f"{found.bytes_per_row:,.0f}" if found.bytes_per_row else "–"
+    return [f"{found.recall:.3f}", f"{found.captured_mass:.4f}", size]
+
+
+def made(folder: Path, queries: np.ndarray) -> str:
+    rows = []
+    for count in SIZES:
+        run = MadeRun(folder, count)
+        exact = RowIndex(run, "Flat")  # pyright: ignore[reportArgumentType]
+        start = time.perf_counter()
+        found = exact.propose(queries, 10)
+        seconds = (time.perf_counter() - start) / len(queries)
+        truth = exact.rows.rank(queries, exact.search(queries, 100), 100)
+        assert np.isin(truth[0][:, :10], found).all()
+        rows.append([f"{count:,}", "`Flat`", "1", "1", "–", "–", "–", f"{seconds * 1e3:.1f} ms", "–"])
+        for factory in INDICES[count]:
+            took, peak = in_own_process(folder, count, factory)
+            index = RowIndex(run, factory, folder / "index")  # pyright: ignore[reportArgumentType]
+            figures = measure_index(index, queries, truth)
+            times = [f"{took:.1f} s", f"{peak / 2**30:.2f} GiB", f"{figures.query_seconds * 1e3:.1f} ms"]
+            rows.append([f"{count:,}", f"`{factory}`", *shares(figures), *times, f"{figures.rounding:.1%}"])
+            print(rows[-1], flush=True)
+    head = ["rows", "index", "recall@10", "captured mass", "bytes a row", "build", "peak memory", "a query", "rounding"]
+    return table(head, rows)
+
+
+def recorded(trajectory, queries: np.ndarray) -> str:
+    combined = combine_rows(trajectory, len(queries))
+    lines = []
+    wanted = [*FACTORIES, "PCA256,PQ32", "PCA512,SQ8"]
+    both = (compare_indices(trajectory, asked, wanted) for asked in (queries, combined))
+    for ours, theirs in zip(*both, strict=True):
+        if isinstance(ours, tuple):
+            raise SystemExit(ours[1])
+        build_and_ask = [f"{ours.build_seconds:.1f} s", f"{ours.query_seconds * 1e3:.1f} ms", f"{ours.rounding:.1%}"]
+        assert not isinstance(theirs, tuple)
+        lines.append([f"`{ours.factory}`", *shares(ours), *build_and_ask, f"{theirs.recall:.3f}"])
+        print(lines[-1], flush=True)
+    head = [
+        "index",
+        "recall@10",
+        "captured mass",
+        "bytes a row",
+        "build",
+        "a query",
+        "rounding",
+        "recall@10, sums of rows",
+    ]
+    return table(head, lines)
+
+
+def main(place: Path) -> None:
+    os.environ["PKEXPLAIN_CACHE"] = str(place / "cache")
+    store, covectors = record(SEED)
+    trajectory, rows = store.trajectory(), RunRows(store.trajectory())
+    spectrum = Spectrum.of(rows.read(slice(0, len(rows))), torch.from_numpy(covectors))
+    asked = make_rows(spectrum, SIZES[-1], SEED, place / "made")[-100:]
+    first = made(place / "made", asked)
+    second = recorded(trajectory, covectors[-100:])
+    write(
+        "index",
+        f"100 queries in one batch, {MEMORY_BUDGET >> 20:,} MiB of rows at once. {machine()}.\n\n"
+        f"Made rows of {COLUMNS:,} numbers (flat float32: {4 * COLUMNS:,} bytes a row); peak memory is the building "
+        "process's whole resident size, pages of the mapped file of rows included:\n\n"
+        f"{first}\n\nThe recorded run of the demo's CNN, {len(rows):,} rows of {rows.dimension:,} numbers, for which "
+        f"`choose_factory` says `{choose_factory(len(rows), rows.dimension)}`:\n\n{second}",
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            main(Path(folder))
