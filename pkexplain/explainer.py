@@ -23,6 +23,7 @@ from pkexplain.outputs import Output, settle_output
 from pkexplain.quadrature import Quadrature
 from pkexplain.ranking import Ranking, Scan
 from pkexplain.ranks import ProcessGroup, Ranks
+from pkexplain.storage import damaged
 from pkexplain.store import DirectoryStore, Store, open_store
 
 __all__ = ["Explainer"]
@@ -85,7 +86,9 @@ class Explainer:
         groups = {name: block.group for block in self._trajectory.fingerprint.blocks for name in block.parameters}
         for name, parameter in mine.named_parameters():
             parameter.requires_grad_(name in groups)
-        layers, _ = find_layers(mine, groups)
+        layers, blocks = find_layers(mine, groups)
+        if tuple(blocks) != self._trajectory.fingerprint.blocks:
+            raise damaged(store, "manifest.json", "its blocks are not the model's", len(groups), "those of its layers")
         self._projector = self._trajectory.projector(device)
         self._field = OutputField(mine, layers, self._projector, self._trajectory)
         self._segments = [self._trajectory.segment(t) for t in range(len(self._trajectory))]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pkexplain.batches import HELD_BYTES, Book, CapturedBatch, Factors, Setting, Target, Totals, reached
-from pkexplain.displacement import Reach, look_back
+from pkexplain.displacement import Reach, copy_exactly, look_back
 from pkexplain.gradients import ExampleGradients
 from pkexplain.normalised import RowMixture
 from pkexplain.projector import Projector
@@ -157,8 +157,8 @@ class _Tail:
 
     def resume(self, moment: Tensor, moving: Tensor) -> None:
         """Begin with what was in the moment."""
-        self._moment.copy_(moment)
-        self._moving.copy_(moving)
+        copy_exactly(self._moment, moment)
+        copy_exactly(self._moving, moving)
 
     def factors(self) -> list[tuple[Factors, Factors]]:
         """For each fold, what a batch that was added then has moved by now and what it keeps; first, the earliest."""

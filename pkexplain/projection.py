@@ -65,6 +65,10 @@ class Projection(ABC):
         """
 
     @abstractmethod
+    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
+        """Count the columns of the map that `restore` makes."""
+
+    @abstractmethod
     def restore(
         self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
     ) -> Projector:
@@ -97,6 +101,10 @@ class Identity(Projection):
         """Make the map for a model's blocks; where nothing is lost there is nothing to balance."""
         return Projector(blocks, [IdentityMap(block.span) for block in blocks], dtype, device)
 
+    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
+        """Count the columns: one for each number."""
+        return sum(block.numel for block in blocks)
+
     def restore(
         self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
     ) -> Projector:
@@ -122,6 +130,7 @@ class SparseSign(Projection):
     def __post_init__(self) -> None:
         """Refuse sizes that make no map."""
         _positive(self, k=self.k, nonzeros=self.nonzeros)
+        _check_seed(self, self.seed)
         if self.nonzeros > _MOST_NONZEROS:
             raise _no_map(self, "nonzeros", self.nonzeros, f"at most {_MOST_NONZEROS}")
 
@@ -156,6 +165,10 @@ class SparseSign(Projection):
             left, rest = left - widths[position], rest - root
         return widths
 
+    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
+        """Count the columns."""
+        return sum(self._widths(blocks))
+
     def restore(
         self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
     ) -> Projector:
@@ -188,6 +201,7 @@ class Kronecker(Projection):
     def __post_init__(self) -> None:
         """Refuse sizes that make no map."""
         _positive(self, k=self.k, warm_up_examples=self.warm_up_examples)
+        _check_seed(self, self.seed)
 
     @property
     def warm_up(self) -> int:
@@ -218,6 +232,12 @@ class Kronecker(Projection):
         loose = [position for position, block in enumerate(blocks) if block.matrix is None]
         return {p: min(blocks[p].numel, max(1, self.k // (8 * len(loose)))) for p in loose}
 
+    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
+        """Count the columns."""
+        matrices = [position for position, block in enumerate(blocks) if block.matrix is not None]
+        sides = [len(kept[f"{p}.left"]) * len(kept[f"{p}.right"]) for p in matrices]
+        return sum(sides) + sum(self._loose_widths(blocks).values())
+
     def restore(
         self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
     ) -> Projector:
@@ -242,6 +262,11 @@ def _positive(projection: Projection, **sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise _no_map(projection, name, size, "a whole number from 1 up")
+
+
+def _check_seed(projection: Projection, seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise _no_map(projection, "seed", seed, "a whole number from 0 to 2⁶⁴ − 1")
 
 
 def _no_map(projection: Projection, name: str, size: object, expected: str) -> ConfigurationError:

@@ -25,7 +25,7 @@ from pkexplain.lookahead import Lookahead
 from pkexplain.model_io import InputShapes, LossDerivatives, check_ids
 from pkexplain.projection import Kronecker, Projection
 from pkexplain.ranks import ranks_of
-from pkexplain.resuming import checksum_optimizer, find_standpoint
+from pkexplain.resuming import checksum_optimizer, find_standpoint, take_up
 from pkexplain.run_writer import RunWriter
 from pkexplain.segment_warnings import SegmentWarnings
 from pkexplain.steps import StepReader
@@ -210,15 +210,15 @@ class Recorder:
         optimizer = checksum_optimizer(self._optimizer, self._parameters)
         standpoint = find_standpoint(self._store, manifest, self._start, optimizer, self._ranks)
         projector = trajectory.projector(self._like.device)
-        self._writer.resume(manifest, {"ended": self._ended}, standpoint.segments)
         setting = self._setting(trajectory.segment(0).audit_ids)
-        self._accountant = SegmentAccountant(setting, self._lookahead, projector, self._writer.steps)
+        steps = trajectory.boundaries[standpoint.segments]
+        self._accountant = SegmentAccountant(setting, self._lookahead, projector, steps)
         self._sums = GradientSums(setting, self._parameters)
         self._inputs.seen.update(trajectory.inputs)
         self._gone = manifest.get("withdrawn", [])
         if standpoint.in_flight is not None:
-            self._sums.resume(standpoint.in_flight["attributed"])
-            self._accountant.resume(standpoint.in_flight["accounts"])
+            self._sums.resume(take_up(self._store, standpoint, setting, self._accountant))
+        self._writer.resume(manifest, {"ended": self._ended}, standpoint.segments)  # last: a refusal drops nothing
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the last segment and let go of the model and the optimizer, also after an error."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pkexplain.batches import CapturedBatch
+from pkexplain.accounting import SegmentAccountant
+from pkexplain.batches import CapturedBatch, Setting
 from pkexplain.displacement import RowSum
-from pkexplain.errors import ConfigurationError, ModelMismatchError, message
+from pkexplain.errors import ConfigurationError, ModelMismatchError, RunDamagedError, message
 from pkexplain.freezing import thaw
-from pkexplain.gradients import ExampleGradients
+from pkexplain.gradients import ExampleGradients, MatrixGradient
 from pkexplain.lookahead import Pending
+from pkexplain.model_io import check_ids
 from pkexplain.ranks import Ranks
 from pkexplain.storage import Store, damaged
-from pkexplain.trajectory import Trajectory, checksum_tensor
+from pkexplain.trajectory import checksum_tensor
 
-__all__ = ["Standpoint", "checksum_optimizer", "find_standpoint"]
+__all__ = ["Standpoint", "checksum_optimizer", "find_standpoint", "take_up"]
 
 
 def checksum_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
@@ -45,10 +48,12 @@ class Standpoint:
     Attributes:
         segments: Finished segments that stay.
         in_flight: What is in the optimizer's moment there; None where the optimizer starts anew.
+        file: The file that says so.
     """
 
     segments: int
     in_flight: Mapping[str, Any] | None
+    file: str = ""
 
 
 def find_standpoint(
@@ -67,7 +72,7 @@ def find_standpoint(
         ModelMismatchError: The model is at none of the run's checkpoints.
         ConfigurationError: The optimizer's state does not belong there, or what was in flight there is not known.
     """
-    trajectory = Trajectory.from_manifest(manifest, store.read)
+    trajectory = store.trajectory()
     states = {state["segments"]: state for state in manifest["states"]}
     here = [t for t in range(len(trajectory), 0, -1) if torch.equal(trajectory.checkpoint(t).parameters, point.cpu())]
     steps = {t: trajectory.boundaries[t] for t in range(1, len(trajectory) + 1)}
@@ -118,9 +123,69 @@ def find_standpoint(
     device = point.device
     tensors = {key: value.to(device, copy=True) for key, value in store.read(name).items()}
     try:
-        return Standpoint(fitting[0], thaw(tensors, [RowSum, Pending, CapturedBatch, *_kinds(ExampleGradients)]))
+        found = thaw(tensors, [RowSum, Pending, CapturedBatch, *_kinds(ExampleGradients)])
     except ValueError as error:
-        raise damaged(store, name, "it is not a state", str(error), "what is in flight") from error
+        raise _no_state(store, name, error) from error
+    return Standpoint(fitting[0], found, name)
+
+
+def take_up(store: Store, standpoint: Standpoint, setting: Setting, accountant: SegmentAccountant) -> bool:
+    """Give an accountant what was in flight.
+
+    Args:
+        store: The run.
+        standpoint: Where it goes on, with something in flight.
+        setting: What is recorded.
+        accountant: The accountant, new.
+
+    Returns:
+        Whether the examples' part of the gradient is followed by itself.
+
+    Raises:
+        RunDamagedError: What was in flight does not fit the run.
+    """
+    try:
+        in_flight = dict(standpoint.in_flight or {})
+        accounts = in_flight["accounts"]
+        book = accounts["book"] or {}
+        if {*accounts["decay"][1], *book.get("blocks", ())} - setting.spans.keys():
+            raise ValueError("blocks that the model does not have")
+        for pending in book.get("pending", ()):
+            _check_pending(pending, setting)
+        accountant.resume(accounts)
+        return bool(in_flight["attributed"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise _no_state(store, standpoint.file, error) from error
+
+
+def _check_pending(pending: Pending, setting: Setting) -> None:
+    """Check gradients that wait, so that none is stretched to fit, or of an example that the run does not have.
+
+    Raises:
+        ValueError: They do not fit the run.
+    """
+    blocks = range(len(setting.blocks))
+    by_block = [pending.scale, pending.still, pending.carried or {}]
+    if pending.place != -1 or pending.gradient.shape != (setting.size,) or any(d.keys() - {*blocks} for d in by_block):
+        raise ValueError("steps that did not wait")
+    parts = [(b, part) for by in by_block for b, part in by.items() if isinstance(part, Tensor)]
+    if any(part.shape != (setting.blocks[b].numel,) for b, part in parts):
+        raise ValueError("factors of other parameters")
+    for batch in pending.batches:
+        everyone = torch.arange(len(check_ids(batch.ids, setting.num_examples)), device=batch.ids.device)
+        if batch.derivatives is not None and batch.derivatives.shape != everyone.shape:
+            raise ValueError("loss derivatives of other examples")
+        for position, gradients in batch.pieces:
+            numel = setting.blocks[position].numel if position in blocks else -1
+            matrix = gradients.matrix if isinstance(gradients, MatrixGradient) else (numel, 1)
+            if len(gradients) != len(everyone) or math.prod(matrix) != numel or gradients.total().shape != (numel,):
+                raise ValueError("gradients of other parameters")
+            if gradients.select(everyone).nbytes != gradients.nbytes:  # an IndexError where there are too few
+                raise ValueError("gradients of other examples")
+
+
+def _no_state(store: Store, name: str, error: Exception) -> RunDamagedError:
+    return damaged(store, name, "it is not a state", f"{error}", "what is in flight")
 
 
 def _kinds(kind: type) -> list[type]:

@@ -150,7 +150,9 @@ class RunWriter:
         self._put_each(names[self._ranks.rank], tensors)
         earlier = [state for state in self._states if state["segments"] != after]
         gone = earlier[: max(0, len(earlier) + 1 - _STATES_KEPT)]
-        self._states = [*earlier[len(gone) :], {"segments": after, "files": names, "optimizer": optimizer}]
+        kept = earlier[len(gone) :]
+        gone = [state for state in self._states if state not in kept and state["files"] != names]
+        self._states = [*kept, {"segments": after, "files": names, "optimizer": optimizer}]
 
         def write() -> None:
             if self._first:
@@ -160,8 +162,8 @@ class RunWriter:
         self._together(write)
 
     def close(self, about: Mapping[str, Any]) -> None:
-        """Write the last manifest and let others write."""
-        self._about |= about
+        """Write the last manifest and let others write; examples count once a segment holds rows of them."""
+        self._about |= {n: value for n, value in about.items() if n != "num_examples" or not self._segments}
         try:
             self._together(lambda: self._store.commit(self._manifest()) if self._first else None)
         finally:

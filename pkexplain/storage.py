@@ -7,12 +7,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from pkexplain.errors import RunBusyError, RunDamagedError, RunError, RunExistsError, RunNotFoundError, message
 from pkexplain.trajectory import Trajectory
+from pkexplain.validation import Layout, MisfitError
 
 __all__ = ["FORMAT_VERSION", "MemoryStore", "Store", "busy", "damaged", "exists", "not_found"]
 
@@ -88,6 +90,7 @@ class Store(ABC):
 
         Raises:
             RunNotFoundError: There is no run, or it holds no finished segment.
+            RunDamagedError: The manifest is not that of a run; files are held against it as they are read.
         """
         manifest = self.manifest()
         if not manifest.get("segments"):
@@ -102,9 +105,22 @@ class Store(ABC):
                 )
             )
         try:
-            return Trajectory.from_manifest(manifest, self.read)
+            trajectory = Trajectory.from_manifest(manifest, self.read)
+            layout = Layout.of(trajectory)
+        except MisfitError as misfit:
+            raise damaged(self, "manifest.json", misfit.wrong, misfit.got, misfit.expected) from misfit
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise damaged(self, "manifest.json", "it is not that of a run", f"{error!r}", "a run's manifest") from error
+
+        def read(name: str) -> Mapping[str, Tensor]:
+            tensors = self.read(name)
+            try:
+                layout.check(name, tensors)
+            except MisfitError as misfit:
+                raise damaged(self, name, misfit.wrong, misfit.got, misfit.expected) from misfit
+            return tensors
+
+        return replace(trajectory, read=read)
 
 
 class MemoryStore(Store):

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +22,12 @@ from torch import Tensor
 
 from pkexplain.errors import RunDamagedError, RunError, message
 from pkexplain.storage import FORMAT_VERSION, MemoryStore, Store, busy, damaged, exists, not_found
+from pkexplain.validation import FILE_NAME
 
 __all__ = ["DirectoryStore", "MemoryStore", "Store", "checksum_file", "flush_and_rename", "open_store"]
 
-_LARGEST_MANIFEST = 1 << 28
-_FILE_NAME = re.compile(
-    r"(?:(?:checkpoints|segments|rows|states)/\d{5,9}(?:\.\d{3,6})?(?:-\d{1,9})?|projection)\.safetensors"
-)
+_LARGEST_MANIFEST = 1 << 26
+"""Bytes, of some 80,000 segments; JSON can take twenty times its size once it is read."""
 
 
 class DirectoryStore(Store):
@@ -73,15 +71,17 @@ class DirectoryStore(Store):
     def _sweep(self) -> None:
         """Remove the files of this kind that the manifest does not name: a killed writer's, which count for nothing."""
         for folder in ("checkpoints", "segments", "rows", "states", "."):
+            self._keep_inside(folder)
             for file in (self.path / folder).glob("*"):
                 name = file.relative_to(self.path).as_posix()
-                ours = _FILE_NAME.fullmatch(name) and name not in self._files
+                ours = FILE_NAME.fullmatch(name) and name not in self._files
                 if ours or (file.suffix == ".tmp" and not file.is_dir()):
                     file.unlink(missing_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[object]:
         """Keep every other writer out, by a lock that the system takes back from a process that dies."""
+        self._keep_inside("lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / "lock", timeout=0, thread_local=False)
@@ -101,6 +101,7 @@ class DirectoryStore(Store):
 
         content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         target = self.path / name
+        self._keep_inside(name)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_suffix(".tmp")
@@ -109,6 +110,7 @@ class DirectoryStore(Store):
                 mode = (self.path / "manifest.json").stat().st_mode
                 temporary.chmod(mode)  # safetensors makes files for the owner alone
             self._read.pop(name, None)
+            self._dropped.discard(name)
             self._files[name] = {"bytes": temporary.stat().st_size, "sha256": checksum_file(temporary)}
             flush_and_rename(temporary, target)
         except (OSError, safetensors.SafetensorError) as error:
@@ -132,7 +134,10 @@ class DirectoryStore(Store):
         content["sha256"] = _checksum_json(content)
         temporary = self.path / "manifest.tmp"
         try:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            text = json.dumps(content)
+            if len(text) > _LARGEST_MANIFEST:
+                raise OSError(f"{len(text)} bytes, more than any reader takes: record fewer, longer segments")
+            temporary.write_text(text, encoding="utf-8")
             flush_and_rename(temporary, self.path / "manifest.json")
             self._known = None
         except OSError as error:
@@ -146,6 +151,7 @@ class DirectoryStore(Store):
         file = self.path / "manifest.json"
         if not file.is_file():
             raise not_found(self)
+        self._keep_inside("manifest.json")
         size = file.stat().st_size
         if size > _LARGEST_MANIFEST:
             raise self._damaged(
@@ -155,19 +161,20 @@ class DirectoryStore(Store):
             content = json.loads(file.read_text(encoding="utf-8"))
             stated = content.pop("sha256")
             found = _checksum_json(content)
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, MemoryError) as error:
             raise self._damaged("manifest.json", "it cannot be read", f"{error}", "JSON with a checksum") from error
         if stated != found:
             raise self._damaged("manifest.json", "it was altered", f"sha256 {found}", f"sha256 {stated}")
         version, files = content.get("format_version"), content.get("files")
         if version != FORMAT_VERSION:
             raise self._damaged("manifest.json", "its format is not known here", version, FORMAT_VERSION)
-        if not isinstance(files, dict):
-            raise self._damaged("manifest.json", "it names no files", files, "a mapping")
+        if not isinstance(files, dict) or not isinstance(content.get("segments"), list):
+            raise self._damaged("manifest.json", "it names no files and segments", files, "a mapping, and a list")
         for name, described in files.items():
-            if not _FILE_NAME.fullmatch(name):
+            if not FILE_NAME.fullmatch(name):
                 raise self._damaged("manifest.json", "it names a file that no run has", name, "checkpoints/00000…")
-            if not isinstance(described, dict) or described.keys() < {"bytes", "sha256"}:
+            kinds = {key: type(value) for key, value in described.items()} if isinstance(described, dict) else {}
+            if kinds != {"bytes": int, "sha256": str}:
                 raise self._damaged("manifest.json", f"it does not describe {name}", described, "bytes and sha256")
         self._known = content
         return content
@@ -194,6 +201,7 @@ class DirectoryStore(Store):
         if stated is None:
             raise self._damaged(name, "the manifest does not name it", "no entry", "an entry")
         file = self.path / name
+        self._keep_inside(name)
         if not file.is_file():
             raise self._damaged(name, "it is missing", "no file", f"sha256 {stated['sha256']}")
         size, found = file.stat().st_size, checksum_file(file)
@@ -203,6 +211,12 @@ class DirectoryStore(Store):
             raise self._damaged(name, wrong, got, f"{stated['bytes']} bytes, sha256 {stated['sha256']}")
         if found != stated["sha256"]:
             raise self._damaged(name, "it was altered", f"sha256 {found}", f"sha256 {stated['sha256']}")
+
+    def _keep_inside(self, name: str) -> None:
+        """Refuse a link that leads out of the run: what is read, written or swept out there is not the run's."""
+        place, home = (self.path / name).resolve(), self.path.resolve()
+        if place != home and home not in place.parents:
+            raise self._damaged(name, "it is a link that leaves the run", place, "a file of its own")
 
     def _damaged(self, name: str, wrong: str, got: Any, expected: Any) -> RunDamagedError:
         return damaged(self, name, wrong, got, expected)

@@ -184,8 +184,7 @@ class SegmentFiles:
     @classmethod
     def from_description(cls, described: Mapping[str, Any]) -> SegmentFiles:
         """Make them again from plain data."""
-        counts = tuple(int(count) for count in described["counts"])
-        return cls(described["vectors"], tuple(described["rows"]), counts, described["checkpoint"])
+        return cls(described["vectors"], tuple(described["rows"]), tuple(described["counts"]), described["checkpoint"])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -389,6 +388,7 @@ class Trajectory:
 
     def projector(self, device: torch.device) -> Projector:
         """Make the run's projection again, as it was recorded."""
+        self.checkpoint(0)  # θ is as large as the manifest says, and P's tables may be
         kept = self.read("projection.safetensors")
         return self.projection.restore(self.fingerprint.blocks, self.dtype, device, kept)
 
@@ -399,7 +399,7 @@ class Trajectory:
         return cls(
             run_id=manifest["run_id"],
             num_examples=manifest["num_examples"],
-            dtype=getattr(torch, manifest["dtype"]),
+            dtype={"float32": torch.float32, "float64": torch.float64}[manifest["dtype"]],
             projection=projection_from_description(manifest["projection"]),
             fingerprint=ModelFingerprint.from_description(manifest["model"]),
             inputs=manifest["inputs"],

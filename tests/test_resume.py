@@ -248,3 +248,31 @@ def test_only_the_last_two_states_stay(tmp_path):
     assert set(manifest["files"]) == {
         file.relative_to(training.run).as_posix() for file in training.run.rglob("*.safetensors")
     }
+
+
+def test_a_state_that_is_saved_again_after_a_resume_replaces_the_one_before(tmp_path):
+    Training(tmp_path).go(epochs=2)
+    training = Training(tmp_path)
+    recorder, _ = training.recorder()
+    with recorder:
+        training.save(recorder, 1)
+    manifest = json.loads((training.run / "manifest.json").read_text())
+    on_disk = {file.relative_to(training.run).as_posix() for file in training.run.rglob("*.safetensors")}
+    assert set(manifest["files"]) == on_disk
+    assert sorted(name for state in manifest["states"] for name in state["files"]) == sorted(
+        name for name in on_disk if name.startswith("states/")
+    )
+    training = Training(tmp_path)
+    training.go()
+    assert len(pk.DirectoryStore(training.run).trajectory()) == 2 * EPOCHS
+
+
+def test_examples_that_no_segment_holds_do_not_count_yet(tmp_path):
+    Training(tmp_path).go(epochs=1)
+    training = Training(tmp_path)
+    training.recorder()
+    with pk.Recorder.resume(training.run, training.model, training.optimizer, num_examples=EXAMPLES + 4):
+        pass
+    trajectory = pk.DirectoryStore(training.run).trajectory()
+    assert trajectory.num_examples == EXAMPLES
+    assert trajectory.segment(0).read_rows(slice(None)).shape[0] == EXAMPLES

@@ -38,10 +38,21 @@ class Training:
         kind: Which optimizer.
         every: Epochs between two checkpoints.
         norm: Whether the model holds a BatchNorm.
+        projection: How rows are compressed.
     """
 
-    def __init__(self, directory: Path, kind: str = "sgd", *, every: int = 1, norm: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        kind: str = "sgd",
+        *,
+        every: int = 1,
+        norm: bool = False,
+        projection: pk.Projection | None = None,
+    ) -> None:
         self.run, self.checkpoint = directory / "run", directory / "checkpoint.pt"
+        self.store = pk.DirectoryStore(self.run)
+        self.projection = projection or pk.Kronecker(64, warm_up_examples=20)
         self.model, self.every = small_model(norm), every
         self.optimizer = OPTIMIZERS[kind](self.model.parameters())
         self.inputs, self.targets = digits(EXAMPLES + 8)
@@ -56,16 +67,16 @@ class Training:
             kept = torch.load(self.checkpoint, weights_only=True)
             self.model.load_state_dict(kept["model"])
             self.optimizer.load_state_dict(kept["optimizer"])
-            return pk.Recorder.resume(self.run, self.model, self.optimizer), kept["epoch"]
+            return pk.Recorder.resume(self.store, self.model, self.optimizer), kept["epoch"]
         return self.new_recorder(), 0
 
     def new_recorder(self) -> pk.Recorder:
         return pk.Recorder(
-            self.run,
+            self.store,
             self.model,
             self.optimizer,
             num_examples=EXAMPLES,
-            projection=pk.Kronecker(64, warm_up_examples=20),
+            projection=self.projection,
             segments=3,
             dtype=torch.float64,
         )
