@@ -525,7 +525,7 @@ def test_named_inputs_are_explained_as_they_were_recorded():
 
 
 def test_how_to_get_faiss_is_said_where_it_is_missing(run, monkeypatch):
-    explainer = pk.Explainer(run.store, run.model)
+    explainer = pk.Explainer(run.store, run.model, index="SQ8")
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(MissingDependencyError, match=r"faiss does not load .*pip install 'pkexplain\[cpu\]'"):
         explainer.explain(run.queries[0])
@@ -620,7 +620,7 @@ def test_a_run_that_cannot_be_written_to_keeps_its_index_in_memory(disk_run):
 
 def test_progress_is_told(run):
     told = []
-    explainer = pk.Explainer(run.store, run.model, progress=lambda *what: told.append(what))
+    explainer = pk.Explainer(run.store, run.model, index="SQ8", progress=lambda *what: told.append(what))
     explainer.explain(run.queries[:2])
     assert {what for what, _, _ in told} == {"index", "covectors"}
     assert ("index", 240, 240) in told
