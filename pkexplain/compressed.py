@@ -183,6 +183,10 @@ class CompressedSearch:
                     sample = torch.from_numpy(transform.apply(sample.numpy()))
             del sample
         if not self._core.is_trained:
+            if hasattr(self._core, "do_polysemous_training"):
+                self._core.do_polysemous_training = (
+                    False  # minutes spent on comparing codes bit by bit, never done here
+                )
             if self._cells is not None:
                 self._cells.cp.seed = 0
                 if hasattr(self._cells, "use_precomputed_table"):
