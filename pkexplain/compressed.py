@@ -184,9 +184,7 @@ class CompressedSearch:
             del sample
         if not self._core.is_trained:
             if hasattr(self._core, "do_polysemous_training"):
-                self._core.do_polysemous_training = (
-                    False  # minutes spent on comparing codes bit by bit, never done here
-                )
+                self._core.do_polysemous_training = False  # takes minutes, for a comparison never made
             if self._cells is not None:
                 self._cells.cp.seed = 0
                 if hasattr(self._cells, "use_precomputed_table"):
