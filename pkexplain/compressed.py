@@ -33,6 +33,8 @@ _PROBES = 8
 """Of C cells, this many times √C are searched, for each query."""
 _SEARCH_DEPTH = 512
 """Candidates that a search through a graph (HNSW) keeps, at least."""
+_GPU_CANDIDATES = 2048
+"""Most that faiss finds on a GPU in one search."""
 _ITERATIONS, _OVERSAMPLING = 4, 16
 
 Progress = Callable[[int, int], None]
@@ -113,7 +115,7 @@ class CompressedSearch:
         while isinstance(core, faiss.IndexPreTransform):
             self._transforms += [faiss.downcast_VectorTransform(core.chain.at(i)) for i in range(core.chain.size())]
             core = faiss.downcast_index(core.index)
-        self._core = core
+        self._core = self._on_device = core
         self._cells = core if isinstance(core, faiss.IndexIVF) else None
         self._centres = np.zeros((0, core.d), dtype=np.float32)
 
@@ -181,6 +183,8 @@ class CompressedSearch:
                     sample = torch.from_numpy(transform.apply(sample.numpy()))
             del sample
         if not self._core.is_trained:
+            if hasattr(self._core, "do_polysemous_training"):
+                self._core.do_polysemous_training = False  # takes minutes, for a comparison never made
             if self._cells is not None:
                 self._cells.cp.seed = 0
                 if hasattr(self._cells, "use_precomputed_table"):
@@ -233,10 +237,9 @@ class CompressedSearch:
             return
         try:
             self._resources = self._faiss.StandardGpuResources()
-            self._core = self._faiss.index_cpu_to_gpu(self._resources, device.index or 0, self._core)
+            self._on_device = self._faiss.index_cpu_to_gpu(self._resources, device.index or 0, self._core)
         except (AttributeError, RuntimeError):
             return  # graphs and some codes are for the CPU alone
-        self._cells = self._core if self._cells is not None else None
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Propose rows with large inner products.
@@ -249,16 +252,17 @@ class CompressedSearch:
             Example ids, ``(queries, min(k, num_rows))``; −1 where the index found fewer.
         """
         vectors, k = self._transformed(queries), min(k, self.num_rows)
+        index = self._on_device if k <= _GPU_CANDIDATES else self._core
         if self._cells is not None:
             centre_scores = vectors @ self._centres.T
             reach = centre_scores + _SPREAD * np.linalg.norm(vectors, axis=1, keepdims=True) * self._radii
             probes = self._cells.nprobe
             chosen = np.argpartition(-reach, probes - 1, axis=1)[:, :probes]
             scores = np.take_along_axis(centre_scores, chosen, axis=1)
-            return self._cells.search_preassigned(vectors, k, chosen, scores)[1]
-        if hasattr(self._core, "hnsw"):
-            self._core.hnsw.efSearch = max(_SEARCH_DEPTH, k)
-        return self._core.search(vectors, k)[1]
+            return index.search_preassigned(vectors, k, chosen, scores)[1]
+        if hasattr(index, "hnsw"):
+            index.hnsw.efSearch = max(_SEARCH_DEPTH, k)
+        return index.search(vectors, k)[1]
 
     def reconstruct(self, ids: np.ndarray) -> np.ndarray:
         """Return rows as the index holds them, ``(ids, dimension)``, in the units of the stored rows."""

@@ -17,6 +17,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_its_own(tmp_path_factory):
+    """No test reads or makes the key of the user who runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PKEXPLAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def digits(count: int, dtype: torch.dtype = torch.float64, image: bool = False) -> tuple[Tensor, Tensor]:
     """Real 8x8 digits, scaled to unit variance or so, and their labels."""
     data = load_digits()
