@@ -75,7 +75,7 @@ class MadeRun:
     num_examples: int
 
     @property
-    def run_id(self) -> str:
+    def rows_id(self) -> str:
         return f"{self.folder.name} {self.num_examples}"
 
     def __len__(self) -> int:
