@@ -106,7 +106,7 @@ class Ranking:
         """Bound the contributions of all rows but some: Σ_t ‖q'_t‖ ‖row_t‖, the largest."""
         if self._norms is None:
             self._norms = torch.stack([segment.norms for segment in self._segments], dim=1)
-        bounds = self._norms @ torch.linalg.vector_norm(projected.float().cpu(), dim=1)
+        bounds = self._norms @ torch.linalg.vector_norm(projected.cpu().to(self._norms.dtype), dim=1)
         bounds[known] = 0.0
         return float(bounds.max()) * _ROUNDING
 

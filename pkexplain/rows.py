@@ -107,7 +107,7 @@ def _norms(stored: Tensor, scale: Tensor) -> Tensor:
     wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
     parts = [torch.linalg.vector_norm(some.to(wide), dim=1) for some in stored.split(_ROWS_AT_ONCE)]
     norms = torch.cat(parts) if parts else scale.new_zeros(0, dtype=wide)
-    return (norms * scale.to(wide) * _ROUNDED_UP).float()
+    return norms * scale.to(wide) * _ROUNDED_UP
 
 
 def _hand_down(rows: Tensor, stored: Tensor, sizes: Tensor, size_of: Tensor, left_by_size: Tensor) -> None:

@@ -49,16 +49,17 @@ class SegmentWarnings:
             warnings.warn(
                 f"pkexplain: in segment {segment} the gradient that the optimizer was given is not a multiple of the "
                 f"one that backward made, by up to {summary.bent:.1%}. Clipping by value, gradient noise and a "
-                "forgotten zero_grad() do that: they change each coordinate by itself, which belongs to no single example, and "
-                "the difference goes to the ledger's optimizer line. Clipping by norm (clip_grad_norm_) is exact.",
+                "forgotten zero_grad() do that: they change each coordinate by itself, which belongs to no single "
+                "example, and the difference goes to the ledger's optimizer line. Clipping by norm "
+                "(clip_grad_norm_) is exact.",
                 stacklevel=5,
             )
         if summary.capture_gap > CAPTURE_TOLERANCE:
             warnings.warn(
                 f"pkexplain: in segment {segment} the captured gradients missed up to {summary.capture_gap:.0%} of a "
-                "step's gradient: the loss gained a penalty, or a weight was used outside its module's forward. From the "
-                "step where this was seen on, what is missing goes to the ledger's optimizer line; until then the "
-                "displacement gap shows it.",
+                "step's gradient: the loss gained a penalty, or a weight was used outside its module's forward. "
+                "From the step where this was seen on, what is missing goes to the ledger's optimizer line; until "
+                "then the displacement gap shows it.",
                 stacklevel=5,
             )
 

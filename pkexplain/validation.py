@@ -120,6 +120,7 @@ class Layout:
         each = (count,)
         wanted: dict[str, Format] = {"rows": ((count, self.columns), (kind,)), "scale": (each, (torch.float32,))}
         wanted["loss_derivatives"] = (each, (self.trajectory.dtype,))
+        wanted["norms"] = (each, (torch.float64 if kind == torch.float64 else torch.float32,))
         _check_tensors(tensors, wanted, may_be_odd=("loss_derivatives",))
         if set(tensors) != set(wanted):
             raise MisfitError("it holds other tensors", sorted(tensors), sorted(wanted))
