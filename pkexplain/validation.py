@@ -228,6 +228,11 @@ def _check_rest(trajectory: Trajectory) -> None:
     said = [trajectory.run_id, details["ended"], details["pkexplain"], details["torch"], details["optimizer"]["kind"]]
     if not all(isinstance(text, str) for text in said) or not isinstance(details["optimizer"]["groups"], list):
         raise MisfitError("it does not say what was recorded", repr(said)[:200], "words")
+    gone = details.get("withdrawn", [])
+    for example in gone:
+        _number("withdrawn", example, 0, trajectory.num_examples - 1)
+    if not isinstance(gone, list) or len(set(gone)) < len(gone):
+        raise MisfitError("it withdraws what it cannot", repr(gone)[:80], "different examples")
     _number("revision", details["revision"], 0, 999_999_999)
     if not isinstance(details["recording"], Mapping) or not details["recording"].keys() >= {"segments", "lookahead"}:
         raise MisfitError("it does not say how it was recorded", repr(details["recording"])[:80], "its settings")
