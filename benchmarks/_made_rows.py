@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pkexplain as pk
 from pkexplain.demo import build_cnn, load_digits, train_cnn
@@ -17,8 +17,8 @@ COLUMNS = 2048
 BLOCK = 20_000
 
 
-def record(seed: int) -> tuple[pk.MemoryStore, np.ndarray]:
-    """Train and record the demo's CNN; return the run and the corrected covectors of 400 test digits' logits."""
+def record(seed: int) -> tuple[pk.MemoryStore, nn.Module, np.ndarray]:
+    """Train and record the demo's CNN; return run, model and the corrected covectors of 400 test digits' logits."""
     train, test = load_digits()
     model, run = build_cnn(seed), pk.MemoryStore()
     train_cnn(model, train, run=run, seed=seed)
@@ -27,7 +27,7 @@ def record(seed: int) -> tuple[pk.MemoryStore, np.ndarray]:
     found = [
         explainer._corrected(some, out).projected.flatten(1) for some, out, _ in explainer._chunks(queries, pk.Logit())
     ]
-    return run, torch.cat(found).float().numpy()
+    return run, model, torch.cat(found).float().numpy()
 
 
 @dataclass(frozen=True)

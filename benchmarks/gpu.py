@@ -89,7 +89,7 @@ def recording() -> list[list[str]]:
 def searching(bandwidth: float) -> list[list[str]]:
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        run, covectors = record(seed=0)
+        run, _, covectors = record(seed=0)
         trajectory = run.trajectory()
         whole = torch.cat([trajectory.segment(t).read_rows(slice(None)) for t in range(len(trajectory))], dim=1)
         queries = make_rows(Spectrum.of(whole, torch.from_numpy(covectors)), ROWS, 0, Path(folder) / "rows")[:QUERIES]

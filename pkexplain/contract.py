@@ -15,11 +15,15 @@ from pkexplain.errors import ConfigurationError, NonFiniteGradientError, Recordi
 __all__ = [
     "broken",
     "check_arguments",
+    "not_between_steps",
     "not_finite",
+    "not_open",
+    "stepped_on_accumulated",
     "stranger",
     "used_by_hand",
     "warn_of_missing",
     "without_backward",
+    "without_step",
 ]
 
 
@@ -94,6 +98,32 @@ def without_backward() -> RecordingError:
     """Say that there is no gradient to record."""
     fix = "Call loss.backward() inside the 'with recorder.step(ids):' block, before optimizer.step()"
     return broken("backward was never called", "no gradient of a recorded parameter", fix)
+
+
+def not_open() -> RecordingError:
+    """Say that the recorder does not listen."""
+    fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"
+    return broken("the recorder is not open", "a step before it was entered or after it was closed", fix)
+
+
+def not_between_steps(recording: bool) -> RecordingError:
+    """Say that a run cannot be put down here."""
+    got = "a step that is not done" if recording else "a recorder that is not open"
+    fix = "Call it between two steps, after the optimizer has stepped"
+    return broken("recorder.save() was called where a run cannot be put down", got, fix)
+
+
+def without_step() -> RecordingError:
+    """Say that nothing came of a backward pass."""
+    fix = "Call optimizer.step() inside the block, or pass accumulate=True where a later batch steps"
+    return broken("the optimizer did not step", "a backward pass without optimizer.step()", fix)
+
+
+def stepped_on_accumulated() -> RecordingError:
+    """Say that the optimizer stepped where it was not to."""
+    fix = "Leave accumulate out for the batch that the optimizer steps on"
+    got = "optimizer.step() inside recorder.step(ids, accumulate=True)"
+    return broken("the optimizer stepped on a batch that was only to accumulate", got, fix)
 
 
 def stranger(name: str) -> RecordingError:

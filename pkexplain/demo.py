@@ -20,11 +20,11 @@ from torch.utils.data import TensorDataset
 from pkexplain.errors import MissingDependencyError, RunError, message
 from pkexplain.explainer import Explainer
 from pkexplain.explanation import Explanation
+from pkexplain.fingerprint import ModelFingerprint
 from pkexplain.outputs import Margin
 from pkexplain.projection import Projection
 from pkexplain.recorder import Recorder
 from pkexplain.store import DirectoryStore, Store
-from pkexplain.trajectory import ModelFingerprint
 
 __all__ = ["DemoResult", "build_cnn", "load_digits", "run_demo", "train_cnn"]
 

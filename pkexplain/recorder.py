@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,8 +14,18 @@ from torch import Tensor, nn
 from pkexplain.accounting import SegmentAccountant
 from pkexplain.batches import CapturedBatch, Setting
 from pkexplain.capture import Capture
-from pkexplain.contract import broken, check_arguments, not_finite, without_backward
-from pkexplain.errors import ConfigurationError, ExampleIdError, message
+from pkexplain.contract import (
+    broken,
+    check_arguments,
+    not_between_steps,
+    not_finite,
+    not_open,
+    stepped_on_accumulated,
+    without_backward,
+    without_step,
+)
+from pkexplain.errors import ExampleIdError
+from pkexplain.fingerprint import ModelFingerprint
 from pkexplain.freezing import freeze
 from pkexplain.gradient_sums import ROUNDING, GradientSums
 from pkexplain.gradients import ExampleGradients
@@ -25,12 +34,12 @@ from pkexplain.lookahead import Lookahead
 from pkexplain.model_io import InputShapes, LossDerivatives, check_ids
 from pkexplain.projection import Kronecker, Projection
 from pkexplain.ranks import ranks_of
-from pkexplain.resuming import checksum_optimizer, find_standpoint, take_up
-from pkexplain.run_writer import RunWriter
+from pkexplain.resuming import checksum_optimizer, find_standpoint, recorded_arguments, take_up
+from pkexplain.run_writer import RunWriter, describe_optimizer
 from pkexplain.segment_warnings import SegmentWarnings
 from pkexplain.steps import StepReader
 from pkexplain.store import DirectoryStore, Store, open_store
-from pkexplain.trajectory import Checkpoint, ModelFingerprint
+from pkexplain.trajectory import Checkpoint
 from pkexplain.update_rules import rule_for
 from pkexplain.version import __version__
 
@@ -141,29 +150,8 @@ class Recorder:
             ConfigurationError: An argument cannot be.
         """
         store = open_store(run)
-        trajectory, settings = store.trajectory(), store.manifest()["recording"]
-        before = trajectory.num_examples
-        if num_examples is not None and num_examples < before:
-            raise ConfigurationError(
-                message(
-                    "Recorder.resume(num_examples=…)",
-                    "a training set can grow, not shrink",
-                    got=num_examples,
-                    expected=f"{before} or more",
-                    source="the run's manifest",
-                    fix="Leave it out; pkexplain.withdraw takes examples out of a run",
-                )
-            )
-        recorder = cls(
-            store,
-            model,
-            optimizer,
-            num_examples=num_examples or before,
-            projection=trajectory.projection,
-            segments=settings["segments"],
-            lookahead=settings["lookahead"],
-            dtype=trajectory.dtype,
-        )
+        trajectory = store.trajectory()
+        recorder = cls(store, model, optimizer, **recorded_arguments(store, trajectory, num_examples))
         trajectory.fingerprint.check(recorder._model)
         recorder._resuming = True
         return recorder
@@ -186,8 +174,7 @@ class Recorder:
                 setting = self._setting()
                 self._accountant = SegmentAccountant(setting, self._lookahead)
                 self._sums = GradientSums(setting, self._parameters)
-                run_id = self._ranks.gather(uuid.uuid4().hex)[0]
-                self._writer.start({"run_id": run_id, **self._about()}, self._checkpoint())
+                self._writer.start(self._about(), self._checkpoint())
         except BaseException:
             self._writer.release()
             raise
@@ -227,9 +214,8 @@ class Recorder:
         self._open = False
         self._ended = "finished" if kind is None else f"interrupted by {kind.__name__}"
         try:
-            if self._accountant.steps and (kind is None or self._ranks.count == 1):  # others may not have come this far
+            if kind is None or self._ranks.count == 1:  # others may not have come this far
                 self._end_segment()
-            if kind is None or self._ranks.count == 1:
                 self._writer.close(self._about())
         finally:
             self._writer.release()
@@ -245,11 +231,7 @@ class Recorder:
             RunError: The state cannot be written.
         """
         if not self._open or self._active is not None or self._pending:
-            raise broken(
-                "recorder.save() was called where a run cannot be put down",
-                "a step that is not done" if self._open else "a recorder that is not open",
-                "Call it between two steps, after the optimizer has stepped",
-            )
+            raise not_between_steps(self._open)
         self._end_segment()
         if not len(self._writer):
             return
@@ -277,8 +259,7 @@ class Recorder:
         if self._active is not None:
             raise broken("it is nested in another step", "a step inside a step", "End the outer 'with' block first")
         if not self._open:
-            fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"
-            raise broken("the recorder is not open", "a step before it was entered or after it was closed", fix)
+            raise not_open()
         self._steps.refuse_strangers()
         batch = self._batch(ids)
         if self._segments == "epoch" and self._accountant.visits + batch.everywhere > self._num_examples:
@@ -327,20 +308,12 @@ class Recorder:
         if not batch.summed:
             raise without_backward()
         if accumulate and self._stepped:
-            raise broken(
-                "the optimizer stepped on a batch that was only to accumulate",
-                "optimizer.step() inside recorder.step(ids, accumulate=True)",
-                "Leave accumulate out for the batch that the optimizer steps on",
-            )
+            raise stepped_on_accumulated()
         if not accumulate and not self._stepped and not self._sums.finite():
             self._skip([*self._pending, batch])  # a loss scaler saw it too
             return
         if not accumulate and not self._stepped:
-            raise broken(
-                "the optimizer did not step",
-                "a backward pass without optimizer.step()",
-                "Call optimizer.step() inside the block, or pass accumulate=True where a later batch steps",
-            )
+            raise without_step()
         if accumulate:
             batch.compact()  # before the next batch may write into its inputs
             self._pending.append(batch)
@@ -413,10 +386,6 @@ class Recorder:
 
     def _about(self) -> dict[str, Any]:
         """Describe the run for its manifest."""
-        plain = [
-            {k: v if isinstance(v, (bool, int, str, float)) else repr(v) for k, v in group.items() if k != "params"}
-            for group in self._optimizer.param_groups
-        ]
         return {
             "pkexplain": __version__,
             "torch": torch.__version__,
@@ -424,7 +393,7 @@ class Recorder:
             "num_examples": self._num_examples,
             "dtype": str(self._dtype).removeprefix("torch."),
             "recording": {"segments": self._segments, "lookahead": self._given_lookahead},
-            "optimizer": {"kind": type(self._optimizer).__name__, "groups": plain},
+            "optimizer": describe_optimizer(self._optimizer),
             "projection": self._projection.describe(),
             "columns": self._accountant.projector.columns if self._accountant.projector else None,
             "model": self._fingerprint.describe(),

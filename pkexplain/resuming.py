@@ -15,15 +15,16 @@ from pkexplain.accounting import SegmentAccountant
 from pkexplain.batches import CapturedBatch, Setting
 from pkexplain.displacement import RowSum
 from pkexplain.errors import ConfigurationError, ModelMismatchError, RunDamagedError, message
+from pkexplain.fingerprint import checksum_tensor
 from pkexplain.freezing import thaw
 from pkexplain.gradients import ExampleGradients, MatrixGradient
 from pkexplain.lookahead import Pending
 from pkexplain.model_io import check_ids
 from pkexplain.ranks import Ranks
 from pkexplain.storage import Store, damaged
-from pkexplain.trajectory import checksum_tensor
+from pkexplain.trajectory import Trajectory
 
-__all__ = ["Standpoint", "checksum_optimizer", "find_standpoint", "take_up"]
+__all__ = ["Standpoint", "checksum_optimizer", "find_standpoint", "recorded_arguments", "take_up"]
 
 
 def checksum_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
@@ -39,6 +40,38 @@ def checksum_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn
             kept = checksum_tensor(value) if isinstance(value, Tensor) else repr(value)
             digest.update(f"{place} {name} {kept}\n".encode())
     return digest.hexdigest() if found else None
+
+
+def recorded_arguments(store: Store, trajectory: Trajectory, num_examples: int | None) -> dict[str, Any]:
+    """Return what a recorder must be given to go on with a run.
+
+    Args:
+        store: The run.
+        trajectory: The same, read.
+        num_examples: How many examples there are now; None for as many as before.
+
+    Raises:
+        ConfigurationError: There are fewer than before.
+    """
+    before, settings = trajectory.num_examples, store.manifest()["recording"]
+    if num_examples is not None and num_examples < before:
+        raise ConfigurationError(
+            message(
+                "Recorder.resume(num_examples=…)",
+                "a training set can grow, not shrink",
+                got=num_examples,
+                expected=f"{before} or more",
+                source="the run's manifest",
+                fix="Leave it out; pkexplain.withdraw takes examples out of a run",
+            )
+        )
+    return {
+        "num_examples": num_examples or before,
+        "projection": trajectory.projection,
+        "segments": settings["segments"],
+        "lookahead": settings["lookahead"],
+        "dtype": trajectory.dtype,
+    }
 
 
 @dataclass(frozen=True)

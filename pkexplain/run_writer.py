@@ -5,10 +5,12 @@ Every process writes the rows that it keeps; the first one writes the rest, and 
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from pkexplain.errors import RunError
@@ -17,7 +19,7 @@ from pkexplain.ranks import Ranks
 from pkexplain.storage import Store
 from pkexplain.trajectory import FIRST_CHECKPOINT, Checkpoint, Segment, SegmentFiles, SegmentSummary
 
-__all__ = ["RunWriter"]
+__all__ = ["RunWriter", "describe_optimizer"]
 
 _STATES_KEPT = 2
 """The last state, and the one before it, in case the user's own checkpoint beside the last was not written any more."""
@@ -66,7 +68,7 @@ class RunWriter:
             RunExistsError: There is one already.
             RunError: The place cannot be written to.
         """
-        self._about = dict(about)
+        self._about = {"run_id": self._ranks.gather(uuid.uuid4().hex)[0], **about}
 
         def write() -> None:
             if self._first:
@@ -201,3 +203,16 @@ class RunWriter:
     def _manifest(self) -> dict[str, Any]:
         dynamic = {"segments": self._segments, "states": self._states, "revision": self.revision}
         return {**self._about, **dynamic}
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Describe an optimizer's kind and parameter groups in plain data."""
+    plain = [
+        {
+            name: v if isinstance(v, (bool, int, str, float)) else repr(v)
+            for name, v in group.items()
+            if name != "params"
+        }
+        for group in optimizer.param_groups
+    ]
+    return {"kind": type(optimizer).__name__, "groups": plain}
