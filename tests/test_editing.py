@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -142,22 +143,27 @@ def test_a_run_that_is_being_recorded_is_left_alone(tmp_path, change):
             change(training.run)
 
 
-def test_killed_at_random_moments_a_change_was_made_or_not(training):
-    before, chance = explained(training), random.Random(0)
-    for attempt in range(12):
-        gone = [attempt]
+@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.stress)])
+def test_killed_at_random_moments_a_change_was_made_or_not(training, kills):
+    before, chance, done, attempt = explained(training), random.Random(0), 0, 0
+    whole = training.run.with_name("whole")
+    shutil.copytree(training.run, whole)
+    while done < kills:
+        attempt += 1
 
-        def change(gone=gone, shards=1 + attempt % 3):
+        def change(gone=attempt % EXAMPLES, shards=1 + attempt % 3):
             pk.merge(training.run, shards=shards)
-            pk.withdraw(training.run, gone)
+            pk.withdraw(training.run, [gone])
 
-        killed_at_random(change, chance, longest=0.1)
+        done += not killed_at_random(change, chance, longest=0.1)
         after = explained(training)
         withdrawn = pk.DirectoryStore(training.run).manifest().get("withdrawn", [])
         left = np.delete(np.arange(EXAMPLES), withdrawn)
         np.testing.assert_array_equal(after.contributions[left], before.contributions[left])
         assert after.total + after.ledger.remainders.get("withdrawn", 0.0) == pytest.approx(before.total, rel=1e-9)
-    pk.merge(training.run)
-    files = {file.relative_to(training.run).as_posix() for file in training.run.rglob("*.safetensors")}
-    assert files == set(pk.DirectoryStore(training.run).manifest()["files"])
-    assert not list(training.run.rglob("*.tmp"))
+        pk.merge(training.run)  # the next writer sweeps out what the killed one has left
+        files = {file.relative_to(training.run).as_posix() for file in training.run.rglob("*.safetensors")}
+        assert files == set(pk.DirectoryStore(training.run).manifest()["files"])
+        assert not list(training.run.rglob("*.tmp"))
+        shutil.rmtree(training.run)
+        shutil.copytree(whole, training.run)

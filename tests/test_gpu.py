@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import pkexplain as pk
+from pkexplain.index import RowIndex
 from tests.conftest import batches, digits, mlp, train
+from tests.trainings import Training
 
 pytestmark = pytest.mark.gpu
 
@@ -32,3 +34,34 @@ def test_the_numbers_are_those_of_the_cpu(projection):
     np.testing.assert_allclose(there, here, rtol=1e-6, atol=1e-8 * np.abs(here).max())
     assert [c.id for c in explained_there.proponents] == [c.id for c in explained.proponents]
     assert explained_there.passed == explained.passed
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_run_that_is_resumed_on_the_gpu_is_the_unbroken_one(tmp_path, kind):
+    found = []
+    for name, parts in (("whole", [(0, 3)]), ("broken", [(0, 2), (2, 3)])):
+        (tmp_path / name).mkdir()
+        for start, stop in parts:
+            training = Training(tmp_path / name, kind)
+            training.model.cuda()
+            training.inputs, training.targets = training.inputs.cuda(), training.targets.cuda()
+            recorder, _ = training.recorder()
+            with recorder:
+                for epoch in range(start, stop):
+                    training.epoch(recorder, epoch)
+                    training.save(recorder, epoch)
+        trajectory = pk.DirectoryStore(tmp_path / name / "run").trajectory()
+        found.append(torch.cat([trajectory.segment(t).read_rows(slice(None), torch.float64) for t in range(6)]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_search_on_the_gpu_finds_what_one_on_the_cpu_finds(run):
+    trajectory = run.store.trajectory()
+    shape = 20, len(trajectory) * len(trajectory.segment(0).row_sum)
+    queries = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    for factory in ("Flat", "PCA64,SQ8", "PCA64,IVF8,SQ8"):
+        best = []
+        for device in ("cpu", "cuda"):
+            index = RowIndex(trajectory, factory, None, device)
+            best.append(set(index.rows.rank(queries, index.propose(queries, 5), 5)[0].ravel()))
+        assert len(best[0] & best[1]) >= 0.98 * len(best[0])

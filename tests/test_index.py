@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pkexplain.index_comparison import combine_rows, compare_indices
 from pkexplain.search import ExactSearch, RunRows
 from pkexplain.store import DirectoryStore
 from tests.conftest import Run
+from tests.trainings import killed_at_random
 
 FACTORIES = [
     "SQ8",
@@ -359,6 +361,23 @@ def test_a_build_that_is_killed_leaves_a_usable_run(disk_run):
         assert (index.rows.rank(queries, index.propose(queries, 5), 5)[0] == sort_all(rows, queries, 5)).all()
         prepare(disk_run, "SQ8")
         assert not list((disk_run.store / "index").glob("*.tmp"))
+
+
+@pytest.mark.stress
+def test_an_index_whose_build_is_killed_a_hundred_times_is_always_usable(disk_run):
+    rows = matrix(DirectoryStore(disk_run.store).trajectory())
+    queries, chance, kills = queries_of(rows), random.Random(0), 0
+
+    def build():
+        for file in (disk_run.store / "index").glob("*"):
+            file.unlink()
+        prepare(disk_run, "SQ8")
+
+    while kills < 100:
+        kills += not killed_at_random(build, chance, longest=0.05)
+        index = prepare(disk_run, "SQ8")
+        assert (index.rows.rank(queries, index.propose(queries, 5), 5)[0] == sort_all(rows, queries, 5)).all()
+    assert not list((disk_run.store / "index").glob("*.tmp"))
 
 
 # ---------------------------------------------------------------------------------------- comparison and the command
