@@ -74,7 +74,7 @@ class KeptIndex:
         directory, process = self._file.parent, os.getpid()
         temporary = [directory / f"{self._file.stem}.{process}.{kind}.tmp" for kind in ("faiss", "json")]
         try:
-            directory.mkdir(exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             key = _read_key() or _make_key()
             search.write(str(temporary[0]))

@@ -21,6 +21,7 @@ from pkexplain.trajectory import Trajectory
 __all__ = ["Ranked", "Ranking", "Scan"]
 
 _ROWS_AT_ONCE = 4096
+_BOUNDS_AT_ONCE = 1 << 16
 _ROUNDING = 1 + 1e-5
 """What the bound is multiplied with, for the float32 numbers it is made of."""
 
@@ -61,6 +62,8 @@ class Ranking:
         self._trajectory = trajectory.part(share) if ranks.count > 1 else trajectory
         self._segments = [self._trajectory.segment(t) for t in range(len(trajectory))]
         self._index: RowIndex | None = None
+        if directory is not None and ranks.count > 1:
+            directory = directory / f"part-{ranks.rank}-of-{ranks.count}"
         self._make = lambda: RowIndex(self._trajectory, factory, directory, device)
         self._norms: Tensor | None = None
 
@@ -85,30 +88,31 @@ class Ranking:
             k: How many proponents and how many opponents.
         """
         proposed = self.index.propose(projected.flatten(1).float().cpu().numpy(), k)
-        mine = [
-            self._best(torch.from_numpy(np.unique(ids[ids >= 0])), covector, k)
-            for ids, covector in zip(proposed, projected, strict=True)
-        ]
+        known = [torch.from_numpy(np.unique(ids[ids >= 0])) for ids in proposed]
+        bounds = [0.0] * len(known) if self.index.exact else self._bounds(known, projected)
+        asked = zip(known, projected, bounds, strict=True)
+        mine = [self._best(ids, covector, k, bound) for ids, covector, bound in asked]
         everyone = self._ranks.gather(mine)
         return [self._joined([part[q] for part in everyone], total, k) for q, total in enumerate(totals)]
 
-    def _best(self, ids: Tensor, projected: Tensor, k: int) -> tuple[list[Contribution], float]:
+    def _best(self, ids: Tensor, projected: Tensor, k: int, bound: float) -> tuple[list[Contribution], float]:
         """Rank the rows that the index proposes; bound all that are not among the best."""
         found = self._contributions_of(ids, projected)
         kept = found[:k] + [c for c in found[-k:] if c not in found[:k]]
-        others = [abs(c.contribution) for c in found[k:-k]]
-        bound = max(others, default=0.0)
-        if len(ids) < self._trajectory.num_examples and not self.index.exact:
-            bound = max(bound, self._bound(ids, projected))
-        return kept, bound
+        return kept, max([bound, *(abs(c.contribution) for c in found[k:-k])])
 
-    def _bound(self, known: Tensor, projected: Tensor) -> float:
-        """Bound the contributions of all rows but some: Σ_t ‖q'_t‖ ‖row_t‖, the largest."""
+    def _bounds(self, known: Sequence[Tensor], projected: Tensor) -> list[float]:
+        """Bound the contributions of all rows but the known ones: Σ_t ‖q'_t‖ ‖row_t‖, the largest for each query."""
         if self._norms is None:
             self._norms = torch.stack([segment.norms for segment in self._segments], dim=1)
-        bounds = self._norms @ torch.linalg.vector_norm(projected.cpu().to(self._norms.dtype), dim=1)
-        bounds[known] = 0.0
-        return float(bounds.max()) * _ROUNDING
+        sizes = torch.linalg.vector_norm(projected.cpu().to(self._norms.dtype), dim=2)
+        largest = torch.zeros(len(known), dtype=self._norms.dtype)
+        for start in range(0, len(self._norms), _BOUNDS_AT_ONCE):
+            bounds = sizes @ self._norms[start : start + _BOUNDS_AT_ONCE].T
+            for row, ids in zip(bounds, known, strict=True):
+                row[ids[(ids >= start) & (ids < start + len(row))] - start] = 0.0
+            largest = torch.maximum(largest, bounds.amax(dim=1))
+        return (largest * _ROUNDING).tolist()
 
     def _joined(self, parts: Sequence[tuple[list[Contribution], float]], total: float, k: int) -> Ranked:
         """Join what all processes found for one query."""
@@ -147,7 +151,7 @@ class Ranking:
             segment.read_rows(ids, projected.dtype) @ projected[t].cpu() for t, segment in enumerate(self._segments)
         ]
         by_segment = torch.stack(parts, dim=1).double()
-        derivatives = torch.stack([segment.loss_derivatives[ids] for segment in self._segments], dim=1).double()
+        derivatives = torch.stack([segment.read_loss_derivatives(ids) for segment in self._segments], dim=1).double()
         kernels = torch.where(derivatives == 0, 0.0, -by_segment / derivatives).sum(1)
         totals = by_segment.sum(1)
         order = totals.argsort(descending=True)

@@ -46,10 +46,6 @@ from pkexplain.version import __version__
 __all__ = ["Recorder"]
 
 
-_REFUSED = -(1 << 40)
-"""Added to a batch's size by a process that refuses its own part."""
-
-
 class Recorder:
     """Record a training run: how far each example moved the parameters, segment by segment.
 
@@ -262,7 +258,8 @@ class Recorder:
             raise not_open()
         self._steps.refuse_strangers()
         batch = self._batch(ids)
-        if self._segments == "epoch" and self._accountant.visits + batch.everywhere > self._num_examples:
+        visits = self._accountant.visits + batch.everywhere  # a sampler may repeat some, so that all get as many
+        if self._segments == "epoch" and visits >= self._num_examples + self._ranks.count:
             self._end_segment()  # the loader dropped its last, smaller batch
         self._active, self._stepped = batch, False
         try:
@@ -286,7 +283,7 @@ class Recorder:
         try:
             batch = CapturedBatch(check_ids(ids, self._num_examples, gone=self._gone).to(self._like.device))
         except ExampleIdError:
-            self._ranks.add(_REFUSED)
+            self._ranks.add(-(1 << 40))  # less than all the others can add to it
             raise
         batch.everywhere = self._ranks.add(len(batch.ids))
         if batch.everywhere < 0:

@@ -107,14 +107,24 @@ class Segment:
         """
         if isinstance(ids, slice):
             return self._read_range(*ids.indices(self.examples)[:2], dtype)
-        found = torch.zeros(len(ids), self.shards[0].rows.shape[1], dtype=dtype)
-        start = 0
+        return self._pick(ids, lambda shard, mine: shard.read(mine, dtype))
+
+    def read_loss_derivatives(self, ids: Tensor) -> Tensor:
+        """Read the loss derivatives of some rows, ``(ids,)``."""
+        return self._pick(ids, lambda shard, mine: shard.loss_derivatives[mine])
+
+    def _pick(self, ids: Tensor, read: Callable[[Rows, Tensor], Tensor]) -> Tensor:
+        """Read something of some rows, wherever they lie; zeros for examples that came later."""
+        found, start = None, 0
         for shard in self.shards:
             mine = (ids >= start) & (ids < start + len(shard))
             if mine.all():
-                return shard.read(ids - start, dtype)
-            found[mine] = shard.read(ids[mine] - start, dtype)
+                return read(shard, ids - start)
+            part = read(shard, ids[mine] - start)
+            found = part.new_zeros(len(ids), *part.shape[1:]) if found is None else found
+            found[mine] = part
             start += len(shard)
+        assert found is not None  # a segment has shards
         return found
 
     def _read_range(self, first: int, stop: int, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DistributedSampler
 
 import pkexplain as pk
 from pkexplain.errors import ConfigurationError, PkexplainError
@@ -85,6 +86,22 @@ def train(run, case, rank=0, world=1, *, resumed=False, epochs=(0, 1, 2)):
     return net
 
 
+def sampled(run, rank, world, epochs=3):
+    """Train with torch's own sampler, which repeats an example where there is one too few."""
+    net = model()
+    whole, optimizer = nn.parallel.DistributedDataParallel(net), OPTIMIZERS["sgd"](net.parameters())
+    inputs, targets = digits(EXAMPLES)
+    sampler = DistributedSampler(range(EXAMPLES), world, rank, seed=3)
+    with pk.Recorder(run, whole, optimizer, num_examples=EXAMPLES, dtype=torch.float64) as recorder:
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            for ids in torch.tensor(list(sampler)).split(5):
+                with recorder.step(ids):
+                    optimizer.zero_grad()
+                    F.cross_entropy(whole(inputs[ids]), targets[ids]).backward()
+                    optimizer.step()
+
+
 def refused_everywhere(rank, world):
     """One process gives ids that are not there: both must hear of it, and at once."""
     net = nn.parallel.DistributedDataParallel(model())
@@ -113,6 +130,7 @@ def work(rank, world, directory, port, queue):
             case = (kind, "kronecker", "plain")
             train(f"{directory}/resumed-{kind}", case, rank, world, epochs=(0, 1))
             train(f"{directory}/resumed-{kind}", case, rank, world, resumed=True, epochs=(2,))
+        sampled(f"{directory}/sampled", rank, world)
         answer = explained(directory)
         queue.put((rank, {"refused": refused_everywhere(rank, world), **answer}))
         dist.barrier()
@@ -217,6 +235,13 @@ def test_each_process_writes_the_rows_of_its_own_examples(together):
     parts = torch.cat([whole.read_rows(torch.arange(21)), whole.read_rows(torch.arange(21, EXAMPLES))])
     assert torch.equal(parts, whole.read_rows(slice(None)))
     assert torch.equal(whole.read_rows(torch.tensor([41, 0, 21])), parts[[41, 0, 21]])
+
+
+def test_an_epoch_of_torchs_sampler_is_a_segment(together):
+    trajectory = pk.DirectoryStore(together[0] / "sampled").trajectory()
+    assert [summary.visits for summary in trajectory.summaries] == [EXAMPLES + 1] * 3
+    assert max(summary.displacement_gap for summary in trajectory.summaries) < 1e-9
+    assert max(summary.optimizer_share for summary in trajectory.summaries) < 1e-9
 
 
 def test_what_one_process_refuses_stops_the_other(together):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pkexplain as pk
+import pkexplain.ranking
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +34,19 @@ def test_no_example_that_is_not_shown_contributes_more_than_the_bound(run, every
             assert rest.bound <= np.abs(others).max() * (1 + 1e-6)
 
 
-def test_the_bound_is_that_of_cauchy_and_schwarz(run):
+def test_the_bound_is_that_of_cauchy_and_schwarz(run, monkeypatch):
+    monkeypatch.setattr(pkexplain.ranking, "_BOUNDS_AT_ONCE", 50)
     explainer = pk.Explainer(run.store, run.model, index="SQ8")
-    explainer._prepare()
     ranking, k = explainer._ranking, 3
-    covector = torch.randn(len(run.store.trajectory()), len(run.store.trajectory().segment(0).row_sum))
-    none = torch.zeros(0, dtype=torch.long)
+    covectors = torch.randn(4, len(run.store.trajectory()), len(run.store.trajectory().segment(0).row_sum))
     rows = [segment.read_rows(slice(None)) for segment in ranking._segments]
-    true = sum(part.norm(dim=1) * covector[t].norm() for t, part in enumerate(rows))
-    assert ranking._bound(none, covector) == pytest.approx(float(true.max()), rel=1e-4)
-    assert ranking._bound(none, covector) >= float(true.max())
-    assert ranking._bound(true.topk(k).indices, covector) == pytest.approx(float(true.topk(k + 1).values[-1]), rel=1e-4)
+    for known in (0, k):
+        parts = [part.norm(dim=1) * covectors[:, t].norm(dim=1)[:, None] for t, part in enumerate(rows)]
+        true = torch.stack(parts).sum(0)
+        found = ranking._bounds([row.topk(known).indices for row in true], covectors)
+        expected = true.topk(known + 1, dim=1).values[:, -1]
+        assert found == pytest.approx(expected.tolist(), rel=1e-4)
+        assert (torch.tensor(found) >= expected).all()
 
 
 def test_what_a_compressed_index_shows_says_so(run):

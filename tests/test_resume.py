@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 import pkexplain as pk
 from pkexplain.errors import ConfigurationError, ModelMismatchError, RecordingError, RunBusyError
 from tests.conftest import batches, digits
-from tests.trainings import EPOCHS, EXAMPLES, Training, killed_at_random, small_model
+from tests.trainings import EPOCHS, EXAMPLES, Training, small_model
 
 
 class DiedError(Exception):
@@ -88,33 +87,6 @@ def test_a_state_lost_between_the_two_saves_is_found_one_save_earlier(tmp_path):
     assert len(pk.DirectoryStore(training.run).trajectory()) == 6
     Training(tmp_path).go()
     assert_same_run(tmp_path / "whole/run", tmp_path / "run")
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_killed_at_random_moments_a_training_comes_to_the_same_end(tmp_path, kind):
-    for name in ("unbroken", "killed"):
-        (tmp_path / name).mkdir()
-    Training(tmp_path / "unbroken", kind).go()
-    chance, seen, kills = random.Random(kind), 0, 0
-    while not killed_at_random(Training(tmp_path / "killed", kind).go_with_patience, chance, longest=0.25):
-        kills += 1
-        seen = readable(tmp_path / "killed", seen)
-    assert kills >= 1
-    assert_same_run(tmp_path / "unbroken/run", tmp_path / "killed/run")
-
-
-def readable(directory, before):
-    """Check that every segment that was saved is there and whole; return how many there are."""
-    training = Training(directory)
-    if not training.checkpoint.exists():
-        return before
-    trajectory = pk.DirectoryStore(training.run).trajectory()
-    for t in range(len(trajectory)):
-        trajectory.segment(t)
-        trajectory.checkpoint(t + 1)
-    saved = 2 * torch.load(training.checkpoint, weights_only=True)["epoch"]
-    assert len(trajectory) >= saved >= before
-    return saved
 
 
 # ------------------------------------------------------------------------------------------- runs that are trained on
