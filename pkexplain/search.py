@@ -20,7 +20,6 @@ __all__ = ["MEMORY_BUDGET", "ExactSearch", "RunRows"]
 MEMORY_BUDGET = 1 << 30
 """Bytes of rows, and of what is computed from them, that building and searching hold at once, whatever the run's size;
 a compressed index itself comes on top of it."""
-
 _COPIES = 4
 """How often a block is in memory while it is read: as stored, scaled, joined with other segments, and searched."""
 
@@ -93,7 +92,7 @@ class RunRows:
 
 
 class ExactSearch:
-    """Search all rows, in float32.
+    """Search all rows, in float32; those of a small run stay in memory once they were read.
 
     Args:
         rows: The rows of the run.
@@ -103,6 +102,15 @@ class ExactSearch:
     def __init__(self, rows: RunRows, device: torch.device | str = "cpu") -> None:
         """Keep the rows' whereabouts."""
         self._rows, self._device = rows, torch.device(device)
+        self._keeps = 4 * len(rows) * rows.dimension <= MEMORY_BUDGET // 2
+        self._kept: Tensor | None = None
+
+    def _scores(self, block: slice, queries: Tensor) -> Tensor:
+        if not self._keeps:
+            return self._rows.scores(block, queries)
+        if self._kept is None:
+            self._kept = self._rows.read(slice(0, len(self._rows))).to(self._device)
+        return queries @ self._kept[block].T
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Find the rows with the largest inner products.
@@ -118,7 +126,7 @@ class ExactSearch:
         best = torch.empty(len(asked), 0, device=self._device)
         ids = torch.empty(len(asked), 0, dtype=torch.int64, device=self._device)
         for block in self._rows.blocks(2 * len(asked)):
-            found = self._rows.scores(block, asked)
+            found = self._scores(block, asked)
             top = found.topk(min(k, found.shape[1]), dim=1)
             best, ids = torch.cat([best, top.values], 1), torch.cat([ids, top.indices + block.start], 1)
             top = best.topk(min(k, best.shape[1]), dim=1)
