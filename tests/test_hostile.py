@@ -269,7 +269,7 @@ TENSORS = [
                                         lambda s: s[:, None], lambda s: s[0])),
     *((ROWS, put("loss_derivatives", f)) for f in (lambda d: d[:-1], lambda d: d.float(), lambda d: d[:, None])),
     *((ROWS, without(name)) for name in ("rows", "scale", "loss_derivatives", "norms")),
-    *((ROWS, put("norms", f)) for f in (poke(nan), poke(inf), lambda n: n[:-1], lambda n: n.double())),
+    *((ROWS, put("norms", f)) for f in (poke(nan), poke(inf), lambda n: n[:-1], lambda n: n.float())),
     (ROWS, lambda t: {**t, "self": t["scale"].clone()}),
     *((SEGMENT, put("row_sum", f)) for f in (lambda s: s[:-1], lambda s: s.float(), poke(nan), lambda s: s[0])),
     *((SEGMENT, put("withdrawn", f)) for f in (lambda s: s[:-1], poke(inf))),
