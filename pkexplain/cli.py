@@ -77,7 +77,7 @@ def inspect(run: RunArgument) -> None:
         store.trajectory()  # it holds the manifest against itself
     size = sum(file["bytes"] for file in manifest["files"].values())
     parameters = sum(math.prod(shape) for block in manifest["model"]["blocks"] for shape in block["shapes"])
-    about = Table.grid(padding=(0, 2))
+    about, gone = Table.grid(padding=(0, 2)), len(manifest.get("withdrawn", ()))
     projection = ", ".join(f"{name} {value}" for name, value in manifest["projection"].items() if name != "kind")
     rows = [
         ("run", str(run)),
@@ -85,7 +85,7 @@ def inspect(run: RunArgument) -> None:
         ("training", manifest["ended"]),
         ("made with", f"pkexplain {manifest['pkexplain']}, torch {manifest['torch']}"),
         ("optimizer", f"{manifest['optimizer']['kind']}, {len(manifest['optimizer']['groups'])} parameter group(s)"),
-        ("training examples", f"{manifest['num_examples']:,}"),
+        ("training examples", f"{manifest['num_examples']:,}" + (f", {gone} of them withdrawn" if gone else "")),
         ("parameters", f"{parameters:,} recorded, {len(manifest['model']['frozen'])} tensors frozen"),
         ("projection", f"{manifest['projection']['kind']} ({projection}), {manifest['columns']} numbers a row"),
         ("on disk", f"{size / 2**20:,.1f} MiB in {len(manifest['files'])} files"),

@@ -196,7 +196,7 @@ class Explanation:
 
     @property
     def num_examples(self) -> int:
-        """How many training examples there are."""
+        """How many training examples there are, without those that were withdrawn."""
         return self.remainder.num_rest + len({c.id for c in (*self.proponents, *self.opponents)})
 
     @functools.cached_property

@@ -56,7 +56,8 @@ class Ranking:
         self, trajectory: Trajectory, factory: str, directory: Path | None, device: torch.device, ranks: Ranks
     ) -> None:
         """Open the segments; nothing is built yet."""
-        self._examples, self._ranks = trajectory.num_examples, ranks
+        self._examples = trajectory.num_examples - len(trajectory.details.get("withdrawn", ()))
+        self._ranks = ranks
         share = ranks.share(trajectory.num_examples)
         self._first = share.start
         self._trajectory = trajectory.part(share) if ranks.count > 1 else trajectory

@@ -106,6 +106,7 @@ def test_merge_and_withdraw_change_a_run(disk_run):
     assert [len(files.rows) for files in trajectory.files] == [3] * len(trajectory)
     assert trajectory.details["withdrawn"] == [3, 17]
     assert call("verify", disk_run.store).exit_code == 0
+    assert ", 2 of them withdrawn" in call("inspect", disk_run.store).output
 
 
 @pytest.mark.parametrize("ids", ["three", "1;2", "-1", "", "1,,2"])

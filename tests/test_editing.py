@@ -88,6 +88,8 @@ def test_withdrawn_examples_are_on_one_line_and_all_others_stay(training, shards
     assert sum(after.segment_sums) == pytest.approx(after.total, rel=1e-9)
     assert not {c.id for c in (*after.proponents, *after.opponents)} & set(GONE)
     assert "withdrawn" in str(after)
+    assert f"examples ({EXAMPLES - len(GONE)})" in str(after)
+    assert after.num_examples == EXAMPLES - len(GONE)
     pk.withdraw(training.run, [5])
     both = explained(training)
     assert both.ledger.remainders["withdrawn"] == pytest.approx(before.contributions[[*GONE, 5]].sum(), rel=1e-9)
