@@ -81,9 +81,8 @@ class RowIndex:
         if factory == "auto":
             factory = choose_factory(len(self._rows), self._rows.dimension) if faiss_or_none() else "Flat"
         self.factory = factory
-        self._search: ExactSearch | CompressedSearch = (
-            ExactSearch(self._rows, self._device) if self.exact else self._empty()
-        )
+        self._exactly = ExactSearch(self._rows, self._device)
+        self._compressed = None if self.exact else self._empty()
         state = hashlib.sha256(f"{trajectory.rows_id} {factory}".encode())
         for row_sum in self._rows.row_sums:
             state.update(row_sum.numpy().tobytes())
@@ -122,20 +121,15 @@ class RowIndex:
         Raises:
             ConfigurationError: faiss cannot train this index on this run.
         """
-        if self._ready:
+        if self._ready or self._compressed is None:
             return
-        assert isinstance(self._search, CompressedSearch)
-        if self._kept is None or not self._kept.load(self._search, len(self._rows)):
-            self._search = self._empty()
-            self._build(on_rows)
+        if self._kept is None or not self._kept.load(self._compressed, len(self._rows)):
+            self._compressed = self._empty()
+            self._compressed.build(self._rows, on_rows)
             if self._kept is not None:
-                self._kept.save(self._search)
-        self._search.move(self._device)
+                self._kept.save(self._compressed)
+        self._compressed.move(self._device)
         self._ready = True
-
-    def _build(self, on_rows: Callable[[int, int], None]) -> None:
-        assert isinstance(self._search, CompressedSearch)
-        self._search.build(self._rows, on_rows)
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Find rows with the largest inner products, as far as the index knows them.
@@ -148,7 +142,7 @@ class RowIndex:
             Example ids, ``(queries, min(k, num_examples))``; −1 where the index found fewer.
         """
         self.prepare()
-        return self._search.search(queries, k)
+        return (self._compressed or self._exactly).search(queries, k)
 
     def propose(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Propose rows for both ends of the ranking, the largest and the smallest inner products, in one search.
@@ -167,6 +161,6 @@ class RowIndex:
     def reconstruct(self, ids: np.ndarray) -> np.ndarray:
         """Return rows as the index holds them, ``(ids, dimension)``: rounded, unless it is exact."""
         self.prepare()
-        if isinstance(self._search, CompressedSearch):
-            return self._search.reconstruct(ids)
+        if self._compressed is not None:
+            return self._compressed.reconstruct(ids)
         return self._rows.read(torch.from_numpy(ids)).numpy()

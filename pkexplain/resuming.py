@@ -107,40 +107,21 @@ def find_standpoint(
     """
     trajectory = store.trajectory()
     states = {state["segments"]: state for state in manifest["states"]}
-    here = [t for t in range(len(trajectory), 0, -1) if torch.equal(trajectory.checkpoint(t).parameters, point.cpu())]
-    steps = {t: trajectory.boundaries[t] for t in range(1, len(trajectory) + 1)}
-    if not here:
-        raise ModelMismatchError(
-            message(
-                f"resuming the run in {store}",
-                "the model stands at none of its checkpoints",
-                got="other parameters",
-                expected=f"those after step {', '.join(str(steps[t]) for t in sorted(states) or steps)}",
-                source="the run's checkpoints",
-                fix="Load the model and the optimizer from what you saved right after recorder.save()",
-            )
-        )
+    order, now = range(len(trajectory), 0, -1), point.cpu()
+
+    def stands(t: int) -> bool:
+        return torch.equal(trajectory.checkpoint(t).parameters, now)
+
     if optimizer is None:
-        return Standpoint(here[0], None)
-    fitting = [t for t in here if t in states and states[t]["optimizer"] == optimizer]
-    if not fitting:
-        known = [t for t in here if t in states]
-        raise ConfigurationError(
-            message(
-                f"resuming the run in {store}",
-                "the optimizer remembers other steps" if known else "what is in the optimizer's moment is not known",
-                got=f"an optimizer with a state, after step {steps[here[0]]}",
-                expected=f"the state it had at step {steps[here[0]]}"
-                if known
-                else f"a call of recorder.save() at that step (there are {len(states)} states: "
-                f"{', '.join(f'step {steps[t]}' for t in sorted(states)) or 'none'})",
-                source="the run's states",
-                fix="Load the optimizer from what you saved right after recorder.save()"
-                if known
-                else "Go on from a step with a state, or with a new optimizer, which has nothing in its moment",
-            )
-        )
-    files = states[fitting[0]]["files"]
+        fitting = next(filter(stands, order), None)
+        if fitting is None:
+            raise _stands_nowhere(store, trajectory, states)
+        return Standpoint(fitting, None)
+    wanted = (t for t in order if t in states and states[t]["optimizer"] == optimizer)
+    fitting = next(filter(stands, wanted), None)
+    if fitting is None:
+        raise _unknown_moment(store, trajectory, states, list(filter(stands, order)))
+    files = states[fitting]["files"]
     if len(files) != ranks.count:
         raise ConfigurationError(
             message(
@@ -159,7 +140,48 @@ def find_standpoint(
         found = thaw(tensors, [RowSum, Pending, CapturedBatch, *_kinds(ExampleGradients)])
     except ValueError as error:
         raise _no_state(store, name, error) from error
-    return Standpoint(fitting[0], found, name)
+    return Standpoint(fitting, found, name)
+
+
+def _stands_nowhere(store: Store, trajectory: Trajectory, states: Mapping[int, Any]) -> ModelMismatchError:
+    steps = [trajectory.boundaries[t] for t in sorted(states) or range(1, len(trajectory) + 1)]
+    return ModelMismatchError(
+        message(
+            f"resuming the run in {store}",
+            "the model stands at none of its checkpoints",
+            got="other parameters",
+            expected=f"those after step {', '.join(map(str, steps))}",
+            source="the run's checkpoints",
+            fix="Load the model and the optimizer from what you saved right after recorder.save()",
+        )
+    )
+
+
+def _unknown_moment(
+    store: Store, trajectory: Trajectory, states: Mapping[int, Any], here: Sequence[int]
+) -> ModelMismatchError | ConfigurationError:
+    """Say why an optimizer that remembers something cannot go on: for where the model stands, no state is like it."""
+    if not here:
+        return _stands_nowhere(store, trajectory, states)
+    step = trajectory.boundaries[here[0]]
+    if any(t in states for t in here):
+        wrong, expected = "the optimizer remembers other steps", f"the state it had at step {step}"
+        fix = "Load the optimizer from what you saved right after recorder.save()"
+    else:
+        known = ", ".join(f"step {trajectory.boundaries[t]}" for t in sorted(states)) or "none"
+        wrong = "what is in the optimizer's moment is not known"
+        expected = f"a call of recorder.save() at that step (there are {len(states)} states: {known})"
+        fix = "Go on from a step with a state, or with a new optimizer, which has nothing in its moment"
+    return ConfigurationError(
+        message(
+            f"resuming the run in {store}",
+            wrong,
+            got=f"an optimizer with a state, after step {step}",
+            expected=expected,
+            source="the run's states",
+            fix=fix,
+        )
+    )
 
 
 def take_up(store: Store, standpoint: Standpoint, setting: Setting, accountant: SegmentAccountant) -> bool:

@@ -48,11 +48,6 @@ class RunWriter:
         """Return the number of finished segments."""
         return len(self._segments)
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of all finished segments."""
-        return self._segments[-1]["summary"]["last_step"] if self._segments else 0
-
     def lock(self) -> None:
         """Keep every other writer out until `close`.
 

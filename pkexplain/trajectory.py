@@ -115,16 +115,14 @@ class Segment:
 
     def _pick(self, ids: Tensor, read: Callable[[Rows, Tensor], Tensor]) -> Tensor:
         """Read something of some rows, wherever they lie; zeros for examples that came later."""
-        found, start = None, 0
+        none, start = read(self.shards[0], ids[:0]), 0
+        found = none.new_zeros(len(ids), *none.shape[1:])
         for shard in self.shards:
             mine = (ids >= start) & (ids < start + len(shard))
             if mine.all():
                 return read(shard, ids - start)
-            part = read(shard, ids[mine] - start)
-            found = part.new_zeros(len(ids), *part.shape[1:]) if found is None else found
-            found[mine] = part
+            found[mine] = read(shard, ids[mine] - start)
             start += len(shard)
-        assert found is not None  # a segment has shards
         return found
 
     def _read_range(self, first: int, stop: int, dtype: torch.dtype) -> Tensor:

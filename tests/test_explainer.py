@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 import pkexplain as pk
 from pkexplain import exact
+from pkexplain.compressed import CompressedSearch
 from pkexplain.errors import (
     ConfigurationError,
     MissingDependencyError,
     ModelMismatchError,
     QueryError,
 )
-from pkexplain.index import RowIndex
 from pkexplain.rows import Rows
 from tests.conftest import batches, digits, mlp, train
 
@@ -567,8 +567,9 @@ def test_an_index_is_kept_beside_the_run_and_used_again(disk_run, monkeypatch):
     (file,) = kept(disk_run)
     content = file.read_bytes()
     built = []
-    build = RowIndex._build
-    monkeypatch.setattr(RowIndex, "_build", lambda self, on_rows: built.append(self.factory) or build(self, on_rows))
+    build = CompressedSearch.build
+    watched = lambda self, *given: built.append(self.factory) or build(self, *given)  # noqa: E731 - a name for a patch
+    monkeypatch.setattr(CompressedSearch, "build", watched)
     assert explain_with(disk_run, "SQ8") == first
     assert built == []
     explain_with(disk_run, "SQfp16")

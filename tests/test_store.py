@@ -16,6 +16,7 @@ import pkexplain as pk
 from pkexplain.errors import RunDamagedError, RunError, RunExistsError, RunNotFoundError
 from pkexplain.store import DirectoryStore, MemoryStore, checksum_file, open_store
 from tests.conftest import Run, digits, mlp
+from tests.faults import reseal
 
 MANIFEST = {"segments": [], "anything": [1, "two", 3.5, None]}
 TENSORS = {
@@ -228,16 +229,6 @@ def refused(path, run, name, wrong, *details):
     assert "Restore the file from a copy, or record the run again." in text
     for detail in details:
         assert detail in text
-
-
-def reseal(path, change):
-    """Change the manifest, with its own checksum, as somebody who knows the format could."""
-    content = json.loads((path / "manifest.json").read_text())
-    content.pop("sha256")
-    change(content)
-    plain = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    content["sha256"] = hashlib.sha256(plain.encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(content))
 
 
 def test_the_files_are_all_there_is(damaged):
