@@ -189,8 +189,10 @@ class Explainer:
         """
         self._check(1, reading)
         queries = as_queries(x, self._trajectory.inputs, self._field.device)
-        projected = [self._corrected(some, out).projected for some, out, _ in self._chunks(queries, output)]
-        parts = [self._ranking.contributions(some) for some in projected]
+        parts = [
+            self._ranking.contributions(self._corrected(some, settled).projected)
+            for some, settled, _ in self._chunks(queries, output)
+        ]
         return np.concatenate(parts)
 
     def _check(self, k: int, reading: str) -> None:
