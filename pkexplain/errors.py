@@ -16,7 +16,8 @@
     │   ├── RunNotFoundError (FileNotFoundError)   there is no run, or it holds no finished segment
     │   ├── RunDamagedError                        a file is missing, truncated or altered
     │   └── ModelMismatchError (ValueError)        the model is not the one that was recorded
-    └── QueryError (ValueError)             a query or an output that the recorded model cannot answer
+    ├── QueryError (ValueError)             a query or an output that the recorded model cannot answer
+    └── EvaluationError (ValueError)        retrainings or attributions that cannot be judged
 
 Every message reads ``<what was asked>: <what is wrong>. Got …; expected … (from …). <One fix>.``
 """
@@ -27,6 +28,7 @@ from typing import Any
 
 __all__ = [
     "ConfigurationError",
+    "EvaluationError",
     "ExampleIdError",
     "MissingDependencyError",
     "ModelMismatchError",
@@ -103,6 +105,10 @@ class ModelMismatchError(RunError, ValueError):
 
 class QueryError(PkexplainError, ValueError):
     """A query or an output does not fit the recorded model."""
+
+
+class EvaluationError(PkexplainError, ValueError):
+    """A retraining, or the attributions that are held against it, cannot be judged."""
 
 
 def message(asked: str, wrong: str, *, got: Any, expected: Any, source: str, fix: str) -> str:

@@ -5,15 +5,16 @@ Every function draws into the axes it is given, or into a new figure that ``axes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pkexplain.drawing import INK, OTHER, colour_of, finish, literal, name_rows, new_axes, new_figure
 from pkexplain.explanation import Explanation
 from pkexplain.report.data import Example, build_section
-from pkexplain.report.items import TrainingSet, clean, name_label
+from pkexplain.report.items import TrainingSet, name_label
 from pkexplain.table import decimals, fixed
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["plot_contributions", "plot_examples", "plot_groups", "plot_ledger", "plot_timeline"]
-
-_POSITIVE, _NEGATIVE, _OTHER, _INK = "#2468a8", "#b4540a", "#7b7f86", "#1d2126"
-_NAME_LENGTH = 48
 
 
 def plot_ledger(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
@@ -41,20 +39,20 @@ def plot_ledger(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
     """
     section = build_section(explanation)
     steps = section.steps
-    axes = _axes(ax, height=0.45 * len(steps) + 1.0)
+    axes = new_axes(ax, height=0.45 * len(steps) + 1.0)
     for row, step in enumerate(steps):
         if step.kind == "level":
-            axes.plot([step.end, step.end], [row - 0.3, row + 0.3], color=_INK, linewidth=3)
+            axes.plot([step.end, step.end], [row - 0.3, row + 0.3], color=INK, linewidth=3)
         else:
-            colour = _colour(step.value) if step.kind == "examples" else _OTHER
+            colour = colour_of(step.value) if step.kind == "examples" else OTHER
             axes.barh(row, step.value, left=step.start, height=0.5, color=colour)
         if row + 1 < len(steps):
-            axes.plot([step.end, step.end], [row, row + 1], color=_OTHER, linewidth=0.8, linestyle=":", zorder=0)
+            axes.plot([step.end, step.end], [row, row + 1], color=OTHER, linewidth=0.8, linestyle=":", zorder=0)
     axes.use_sticky_edges = False
     axes.margins(x=0.03)
     values = [fixed(s.value, section.places, sign=s.kind != "level") for s in steps]
-    _name_rows(axes, [f"{step.name}  {value}" for step, value in zip(steps, values, strict=True)])
-    return _finish(axes, xlabel=f"{explanation.output} (output units)", title="The ledger")
+    name_rows(axes, [f"{step.name}  {value}" for step, value in zip(steps, values, strict=True)])
+    return finish(axes, xlabel=f"{explanation.output} (output units)", title="The ledger")
 
 
 def plot_contributions(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
@@ -71,12 +69,12 @@ def plot_contributions(explanation: Explanation, *, ax: Axes | None = None) -> A
         MissingDependencyError: matplotlib is not installed.
     """
     shown = (*explanation.proponents, *reversed(explanation.opponents))
-    axes = _axes(ax, height=0.3 * len(shown) + 1.2)
+    axes = new_axes(ax, height=0.3 * len(shown) + 1.2)
     values = [c.contribution for c in shown]
-    axes.barh(range(len(shown)), values, height=0.7, color=list(map(_colour, values)))
-    axes.axvline(0.0, color=_OTHER, linewidth=0.8)
-    _name_rows(axes, [f"example {c.id}" for c in shown])
-    return _finish(axes, xlabel="contribution (output units)", title=f"What moved {explanation.output} most")
+    axes.barh(range(len(shown)), values, height=0.7, color=list(map(colour_of, values)))
+    axes.axvline(0.0, color=OTHER, linewidth=0.8)
+    name_rows(axes, [f"example {c.id}" for c in shown])
+    return finish(axes, xlabel="contribution (output units)", title=f"What moved {explanation.output} most")
 
 
 def plot_timeline(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
@@ -92,16 +90,16 @@ def plot_timeline(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    axes = _axes(ax, height=3.6)
+    axes = new_axes(ax, height=3.6)
     steps = np.asarray(explanation.boundaries)
     widths, sums = np.diff(steps), list(explanation.segment_sums)
-    colours = list(map(_colour, sums))
+    colours = list(map(colour_of, sums))
     axes.bar(steps[:-1], sums, 0.9 * widths, align="edge", color=colours, label="examples, each segment")
-    axes.plot(steps, explanation.checkpoint_outputs, color=_INK, marker="o", markersize=3, label="output")
-    axes.axhline(0.0, color=_OTHER, linewidth=0.8)
-    axes.set_ylabel(f"{_literal(explanation.output)} (output units)")
+    axes.plot(steps, explanation.checkpoint_outputs, color=INK, marker="o", markersize=3, label="output")
+    axes.axhline(0.0, color=OTHER, linewidth=0.8)
+    axes.set_ylabel(f"{literal(explanation.output)} (output units)")
     axes.legend(frameon=False)
-    return _finish(axes, xlabel="optimizer step", title="Over the course of training")
+    return finish(axes, xlabel="optimizer step", title="Over the course of training")
 
 
 def plot_groups(
@@ -127,13 +125,13 @@ def plot_groups(
         MissingDependencyError: matplotlib is not installed.
     """
     sums = explanation.by_group(groups)
-    axes = _axes(ax, height=0.35 * len(sums) + 1.2)
+    axes = new_axes(ax, height=0.35 * len(sums) + 1.2)
     nets = [group.net for group in sums]
-    axes.barh(range(len(sums)), nets, height=0.6, color=list(map(_colour, nets)))
-    axes.axvline(0.0, color=_OTHER, linewidth=0.8)
+    axes.barh(range(len(sums)), nets, height=0.6, color=list(map(colour_of, nets)))
+    axes.axvline(0.0, color=OTHER, linewidth=0.8)
     places = decimals(group.gross for group in sums)
-    _name_rows(axes, [f"{name_label(label_names, g.group)[:24]}  (gross {fixed(g.gross, places)})" for g in sums])
-    return _finish(axes, xlabel="net contribution (output units)", title=f"{explanation.output} by group")
+    name_rows(axes, [f"{name_label(label_names, g.group)[:24]}  (gross {fixed(g.gross, places)})" for g in sums])
+    return finish(axes, xlabel="net contribution (output units)", title=f"{explanation.output} by group")
 
 
 def plot_examples(
@@ -156,18 +154,18 @@ def plot_examples(
     training_set = TrainingSet(dataset, label_names)
     section = build_section(explanation, training_set, name=training_set.name)
     columns = max(len(section.proponents), len(section.opponents), 1)
-    figure = _figure(1.5 * (columns + 1), 4.4)
+    figure = new_figure(1.5 * (columns + 1), 4.4)
     grid = figure.subplots(2, columns + 1, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     if section.query is not None:
-        _show(grid[0, 0], section.query.picture, section.query.text, f"query\n{explanation.output}", _INK)
+        _show(grid[0, 0], section.query.picture, section.query.text, f"query\n{explanation.output}", INK)
     caption = partial(_caption, places=section.example_places)
     for row, examples in enumerate((section.proponents, section.opponents)):
         for axes, example in zip(grid[row, 1:], examples, strict=False):
             item = example.item
             if item is not None:
-                _show(axes, item.picture, item.text, caption(example), _colour(example.entry.contribution))
+                _show(axes, item.picture, item.text, caption(example), colour_of(example.entry.contribution))
     return figure
 
 
@@ -177,42 +175,10 @@ def _caption(example: Example, places: int) -> str:
 
 
 def _show(axes: Axes, picture: np.ndarray | None, text: str | None, title: str, colour: str) -> None:
-    axes.set_title(_literal(title), fontsize=9, color=colour)
+    axes.set_title(literal(title), fontsize=9, color=colour)
     if picture is not None:
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     elif text is not None:
         short = text if len(text) <= 90 else text[:89] + "…"
         lines = [short[i : i + 18] for i in range(0, len(short), 18)]
-        axes.text(0.5, 1.0, _literal("\n".join(lines)), fontsize=7, ha="center", va="top", transform=axes.transAxes)
-
-
-def _colour(value: float) -> str:
-    return _POSITIVE if value >= 0.0 else _NEGATIVE
-
-
-def _literal(text: str) -> str:
-    """Keep matplotlib from reading dollars in data as mathematics."""
-    return clean(text).replace("$", r"\$")
-
-
-def _name_rows(axes: Axes, names: Iterable[str]) -> None:
-    labels = [_literal(name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…") for name in names]
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-
-
-def _finish(axes: Axes, *, xlabel: str, title: str) -> Axes:
-    axes.set_xlabel(_literal(xlabel))
-    axes.set_title(_literal(title), loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
-
-
-def _axes(ax: Axes | None, *, height: float) -> Axes:
-    return _figure(7.0, height).add_subplot() if ax is None else ax
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+        axes.text(0.5, 1.0, literal("\n".join(lines)), fontsize=7, ha="center", va="top", transform=axes.transAxes)
