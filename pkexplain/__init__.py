@@ -23,6 +23,7 @@ from pkexplain.update_rules import LinearStep, UpdateRule, register_update_rule
 from pkexplain.version import __version__
 
 if TYPE_CHECKING:
+    from pkexplain import evaluation
     from pkexplain.progress import ProgressBar
     from pkexplain.report import write_report
 
@@ -55,6 +56,7 @@ __all__ = [
     "UpdateRule",
     "Value",
     "__version__",
+    "evaluation",
     "merge",
     "register_update_rule",
     "withdraw",
@@ -66,6 +68,8 @@ _LATER = {"ProgressBar": "pkexplain.progress", "write_report": "pkexplain.report
 
 
 def __getattr__(name: str) -> Any:
+    if name == "evaluation":
+        return importlib.import_module("pkexplain.evaluation")
     if name in _LATER:
         return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""Attributions judged by the field's yardsticks: train again without some examples, and see whether they were right.
+
+`Retraining` holds the user's training function and queries. Each yardstick has a function that retrains, once, where it
+needs that, and one that judges any number of attributions by what came out.
+"""
+
+from __future__ import annotations
+
+from pkexplain.evaluation.datamodelling import (
+    LinearDatamodellingScore,
+    SubsetOutputs,
+    linear_datamodelling_score,
+    retrain_subsets,
+)
+from pkexplain.evaluation.leaving_out import (
+    LeaveOneOut,
+    LeaveOneOutCorrelation,
+    leave_one_out,
+    leave_one_out_correlation,
+)
+from pkexplain.evaluation.mislabels import MislabelDetection, flip_labels, mislabel_detection
+from pkexplain.evaluation.removal import SubsetRemoval, subset_removal
+from pkexplain.evaluation.retraining import Retraining
+from pkexplain.evaluation.statistics import Estimate
+
+__all__ = [
+    "Estimate",
+    "LeaveOneOut",
+    "LeaveOneOutCorrelation",
+    "LinearDatamodellingScore",
+    "MislabelDetection",
+    "Retraining",
+    "SubsetOutputs",
+    "SubsetRemoval",
+    "flip_labels",
+    "leave_one_out",
+    "leave_one_out_correlation",
+    "linear_datamodelling_score",
+    "mislabel_detection",
+    "retrain_subsets",
+    "subset_removal",
+]
