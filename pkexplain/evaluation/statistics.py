@@ -35,7 +35,7 @@ class Estimate:
 
     Attributes:
         value: The number itself.
-        low: The lower end of the interval, a percentile of the resampled numbers.
+        low: The lower end of the interval, a percentile of the resampled numbers, shifted by their bias.
         high: The upper end.
         level: The share of resampled numbers between the two.
     """
@@ -51,7 +51,7 @@ class Estimate:
 
 
 def estimate(value: float, resampled: np.ndarray, level: float) -> Estimate:
-    """Take percentiles of resampled numbers for an interval.
+    """Take percentiles of resampled numbers, shifted to have the number itself for their mean, for an interval.
 
     Args:
         value: The number itself.
@@ -68,7 +68,9 @@ def estimate(value: float, resampled: np.ndarray, level: float) -> Estimate:
     finite = resampled[np.isfinite(resampled)]
     if not len(finite):
         return Estimate(value, float("nan"), float("nan"), level)
-    low, high = np.quantile(finite, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    # Drawing units twice lowers a rank correlation a little: without the shift a narrow interval can miss its number.
+    shifted = finite - finite.mean() + value
+    low, high = np.quantile(shifted, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Estimate(value, float(low), float(high), level)
 
 
