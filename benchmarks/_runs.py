@@ -129,9 +129,9 @@ class Run:
 
 def displaced(explainer: pk.Explainer, x: Any, output: pk.Output) -> np.ndarray:
     """Compute Σ_t ⟨φ_t, Δθ_t⟩ by the quadrature, before any correction, ``(queries,)``."""
-    queries = as_queries(x, explainer._trajectory.inputs, explainer._field.device)
+    queries = as_queries(x, explainer.trajectory.inputs, explainer._first.field.device)
     found = [
-        explainer._corrected(some, settled).covectors.displacement.sum(1)
+        explainer._first.corrected(some, settled).covectors.displacement.sum(1)
         for some, settled, _ in explainer._chunks(queries, output)
     ]
     return torch.cat(found).numpy()
@@ -150,7 +150,7 @@ def make(job: Job, *, with_displaced: bool = False) -> Run:
         accuracy = float((torch.cat(parts).argmax(1) == truth).float().mean())
         explainer = pk.Explainer(Path(folder) / "run", model, tolerance=job.tolerance)
         size = sum(file.stat().st_size for file in (Path(folder) / "run").rglob("*") if file.is_file())
-        segments = len(explainer._trajectory)
+        segments = len(explainer.trajectory)
         explanations: list[pk.Explanation] = []
         for part in torch.arange(job.queries).split(job.at_once):
             found = explainer.explain(take(tests, part), output=pk.Logit())

@@ -14,10 +14,12 @@ from pkexplain.editing import merge, withdraw
 from pkexplain.errors import PkexplainError
 from pkexplain.explainer import Explainer
 from pkexplain.explanation import Check, Contribution, Cost, Explanation, GroupSum, Ledger, Remainder
+from pkexplain.loss_curvature import BinaryCrossEntropy, CrossEntropy, LossCurvature, SquaredError
 from pkexplain.outputs import Custom, Logit, LogProbability, Loss, Margin, Output, TokenLogProbability, Value
 from pkexplain.projection import Identity, Kronecker, SparseSign
 from pkexplain.quadrature import Quadrature
 from pkexplain.recorder import Recorder
+from pkexplain.removal import Removal
 from pkexplain.store import DirectoryStore, MemoryStore
 from pkexplain.update_rules import LinearStep, UpdateRule, register_update_rule
 from pkexplain.version import __version__
@@ -28,9 +30,11 @@ if TYPE_CHECKING:
     from pkexplain.report import write_report
 
 __all__ = [
+    "BinaryCrossEntropy",
     "Check",
     "Contribution",
     "Cost",
+    "CrossEntropy",
     "Custom",
     "DirectoryStore",
     "Explainer",
@@ -43,6 +47,7 @@ __all__ = [
     "LogProbability",
     "Logit",
     "Loss",
+    "LossCurvature",
     "Margin",
     "MemoryStore",
     "Output",
@@ -51,7 +56,9 @@ __all__ = [
     "Quadrature",
     "Recorder",
     "Remainder",
+    "Removal",
     "SparseSign",
+    "SquaredError",
     "TokenLogProbability",
     "UpdateRule",
     "Value",

@@ -14,6 +14,7 @@ from pkexplain.displacement import MomentAccount
 from pkexplain.gradients import ExampleGradients
 from pkexplain.lookahead import Lookahead, LookaheadBook
 from pkexplain.projector import Projector
+from pkexplain.rates import RateSums
 from pkexplain.rows import Rows
 from pkexplain.scratch import empty_on_disk
 from pkexplain.trajectory import Segment, SegmentSummary
@@ -43,6 +44,7 @@ class SegmentAccountant:
         self._setting, self._lookahead, self._projector = setting, lookahead, projector
         self._book: Book | None = None  # which one, the first step tells
         self._decay = MomentAccount(setting.spans, setting.like.new_zeros(setting.size))
+        self._rate_sums = RateSums(setting.spans)
         groups: dict[int, slice] = {}
         for block in setting.blocks:
             groups[block.group] = slice(groups.get(block.group, block.span).start, block.span.stop)
@@ -107,6 +109,7 @@ class SegmentAccountant:
         if checked and rows is not None and self.projector is not None:
             rows = self._setting.ranks.sum(rows)
             self.note_capture_gap(_gap(rows, self.projector.project_displacements(attributed[None])[0]))
+        self._rate_sums.step(numbers, scaled)
         self._follow_decay(numbers, parameters)
 
     def _open(self, elementwise: bool) -> Book:
@@ -180,6 +183,7 @@ class SegmentAccountant:
             audit_ids=book.audit_ids,
             audit_rows=totals.audit_rows,
             withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64),
+            rate_sums=self._rate_sums.close(None if book.projector is None else book.projector.balance),
         )
         both = torch.stack([displacement, displacement - decay - left])
         projector = book.projector

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pkexplain.correction import CorrectedCovectors
 from pkexplain.explanation import Check
+from pkexplain.removal import FinalGradient
 from pkexplain.trajectory import Trajectory
 
-__all__ = ["checks_of"]
+__all__ = ["checks_of", "removal_checks"]
 
 _TOLERANCES = {
     "optimizer share": 1e-2,
@@ -41,6 +42,11 @@ _MEANINGS = {
     "completeness gap": "What the contributions shown miss of the account. The correction closes it, so it tells only "
     "that the arithmetic was done; the other checks are the evidence.",
 }
+
+_AUDITED_GRADIENT = (
+    "Relative error of the products of this output's gradient with the displacements of {audited} examples, which were "
+    "also kept without compression, before the curvature comes in. Where it fails, record with a larger k."
+)
 
 
 def checks_of(
@@ -84,3 +90,25 @@ def checks_of(
         for name, meaning in _MEANINGS.items()
         if name in values
     )
+
+
+def removal_checks(trajectory: Trajectory, final: FinalGradient, row: int) -> tuple[Check, ...]:
+    """Measure what can fail in the removal reading of one query: the rows, and their products with its gradient.
+
+    Whether it predicts is no property of one explanation: `pkexplain.evaluation` measures that, by training again.
+
+    Args:
+        trajectory: The run.
+        final: λ_T of a batch of queries.
+        row: Which query.
+    """
+    values = {
+        "displacement gap": max(summary.displacement_gap for summary in trajectory.summaries),
+        "capture gap": max(summary.capture_gap for summary in trajectory.summaries),
+    }
+    audited = final.audit.shape[1]
+    if audited:
+        size = final.audit[row].norm().clamp_min(torch.finfo(final.audit.dtype).tiny)
+        values["audit error"] = float((final.stored[row] - final.audit[row]).norm() / size)
+    meanings = {**_MEANINGS, "audit error": _AUDITED_GRADIENT.format(audited=audited)}
+    return tuple(Check(name, abs(value), _TOLERANCES[name], meanings[name]) for name, value in values.items())

@@ -21,7 +21,7 @@ from pkexplain.projector import Projector
 from pkexplain.quadrature import Part, Quadrature
 from pkexplain.trajectory import Trajectory
 
-__all__ = ["Covectors", "OutputField", "integrate"]
+__all__ = ["Covectors", "OutputField", "integrate", "outputs_at_checkpoints"]
 
 _NUMBERS_AT_ONCE = 1 << 26
 """Most numbers of one block's gradients, formed for a product with the ledger's vectors."""
@@ -230,6 +230,11 @@ def integrate(
             on_part(done, planned)
         wanted = _refine(progress, quadrature)
     return _gather(field_, progress, outputs)
+
+
+def outputs_at_checkpoints(field_: OutputField, queries: QueryBatch, output: Output) -> Tensor:
+    """Compute f(x; θ_t) at every checkpoint, in output units, ``(queries, segments + 1)``."""
+    return _at_checkpoints(field_, queries, output)[0]
 
 
 _Values = dict[tuple[int, float], dict[int, float]]

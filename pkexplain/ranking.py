@@ -98,7 +98,7 @@ class Ranking:
 
     def _best(self, ids: Tensor, projected: Tensor, k: int, bound: float) -> tuple[list[Contribution], float]:
         """Rank the rows that the index proposes; bound all that are not among the best."""
-        found = self._contributions_of(ids, projected)
+        found = self.contributions_of(ids, projected)
         kept = found[:k] + [c for c in found[-k:] if c not in found[:k]]
         return kept, max([bound, *(abs(c.contribution) for c in found[k:-k])])
 
@@ -146,7 +146,7 @@ class Ranking:
                 total[part] += segment.read_rows(part, projected.dtype) @ covector
         return total.T.numpy()
 
-    def _contributions_of(self, ids: Tensor, projected: Tensor) -> list[Contribution]:
+    def contributions_of(self, ids: Tensor, projected: Tensor) -> list[Contribution]:
         """Rank some rows, largest contribution first, with a_i and K(x, x_i)."""
         parts = [
             segment.read_rows(ids, projected.dtype) @ projected[t].cpu() for t, segment in enumerate(self._segments)

@@ -18,7 +18,7 @@ from pkexplain.validation import Layout, MisfitError
 
 __all__ = ["FORMAT_VERSION", "MemoryStore", "Store", "busy", "damaged", "exists", "not_found"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class Store(ABC):

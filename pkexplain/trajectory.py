@@ -23,7 +23,7 @@ __all__ = [
     "Trajectory",
 ]
 
-_VECTORS = ("row_sum", "decay", "optimizer", "audit_ids", "audit_rows", "withdrawn")
+_VECTORS = ("row_sum", "decay", "optimizer", "audit_ids", "audit_rows", "withdrawn", "rate_sums")
 FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
 
 
@@ -62,6 +62,8 @@ class Segment:
         audit_ids: Examples whose displacements were kept without projection, ``(audited,)``.
         audit_rows: Their displacements D_i,t, ``(audited, parameters)``.
         withdrawn: Sum of the rows that were withdrawn, in float64, ``(k,)``.
+        rate_sums: The learning rate summed over its steps as each block feels it, in float64, ``(blocks,)``; see
+            `pkexplain.rates`.
         examples: How many examples the run has; those that came after this segment have rows of zeros in it.
     """
 
@@ -72,6 +74,7 @@ class Segment:
     audit_ids: Tensor
     audit_rows: Tensor
     withdrawn: Tensor
+    rate_sums: Tensor
     examples: int = 0
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ def test_no_example_that_is_not_shown_contributes_more_than_the_bound(run, every
 def test_the_bound_is_that_of_cauchy_and_schwarz(run, monkeypatch):
     monkeypatch.setattr(pkexplain.ranking, "_BOUNDS_AT_ONCE", 50)
     explainer = pk.Explainer(run.store, run.model, index="SQ8")
-    ranking, k = explainer._ranking, 3
+    ranking, k = explainer._first.ranking, 3
     covectors = torch.randn(4, len(run.store.trajectory()), len(run.store.trajectory().segment(0).row_sum))
     rows = [segment.read_rows(slice(None)) for segment in ranking._segments]
     for known in (0, k):

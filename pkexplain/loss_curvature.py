@@ -1,0 +1,98 @@
+"""How curved a loss is where an example stands, read off the size of its loss derivative.
+
+A row holds −η s J ᵀ ℓ', with ℓ' = ∂ℓ/∂y and s what the batch divides by. Its outer product is therefore ℓ' ℓ'ᵀ seen through
+the model, the *empirical* Fisher matrix, while training feels the Gauss-Newton matrix Jᵀ (∂²ℓ/∂y²) J. Along ℓ' the two
+differ by a factor that the size of ℓ' tells for the losses that models are trained with: a well-fitted example, whose
+derivative has almost vanished, is still curved.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["BinaryCrossEntropy", "CrossEntropy", "LossCurvature", "SquaredError", "loss_curvature_of"]
+
+_SMALLEST = 1e-3
+"""Loss derivatives below this share of the largest possible count as that large: their rows are mostly rounding."""
+
+
+class LossCurvature(ABC):
+    """ℓ''/ℓ'² along the loss derivative.
+
+    Attributes:
+        largest: The largest ‖ℓ'‖ that one example can have, where the loss has one; None where it has none.
+    """
+
+    largest: float | None = None
+
+    @abstractmethod
+    def weights(self, size: Tensor) -> Tensor:
+        """Compute u·(∂²ℓ/∂y²)u / ‖ℓ'‖², with u the unit loss derivative.
+
+        Args:
+            size: ‖ℓ'‖ of each example's own loss, before any mean over a batch, ``(examples,)``.
+
+        Returns:
+            The factor by which an outer product of loss derivatives becomes a curvature, ``(examples,)``.
+        """
+
+
+@dataclass(frozen=True)
+class CrossEntropy(LossCurvature):
+    """Softmax and cross-entropy: for two classes ℓ' = (1 − p)(−1, 1), so that the factor is p / (1 − p).
+
+    For more classes ‖ℓ'‖ / √2 lies between (1 − p) / √2 and 1 − p, and is taken for the latter, as where one wrong class
+    holds what the right one lacks.
+
+    Example:
+        >>> import torch
+        >>> CrossEntropy().weights(torch.tensor([0.5]) * 2**0.5)
+        tensor([1.])
+    """
+
+    largest = math.sqrt(2)
+
+    def weights(self, size: Tensor) -> Tensor:
+        """Compute p / (1 − p)."""
+        missing = (size / math.sqrt(2)).clamp(_SMALLEST, 1 - _SMALLEST)
+        return (1 - missing) / missing
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy(LossCurvature):
+    """Sigmoid and binary cross-entropy: ℓ' = p − y and ℓ'' = p (1 − p), so that the factor is p / (1 − p) exactly."""
+
+    largest = 1.0
+
+    def weights(self, size: Tensor) -> Tensor:
+        """Compute p / (1 − p), p being the probability of what the example is labelled."""
+        missing = size.clamp(_SMALLEST, 1 - _SMALLEST)
+        return (1 - missing) / missing
+
+
+@dataclass(frozen=True)
+class SquaredError(LossCurvature):
+    """Squared error: ℓ'' is a constant, so that the factor is ℓ'' / ‖ℓ'‖².
+
+    Attributes:
+        second: ℓ'': 2 for ``torch.nn.MSELoss`` of one output, 1 for half the squared error.
+    """
+
+    second: float = 2.0
+
+    def weights(self, size: Tensor) -> Tensor:
+        """Compute ℓ'' / ‖ℓ'‖²."""
+        return self.second / size.clamp_min(_SMALLEST * float(size.max()) if len(size) else 0.0).square()
+
+
+def loss_curvature_of(loss_derivatives: Tensor) -> LossCurvature:
+    """Choose a loss for a run: cross-entropy for several outputs, squared error for one.
+
+    Args:
+        loss_derivatives: As rows keep them: signed where the model has one output, minus a norm otherwise.
+    """
+    return SquaredError() if bool((loss_derivatives > 0).any()) else CrossEntropy()
