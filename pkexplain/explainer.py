@@ -217,7 +217,7 @@ def _removal(reading: str | Removal) -> Removal | None:
     known: dict[Any, Removal | None] = {"path": None, "removal": Removal()}
     if not isinstance(reading, str) or reading not in known:
         fix, expected = "Leave it out for contributions that add up", '"path", "removal" or a Removal'
-        raise _refused("Explainer(…, reading=…)", "there is no such reading", repr(reading), expected, "Explainer", fix)
+        raise _refused("Explainer.explain", "this reading is not there", repr(reading), expected, "Explainer", fix)
     return known[reading]
 
 

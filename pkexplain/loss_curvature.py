@@ -1,9 +1,9 @@
 """How curved a loss is where an example stands, read off the size of its loss derivative.
 
-A row holds −η s J ᵀ ℓ', with ℓ' = ∂ℓ/∂y and s what the batch divides by. Its outer product is therefore ℓ' ℓ'ᵀ seen through
-the model, the *empirical* Fisher matrix, while training feels the Gauss-Newton matrix Jᵀ (∂²ℓ/∂y²) J. Along ℓ' the two
-differ by a factor that the size of ℓ' tells for the losses that models are trained with: a well-fitted example, whose
-derivative has almost vanished, is still curved.
+A row holds −η s Jᵀ ℓ', with ℓ' = ∂ℓ/∂y, η the learning rate and s what the batch multiplies a loss with. Its outer
+product is therefore ℓ' ℓ'ᵀ seen through the model, the *empirical* Fisher matrix, while training feels the Gauss-Newton
+matrix Jᵀ (∂²ℓ/∂y²) J. Along ℓ' the two differ by a factor that the size of ℓ' tells for the losses that models are
+trained with: a well-fitted example, whose derivative has almost vanished, is still curved.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class LossCurvature(ABC):
 class CrossEntropy(LossCurvature):
     """Softmax and cross-entropy: for two classes ℓ' = (1 − p)(−1, 1), so that the factor is p / (1 − p).
 
-    For more classes ‖ℓ'‖ / √2 lies between (1 − p) / √2 and 1 − p, and is taken for the latter, as where one wrong class
-    holds what the right one lacks.
+    For more classes ‖ℓ'‖ / √2 lies between (1 − p) / √2 and 1 − p, and is taken for the latter, as where one wrong
+    class holds what the right one lacks.
 
     Example:
         >>> import torch

@@ -54,7 +54,7 @@ class Removal:
         ConfigurationError: A number cannot be.
     """
 
-    strength: float = 0.3
+    strength: float = 0.2
     loss: LossCurvature | None = None
     checkpoints: int | None = None
 

@@ -75,7 +75,7 @@ def test_a_manifest_comes_back(store):
     found = reopened(store).manifest()
     assert {name: found[name] for name in MANIFEST} == MANIFEST
     assert found["more"] == 1
-    assert found["format_version"] == 3
+    assert found["format_version"] == 4
     assert set(found["files"]) == {"projection.safetensors"}
 
 
