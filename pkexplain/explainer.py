@@ -25,6 +25,7 @@ from pkexplain.ranking import Ranking, Scan
 from pkexplain.ranks import ProcessGroup, Ranks
 from pkexplain.storage import damaged
 from pkexplain.store import DirectoryStore, Store, open_store
+from pkexplain.trajectory import Trajectory
 
 __all__ = ["Explainer"]
 
@@ -90,6 +91,7 @@ class Explainer:
         if tuple(blocks) != self._trajectory.fingerprint.blocks:
             raise damaged(store, "manifest.json", "its blocks are not the model's", len(groups), "those of its layers")
         self._projector = self._trajectory.projector(device)
+        self._model = mine
         self._field = OutputField(mine, layers, self._projector, self._trajectory)
         self._segments = [self._trajectory.segment(t) for t in range(len(self._trajectory))]
         self._row_sums = torch.stack([segment.row_sum for segment in self._segments])
@@ -99,6 +101,15 @@ class Explainer:
         self._whole = Ranking(self._trajectory, index, directory, device, Ranks())
         ranks = Ranks() if group is None else ProcessGroup(group)
         self._ranking = self._whole if ranks.count == 1 else Ranking(self._trajectory, index, directory, device, ranks)
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The run that is explained."""
+        return self._trajectory
+
+    def copy_model(self) -> nn.Module:
+        """Return a copy of the model in evaluation mode, at any point of the run."""
+        return copy.deepcopy(self._model)
 
     @property
     def index(self) -> RowIndex:
