@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from pkexplain.comparison import rank_correlation, top_overlap
 from pkexplain.comparison_table import size, wall_time
 from pkexplain.errors import ConfigurationError, QueryError
 
+PAGE = Path(__file__).parent.parent / "docs" / "comparing.md"
 SOURCE = """
 import torch
 from torch import nn
@@ -222,3 +225,23 @@ def test_the_command_compares_and_writes_a_report(disk_run, tmp_path, monkeypatc
     refused = CliRunner().invoke(app, [str(word) for word in words])
     assert isinstance(refused.exception, QueryError)
     assert "these are not classes" in str(refused.exception)
+
+
+def test_the_code_of_the_page_runs_as_it_stands(disk_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    disk_run.store.rename(tmp_path / "runs" / "mnist")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    names = {
+        "model": disk_run.model,
+        "queries": disk_run.queries[:3],
+        "labels": disk_run.answers[:3],
+        "train": TensorDataset(disk_run.inputs[:96], disk_run.targets[:96]),
+        "linear_datamodelling_score": lambda scores: float(scores.mean()),
+        "nn": nn,
+    }
+    for block in blocks:
+        exec(compile(block, "comparing.md", "exec"), names)
+    assert "LDS" in str(names["comparison"])
+    assert names["top"].indices.shape == (3, 10)
