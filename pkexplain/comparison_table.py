@@ -65,9 +65,9 @@ def render_comparison(comparison: Comparison) -> str:
         "",
         table,
         "",
-        f"gap: what the sum of the scores leaves of the change of minus the loss. top {k}, rank corr.: agreement "
-        f"with the path reading; by chance {percent(min(k, examples) / examples)} and 0. memory: peak beside what was "
-        "there, coarse.",
+        "gap: what the sum of the scores leaves of the change of minus the loss; the path reading's is made to close. "
+        f"top {k}, rank corr.: agreement with the path reading; by chance {percent(min(k, examples) / examples)} and "
+        "0. memory: peak beside what was there, coarse.",
     ]
     if comparison.left_out:
         parts += ["", "Left out:", *(f"  {each.name}: {each.reason}" for each in comparison.left_out)]
