@@ -263,6 +263,16 @@ def test_what_captum_raises_is_said(small):
     assert caught.value.__cause__ is not None
 
 
+def test_queries_are_asked_in_parts_that_fit_in_memory(small, monkeypatch):
+    expected = TracInCP().scores(small.setting)
+    each = small.setting.parameters * 2 * 8
+    monkeypatch.setattr("pkexplain.baselines.captum_inputs.available_bytes", lambda device: 4.5 * each)
+    np.testing.assert_allclose(TracInCP().scores(small.setting), expected, rtol=1e-9)
+    monkeypatch.setattr("pkexplain.baselines.captum_inputs.available_bytes", lambda device: 1.5 * each)
+    with pytest.raises(ConfigurationError, match="there is not enough memory"):
+        TracInCP().scores(small.setting)
+
+
 class Wrong(Dataset):
     def __init__(self, dataset):
         self.dataset = dataset
