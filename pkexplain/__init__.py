@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pkexplain.comparing import compare
+from pkexplain.comparison import Comparison
 from pkexplain.editing import merge, withdraw
 from pkexplain.errors import PkexplainError
 from pkexplain.explainer import Explainer
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BinaryCrossEntropy",
     "Check",
+    "Comparison",
     "Contribution",
     "Cost",
     "CrossEntropy",
@@ -63,6 +66,7 @@ __all__ = [
     "UpdateRule",
     "Value",
     "__version__",
+    "compare",
     "evaluation",
     "merge",
     "register_update_rule",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import math
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pkexplain.errors import PkexplainError, QueryError, RunDamagedError, message
+from pkexplain.command_inputs import build_model, call_function, parse_numbers, parse_output, read_query
+from pkexplain.errors import PkexplainError, RunDamagedError
 
 __all__ = ["app", "main", "parse_output"]
 
@@ -156,19 +154,8 @@ def withdraw(
     from pkexplain.editing import withdraw as take_out
     from pkexplain.progress import ProgressBar
 
-    numbers = ids.split(",")
-    if not all(number.strip().isdecimal() for number in numbers):
-        raise QueryError(
-            message(
-                f"--ids {ids}",
-                "these are not row numbers",
-                got=repr(ids),
-                expected="whole numbers and commas",
-                source="the command line",
-                fix="Write them as in --ids 3,17,1204",
-            )
-        )
-    take_out(run, [int(number) for number in numbers], progress=ProgressBar())
+    numbers = parse_numbers(ids, "--ids")
+    take_out(run, numbers, progress=ProgressBar())
     _console().print(f"{len(numbers)} example(s) withdrawn; the ledger of an explanation keeps their sum.")
 
 
@@ -193,18 +180,13 @@ def explain(
     ] = None,
 ) -> None:
     """Explain a prediction: the ledger, the checks and the top training examples."""
-    from torch import nn
-
     from pkexplain.explainer import Explainer
     from pkexplain.progress import ProgressBar
     from pkexplain.store import DirectoryStore
 
     inputs = DirectoryStore(run).manifest()["inputs"]
-    asked, wanted = _read_query(query, inputs), None if output is None else parse_output(output)
-    built = _call(model, "--model")
-    if not isinstance(built, nn.Module):
-        raise _bad_function(model, "--model", f"it returns a {type(built).__name__}, not a torch.nn.Module")
-    explainer = Explainer(run, built, index=index, progress=ProgressBar())
+    asked, wanted = read_query(query, inputs), None if output is None else parse_output(output)
+    explainer = Explainer(run, build_model(model), index=index, progress=ProgressBar())
     found = explainer.explain(asked, output=wanted, k=k)
     explanations = found if isinstance(found, list) else [found]
     for explanation in explanations:
@@ -212,8 +194,43 @@ def explain(
     if report is not None:
         from pkexplain.report import write_report
 
-        training_set = _call(dataset, "--dataset") if dataset else None
+        training_set = call_function(dataset, "--dataset") if dataset else None
         typer.echo(f"The report: {write_report(explanations, report, dataset=training_set).resolve().as_uri()}")
+
+
+@app.command()
+def compare(
+    run: RunArgument,
+    model: Annotated[str, typer.Option(help="package.module:build, a function that returns the model.")],
+    data: Annotated[str, typer.Option(help="package.module:load, a function that returns the training set.")],
+    query: Annotated[Path, typer.Option(help="One query or a batch: a .npy or .safetensors file, or .json lists.")],
+    target: Annotated[str, typer.Option(help="The class of the query, or of each: 3,5,8.")],
+    methods: Annotated[
+        str | None, typer.Option(help="Some of the methods, by name: TracInCP,TracInCPFast,random. By default all.")
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="How many examples of each ranking are compared.")] = 10,
+    report: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
+) -> None:
+    """Set Captum's methods and cheap ones beside the path reading, on the same run."""
+    from pkexplain.comparing import choose_baselines
+    from pkexplain.comparing import compare as compare_methods
+    from pkexplain.explainer import Explainer
+    from pkexplain.outputs import LogProbability
+    from pkexplain.progress import ProgressBar
+    from pkexplain.store import DirectoryStore
+
+    asked, classes = read_query(query, DirectoryStore(run).manifest()["inputs"]), parse_numbers(target, "--target")
+    chosen, training_set = choose_baselines(methods), call_function(data, "--data")
+    explainer = Explainer(run, build_model(model), progress=ProgressBar())
+    comparison = compare_methods(explainer, asked, classes, dataset=training_set, baselines=chosen, k=k)
+    typer.echo(str(comparison))
+    if report is not None:
+        from pkexplain.report import write_report
+
+        output = LogProbability(classes[0] if len(classes) == 1 else classes)
+        explanations = explainer.explain(asked, output=output, k=k)
+        written = write_report(explanations, report, dataset=training_set, comparison=comparison)
+        typer.echo(f"The report: {written.resolve().as_uri()}")
 
 
 @app.command()
@@ -278,100 +295,6 @@ def _compare(trajectory: Any, count: int, factory: str) -> None:
     )
     for text in refused:
         _complain("left out:", text)
-
-
-def parse_output(text: str) -> Any:
-    """Read an output as it is written on the command line, for example ``logit:3``.
-
-    Raises:
-        QueryError: There is no such output.
-    """
-    from pkexplain import outputs
-
-    name, _, number = text.partition(":")
-    kinds: dict[str, Any] = {
-        "logit": outputs.Logit,
-        "log-probability": outputs.LogProbability,
-        "margin": outputs.Margin,
-        "loss": outputs.Loss,
-        "value": outputs.Value,
-    }
-    tokens = number.split(",")
-    if name == "tokens" and all(token.isdecimal() for token in tokens):
-        return outputs.TokenLogProbability([int(token) for token in tokens])
-    if name in kinds and (number.isdecimal() or (not number and name != "loss")):
-        return kinds[name](*([int(number)] if number else []))
-    raise QueryError(
-        message(
-            f"--output {text}",
-            "there is no such output",
-            got=repr(text),
-            expected=", ".join(f"{kind}:NUMBER" for kind in kinds) + ", tokens:NUMBER,NUMBER,…",
-            source="pkexplain.outputs",
-            fix="For the score of class 3, write --output logit:3",
-        )
-    )
-
-
-def _call(path: str, option: str) -> Any:
-    """Import ``package.module:function`` from the Python path or the working directory, and call it."""
-    module, _, name = path.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise _bad_function(path, option, f"it cannot be imported ({error})") from error
-        if not callable(function):
-            raise _bad_function(path, option, f"it is a {type(function).__name__}, which cannot be called")
-        return function()  # what it imports may lie in the working directory, too
-    finally:
-        sys.path.remove(here)
-
-
-def _bad_function(path: str, option: str, wrong: str) -> QueryError:
-    return QueryError(
-        message(
-            f"{option} {path}",
-            wrong,
-            got=repr(path),
-            expected="package.module:function",
-            source="the Python path and the working directory",
-            fix="Name a function without arguments in a module that Python can import from here",
-        )
-    )
-
-
-def _read_query(file: Path, inputs: Collection[str]) -> Any:
-    """Read a query without unpickling anything; a single tensor needs no name, unless it is one of the inputs'."""
-    import numpy as np
-    import torch
-
-    try:
-        if file.suffix == ".npy":
-            return torch.from_numpy(np.load(file, allow_pickle=False))
-        if file.suffix == ".json":
-            return torch.tensor(json.loads(file.read_text(encoding="utf-8")))
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(file)
-            alone = len(tensors) == 1 and not tensors.keys() <= set(inputs)
-            return next(iter(tensors.values())) if alone else tensors
-        wrong = "this kind of file is not read"
-    except Exception as error:  # every library has its own errors for a bad file
-        wrong = f"it cannot be read ({error})"
-    raise QueryError(
-        message(
-            f"--query {file}",
-            wrong,
-            got=file.name,
-            expected="a .npy, .safetensors or .json file of numbers",
-            source="the command line",
-            fix="Save the query with numpy.save('query.npy', x)",
-        )
-    )
 
 
 def main() -> None:

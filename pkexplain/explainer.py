@@ -73,9 +73,8 @@ class Explainer:
         if not runs or (group is not None and len(runs) > 1):
             fix = "Pass a run, or a list of runs without a process group"
             raise _refused("Explainer([…])", "these runs cannot be averaged", len(runs), "1 or more", "Explainer", fix)
-        where = torch.device(device) if device else next(model.parameters()).device
         report = progress or (lambda what, done, total: None)
-        setting = (index, tolerance, quadrature or Quadrature(), where, report, group)
+        setting = (index, tolerance, quadrature or Quadrature(), device, report, group)
         self._runs = [RunExplainer(open_store(each), model, *setting) for each in runs]
         check_alike(self._runs)
         self._first = self._runs[0]

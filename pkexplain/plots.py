@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pkexplain.drawing import INK, OTHER, colour_of, finish, literal, name_rows, new_axes, new_figure
+from pkexplain.comparison import Comparison
+from pkexplain.drawing import INK, OTHER, POSITIVE, colour_of, finish, literal, name_rows, new_axes, new_figure
 from pkexplain.explanation import Explanation
 from pkexplain.report.data import Example, build_section
 from pkexplain.report.items import TrainingSet, name_label
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_contributions", "plot_examples", "plot_groups", "plot_ledger", "plot_timeline"]
+__all__ = ["plot_comparison", "plot_contributions", "plot_examples", "plot_groups", "plot_ledger", "plot_timeline"]
 
 
 def plot_ledger(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
@@ -166,6 +167,47 @@ def plot_examples(
             item = example.item
             if item is not None:
                 _show(axes, item.picture, item.text, caption(example), colour_of(example.entry.contribution))
+    return figure
+
+
+def plot_comparison(comparison: Comparison) -> Figure:
+    """Draw how methods agree, and what they cost.
+
+    Args:
+        comparison: What `pkexplain.compare` returned.
+
+    Returns:
+        A figure: the rank correlations of all pairs as a map, then for each method the share of its first k examples
+        that are the path reading's, and the time of a query.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    methods = comparison.methods
+    names = [literal(method.name) for method in methods]
+    figure = new_figure(13.0, 0.42 * len(methods) + 2.2)
+    grid = figure.subplots(1, 3, width_ratios=(1.3, 1.0, 1.0))
+    drawn = grid[0].imshow(comparison.rank_correlations, cmap="RdBu", vmin=-1.0, vmax=1.0, aspect="auto")
+    for row, values in enumerate(comparison.rank_correlations):
+        for column, value in enumerate(values):
+            text = "–" if np.isnan(value) else f"{value:.2f}"
+            colour = "white" if abs(value) > 0.6 else INK
+            grid[0].text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    grid[0].set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    grid[0].set_yticks(range(len(names)), names)
+    grid[0].set_title("Rank correlation", loc="left")
+    figure.colorbar(drawn, ax=grid[0], shrink=0.8)
+    bars = [
+        ([method.overlap for method in methods], f"First {comparison.k} shared with the path reading", "share"),
+        ([1e3 * method.query_seconds for method in methods], "Time of a query", "milliseconds"),
+    ]
+    for axes, (values, title, unit) in zip(grid[1:], bars, strict=True):
+        axes.barh(range(len(names)), values, height=0.6, color=POSITIVE)
+        axes.set_yticks(range(len(names)), [""] * len(names))
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        finish(axes, xlabel=unit, title=title)
+    grid[1].set_xlim(0.0, 1.0)
+    grid[2].set_xscale("log")
     return figure
 
 

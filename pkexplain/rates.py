@@ -74,6 +74,7 @@ class RateSums:
 def _reach(step: LinearStep) -> Number:
     """Sum what a gradient of this step does in it and, at the same numbers, in all that follow."""
     kept = 1.0 - step.decay
-    if not isinstance(kept, Tensor) and kept <= 0:
-        return step.gradient_step
-    return step.gradient_step + step.gain * step.moment_step / kept
+    if isinstance(kept, Tensor):
+        passed_on = torch.where(kept > 0, step.gain * step.moment_step / kept.clamp_min(1e-30), 0.0)
+        return step.gradient_step + passed_on
+    return step.gradient_step + (step.gain * step.moment_step / kept if kept > 0 else 0.0)

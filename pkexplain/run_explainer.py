@@ -62,7 +62,7 @@ class RunExplainer:
         index: A faiss factory string, or ``"auto"``.
         tolerance: Allowed quadrature gap, relative to |f_T − f_0|.
         quadrature: The rule of integration over a segment, and its budget.
-        device: Where to compute.
+        device: Where to compute; None for where the model is.
         progress: Told how far long work is.
         group: A `torch.distributed` process group that shares the rows out, or None.
     """
@@ -74,13 +74,14 @@ class RunExplainer:
         index: str,
         tolerance: float,
         quadrature: Quadrature,
-        device: torch.device,
+        device: str | torch.device | None,
         progress: Progress,
         group: Any,
     ) -> None:
         """Read the run and check the model against it."""
         self.trajectory = store.trajectory()
         self.trajectory.fingerprint.check(model)
+        device = torch.device(device) if device else next(model.parameters()).device
         directory = store.path / "index" if isinstance(store, DirectoryStore) else None
         self.model = copy.deepcopy(model).to(device).eval()
         groups = {name: block.group for block in self.trajectory.fingerprint.blocks for name in block.parameters}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pkexplain.explanation import Contribution, Explanation
 
-__all__ = ["WIDTH", "decimals", "fixed", "percent", "render", "significant"]
+__all__ = ["WIDTH", "decimals", "fixed", "percent", "plain_text", "render", "significant"]
 
 WIDTH = 100
 """Columns of the rendered text."""
@@ -117,7 +117,6 @@ def render(explanation: Explanation) -> str:
     Returns:
         Lines of at most ``WIDTH`` columns, without colour codes.
     """
-    from rich.console import Console, Group
     from rich.padding import Padding
 
     places = decimals([explanation.final - explanation.initial, explanation.initial, explanation.final])
@@ -135,10 +134,25 @@ def render(explanation: Explanation) -> str:
         _checks(explanation),
         _cost(explanation),
     ]
+    return plain_text(*parts)
+
+
+def plain_text(*parts: RenderableType, extra: int = 0) -> str:
+    """Render parts under each other, without colour codes.
+
+    Args:
+        parts: Texts and rich's tables.
+        extra: Columns beside the usual ones.
+
+    Returns:
+        Lines of at most ``WIDTH + extra`` columns.
+    """
+    from rich.console import Console, Group
+
     buffer = io.StringIO()
     console = Console(
         file=buffer,
-        width=WIDTH,
+        width=WIDTH + extra,
         color_system=None,
         force_terminal=False,
         force_jupyter=False,

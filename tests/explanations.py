@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pkexplain.comparison import Comparison, LeftOut, Method, rank_correlation, top_overlap
 from pkexplain.explanation import Check, Contribution, Cost, Explanation, Ledger, Remainder
 
 HOSTILE = "</style></title><script>alert('x')</script>\"><img src=x onerror=alert(1)> \u202eabc\u202c שלום & {{ 7*7 }}"
@@ -90,3 +91,32 @@ def make_explanation(
         query=rng.uniform(-1.0, 2.0, (1, 8, 8)) if query is None else query,
         scan=lambda: contributions,
     )
+
+
+def make_comparison(*, methods: int = 10, name: str = "method") -> Comparison:
+    """Make a comparison of seeded scores, with one yardstick and one method left out.
+
+    Args:
+        methods: How many.
+        name: What they are called, and why one was left out.
+
+    Returns:
+        The comparison, of 3 queries and 50 examples.
+    """
+    scores = np.random.default_rng(0).normal(size=(methods, 3, 50)).cumsum(axis=0)
+    overlaps, correlations = top_overlap(list(scores), 5), rank_correlation(list(scores))
+    found = tuple(
+        Method(
+            f"{name} {at}",
+            each,
+            gap=np.nan if at > 3 else 0.3 * at,
+            overlap=float(overlaps[at, 0]),
+            rank_correlation=float(correlations[at, 0]),
+            setup_seconds=0.1,
+            query_seconds=0.01,
+            peak_bytes=2e7,
+            yardsticks={name: 0.2},
+        )
+        for at, each in enumerate(scores)
+    )
+    return Comparison(found, (LeftOut(name, name),), np.ones(3), 5, overlaps, correlations)

@@ -389,7 +389,8 @@ def test_an_output_that_does_not_exist_is_refused(run, explainer, output, wrong)
 
 @pytest.mark.parametrize("reading", ["REMOVAL", "PATH", None])
 def test_a_reading_that_is_not_there_is_refused(run, explainer, reading):
-    match = rf"^Explainer\.explain: this reading is not there\. Got {reading!r}; expected \"path\", \"removal\" or a Removal"
+    expected = r"expected \"path\", \"removal\" or a Removal"
+    match = rf"^Explainer\.explain: this reading is not there\. Got {reading!r}; {expected}"
     with pytest.raises(ConfigurationError, match=match):
         explainer.explain(run.queries[0], reading=reading)
     with pytest.raises(ConfigurationError, match="this reading is not there"):

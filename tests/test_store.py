@@ -335,7 +335,7 @@ def test_a_missing_manifest_is_no_run(damaged):
 def test_a_manifest_of_another_format_is_refused(damaged):
     path, run = damaged
     reseal(path, lambda manifest: manifest.update(format_version=1))
-    refused(path, run, "manifest.json", "its format is not known here", "Got 1; expected 3 ")
+    refused(path, run, "manifest.json", "its format is not known here", "Got 1; expected 4 ")
 
 
 @pytest.mark.parametrize(

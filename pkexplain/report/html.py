@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pkexplain.comparison import Comparison
+from pkexplain.comparison_table import size, wall_time
 from pkexplain.errors import ConfigurationError, message
 from pkexplain.explanation import Explanation
 from pkexplain.report.data import Section, build_section
@@ -164,6 +166,9 @@ def _environment() -> Environment:
         "significant": lambda value: typeset(significant(value)),
         "plain": lambda value: typeset(f"{value:g}"),
         "percent": lambda share: typeset(percent(share)),
+        "duration": wall_time,
+        "memory": size,
+        "correlation": lambda value: typeset("–" if math.isnan(value) else f"{value:.2f}"),
         "count": lambda value: f"{value:,}",
         "uri": png_uri,
         "clean": lambda text: clean(str(text)),
@@ -173,12 +178,13 @@ def _environment() -> Environment:
     return environment
 
 
-def render_page(sections: Sequence[Section], title: str | None = None) -> str:
+def render_page(sections: Sequence[Section], title: str | None = None, comparison: Comparison | None = None) -> str:
     """Render a page.
 
     Args:
         sections: One for each explanation, at least one.
         title: The page's title; the question where it is None and there is one section.
+        comparison: Other methods on the same run, shown behind the explanations.
 
     Returns:
         The HTML.
@@ -186,7 +192,7 @@ def render_page(sections: Sequence[Section], title: str | None = None) -> str:
     alone = title is None and len(sections) == 1
     heading = sections[0].question if alone else title or f"{len(sections)} explanations"
     template = _environment().get_template("report.html.j2")
-    return template.render(sections=sections, heading=clean(heading), alone=alone).lstrip()
+    return template.render(sections=sections, heading=clean(heading), alone=alone, comparison=comparison).lstrip()
 
 
 def write_report(
@@ -196,6 +202,7 @@ def write_report(
     dataset: Any = None,
     label_names: Sequence[str] | Mapping[Any, str] | None = None,
     title: str | None = None,
+    comparison: Comparison | None = None,
 ) -> Path:
     """Write explanations as one self-contained HTML file.
 
@@ -208,6 +215,7 @@ def write_report(
             a torch or Hugging Face data set, or a list, of ``(x, y)``, ``(id, x, y)``, mappings, pictures or strings.
         label_names: Name of each label, a sequence or a mapping; by default the data set's own, if it has any.
         title: The page's title; by default the question.
+        comparison: What `pkexplain.compare` returned, to show behind the explanations.
 
     Returns:
         Where it was written.
@@ -231,7 +239,7 @@ def write_report(
     training_set = None if dataset is None else TrainingSet(dataset, label_names)
     name = functools.partial(name_label, label_names) if training_set is None else training_set.name
     sections = [build_section(each, training_set, name=name) for each in explanations]
-    return _write(Path(path), render_page(sections, title))
+    return _write(Path(path), render_page(sections, title, comparison))
 
 
 def _write(path: Path, text: str) -> Path:

@@ -1,0 +1,59 @@
+"""What a baseline is: a name, and scores of all training examples for each query."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+
+from pkexplain.baselines.setting import Setting
+
+__all__ = ["Baseline"]
+
+
+class Baseline(ABC):
+    """A method that scores training examples.
+
+    A score above zero, or above those of other examples, is a proponent's: because of the example, minus the loss of
+    the query is higher. A subclass writes `prepare`.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def prepare(self, setting: Setting) -> Callable[[], np.ndarray]:
+        """Do what is done once, whatever the queries.
+
+        Args:
+            setting: The run, the training set and the queries.
+
+        Returns:
+            A function that scores the setting's queries, ``(queries, num_examples)``.
+
+        Raises:
+            ConfigurationError: The method cannot be used here; the message says why.
+        """
+
+    def scores(self, setting: Setting) -> np.ndarray:
+        """Score every training example for every query.
+
+        Args:
+            setting: The run, the training set and the queries.
+
+        Returns:
+            Scores, ``(queries, num_examples)``.
+
+        Raises:
+            ConfigurationError: The method cannot be used here; the message says why.
+        """
+        return self.prepare(setting)()
+
+    def adds_up(self, setting: Setting) -> bool:
+        """Say whether the scores of a query are meant to sum to the change of minus its loss over training.
+
+        Args:
+            setting: The run.
+        """
+        return False

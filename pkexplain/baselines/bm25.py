@@ -1,0 +1,89 @@
+"""BM25: which training texts hold the query's rare words. No model, no training, no gradient."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from pkexplain.baselines.baseline import Baseline
+from pkexplain.baselines.setting import Setting
+from pkexplain.errors import ConfigurationError, message
+
+__all__ = ["BM25", "bm25"]
+
+
+@dataclass(frozen=True)
+class BM25(Baseline):
+    """Okapi BM25 of the training texts, for each query's text.
+
+    Args:
+        texts: The training texts, in the order of the recorded ids, ``(num_examples,)``.
+        query_texts: The text of each query, ``(queries,)``.
+        k1: How soon a word that is repeated stops counting.
+        b: How much a long text is discounted, 0 to 1.
+    """
+
+    name: ClassVar[str] = "BM25"
+    texts: Sequence[str] = ()
+    query_texts: Sequence[str] = ()
+    k1: float = 1.2
+    b: float = 0.75
+
+    def prepare(self, setting: Setting) -> Callable[[], np.ndarray]:
+        """Check that there is one text for each training example and each query."""
+        got, wanted = (len(self.texts), len(self.query_texts)), (len(setting.rows), len(setting.queries))
+        if got != wanted:
+            raise ConfigurationError(
+                message(
+                    "BM25(texts, query_texts)",
+                    "there must be one text for each training example and one for each query",
+                    got=f"{got[0]} and {got[1]}",
+                    expected=f"{wanted[0]} and {wanted[1]}",
+                    source="the training set and the queries",
+                    fix="Leave BM25 out where the data is no text",
+                )
+            )
+        return lambda: bm25(self.texts, self.query_texts, k1=self.k1, b=self.b)
+
+
+def bm25(texts: Sequence[str], queries: Sequence[str], *, k1: float = 1.2, b: float = 0.75) -> np.ndarray:
+    """Score texts by the words they share with queries (Robertson and Zaragoza 2009, equation 3.15).
+
+        score(q, d) = Σ over the words w of q of  idf(w) · n (k1 + 1) / (n + k1 (1 − b + b |d| / mean |d|))
+
+    with n the times w is in d, and idf(w) = log(1 + (N − df + ½) / (df + ½)), which is never negative.
+
+    Args:
+        texts: The texts, ``(texts,)``.
+        queries: The queries, ``(queries,)``; a word that is repeated counts as often.
+        k1: How soon a repeated word stops counting.
+        b: How much a long text is discounted, 0 to 1.
+
+    Returns:
+        Scores, ``(queries, texts)``.
+
+    Example:
+        >>> bm25(["a red hen", "a fox"], ["the fox"]).round(2).tolist()
+        [[0.0, 0.75]]
+    """
+    words = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
+    lengths = np.array([sum(counts.values()) for counts in words], np.float64)
+    discount = k1 * (1.0 - b + b * lengths / max(lengths.mean(), 1e-12))
+    holders: dict[str, list[int]] = {}
+    for position, counts in enumerate(words):
+        for word in counts:
+            holders.setdefault(word, []).append(position)
+    scores = np.zeros((len(queries), len(texts)))
+    for row, query in enumerate(queries):
+        for word in re.findall(r"\w+", query.lower()):
+            held = holders.get(word, [])
+            idf = math.log(1.0 + (len(texts) - len(held) + 0.5) / (len(held) + 0.5))
+            times = np.array([words[position][word] for position in held], np.float64)
+            scores[row, held] += idf * times * (k1 + 1.0) / (times + discount[held])
+    return scores
