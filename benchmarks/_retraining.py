@@ -51,7 +51,7 @@ def _cnn() -> nn.Module:
 
 LR = Protocol("LR", lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), 20, 32, 0.01, 0.0)
 MLP = Protocol("MLP", _mlp, 50, 64, 0.01, 0.9)
-CNN = Protocol("CNN", _cnn, 10, 64, 0.02, 0.9)
+CNN = Protocol("CNN", _cnn, 6, 64, 0.02, 0.9)
 
 
 def digits(seed: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
