@@ -19,8 +19,10 @@ import pkexplain as pk
 from pkexplain import baselines
 
 QUERIES, COUNTS, SEEDS = 50, (50, 200), (11, 12, 13)
-FOLDER = Path("build/benchmarks/subset_removal") if Path("pyproject.toml").exists() else Path(
-    "../build/benchmarks/subset_removal"
+FOLDER = (
+    Path("build/benchmarks/subset_removal")
+    if Path("pyproject.toml").exists()
+    else Path("../build/benchmarks/subset_removal")
 )
 METHODS = [
     baselines.TracInCP(),
@@ -96,8 +98,8 @@ def main() -> None:
     head += [f"{c}: class changed" for c in COUNTS]
     write(
         "subset removal",
-        f"{QUERIES} test digits, retrained with seeds {', '.join(map(str, SEEDS))} (the recorded run has seed 0); means, "
-        f"with 95% of the means on resampled queries. {machine()}.\n\n{table(head, rows)}",
+        f"{QUERIES} test digits, retrained with seeds {', '.join(map(str, SEEDS))} (the recorded run has seed 0); "
+        f"means, with 95% of the means on resampled queries. {machine()}.\n\n{table(head, rows)}",
     )
 
 

@@ -121,6 +121,7 @@ class SegmentAccountant:
         """Return what the next segments need of those before: what is in the optimizer's moment."""
         return {
             "decay": (self._decay.moment, self._decay.blocks),
+            "rates": self._rate_sums.moment,
             "elementwise": isinstance(self._book, LookaheadBook),
             "book": self._book.in_flight() if self._book else None,
         }
@@ -128,6 +129,7 @@ class SegmentAccountant:
     def resume(self, in_flight: Mapping[str, Any]) -> None:
         """Begin with what was in the optimizer's moment."""
         self._decay.resume(*in_flight["decay"])
+        self._rate_sums.resume(in_flight["rates"])
         if in_flight["book"] is not None:
             self._book = self._open(in_flight["elementwise"])
             self._book.resume(in_flight["book"])

@@ -141,7 +141,7 @@ def _reading(
 ) -> tuple[tuple[str, np.ndarray, Measurement, Measurement], list[Explanation]]:
     """Explain minus the loss in one of our own readings; the index is what is done once."""
     with Measurement(setting.device) as once:
-        _ = explainer.index
+        explainer.prepare(reading)
     with Measurement(setting.device) as asked:
         answer = explainer.explain(x, output=output, k=1, reading=reading)
         explanations = answer if isinstance(answer, list) else [answer]

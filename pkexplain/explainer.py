@@ -99,6 +99,23 @@ class Explainer:
         self._first.prepare()
         return self._first.ranking.index
 
+    def prepare(self, reading: str | Removal = "path") -> None:
+        """Do now what is done once: build the index, and for a removal reading the curvature of every segment.
+
+        Args:
+            reading: As for `explain`.
+
+        Raises:
+            MissingDependencyError: faiss is not installed.
+            ConfigurationError: faiss refuses the factory string, or ``reading`` cannot be.
+        """
+        removal = _removal(reading)
+        for run in self._runs:
+            if len(self._runs) == 1:
+                run.prepare()
+            if removal is not None:
+                run.curvature(removal.loss)
+
     def explain(
         self,
         x: Any,

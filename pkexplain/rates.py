@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,28 +14,47 @@ __all__ = ["RateSums"]
 
 
 class RateSums:
-    """The learning rate summed over a segment, as each block of parameters feels it in the end.
+    """The learning rate summed over a segment, as each block of parameters feels it.
 
-    A gradient that enters a moment goes on moving the parameters; with SGD and momentum μ the sum is that of
-    learning rate / (1 − μ). Where the optimizer multiplies elementwise with A, the rows and covectors of the run
+    It is what a gradient of one, the same at every step, would have moved: with SGD and momentum μ, soon
+    learning rate / (1 − μ) a step. Where the optimizer multiplies elementwise with A, the rows and covectors of the run
     see S⁻¹ A S⁻¹ in place of A, with the run's balance S; of that the mean is taken, weighted with the squared
     gradient in the same coordinates:
 
-        Σ_s  Σ_p A_p g_p² / Σ_p S_p² g_p²
+        Σ_p (Σ_s A_p) g_p² / Σ_p S_p² g_p²
 
     Args:
         spans: Where each block of parameters lies in the flat vector.
     """
 
     def __init__(self, spans: Mapping[int, slice]) -> None:
-        """Start the first segment."""
+        """Start the first segment with nothing in the moment."""
         self._spans = spans
+        self._moment: dict[int, Number] = dict.fromkeys(spans, 0.0)
         self._begin()
 
     def _begin(self) -> None:
-        self._sums = dict.fromkeys(self._spans, 0.0)
-        self._moved: dict[int, Tensor] = {}
+        self._moved: dict[int, Number] = dict.fromkeys(self._spans, 0.0)
         self._energy: dict[int, Tensor] = {}
+
+    @property
+    def moment(self) -> dict[int, Number]:
+        """What the unit gradient has left in the moment of each block."""
+        return self._moment
+
+    def resume(self, moment: Mapping[int, Any]) -> None:
+        """Begin with what was in the moment.
+
+        Raises:
+            ValueError: It is no such thing.
+        """
+        for block, span in self._spans.items():
+            value = moment[block]
+            shape = (span.stop - span.start,)
+            fits = value.shape == shape if isinstance(value, Tensor) else isinstance(value, float)
+            if not fits or not torch.as_tensor(value).isfinite().all():
+                raise ValueError(f"no moment of block {block}")
+            self._moment[block] = value
 
     def step(self, numbers: Mapping[int, LinearStep], gradient: Tensor) -> None:
         """Follow one optimizer step.
@@ -44,13 +64,11 @@ class RateSums:
             gradient: The gradient that it applied, ``(parameters,)``.
         """
         for block, span in self._spans.items():
-            reach = _reach(numbers[block])
-            if isinstance(reach, Tensor):
-                g = gradient[span]
-                self._moved[block] = self._moved.get(block, 0.0) + reach
-                self._energy[block] = self._energy.get(block, 0.0) + g * g
-            else:
-                self._sums[block] += reach
+            n = numbers[block]
+            moment = self._moment[block] = n.decay * self._moment[block] + n.gain
+            moved = self._moved[block] = self._moved[block] + n.moment_step * moment + n.gradient_step
+            if isinstance(moved, Tensor):
+                self._energy[block] = self._energy.get(block, 0.0) + gradient[span].square()
 
     def close(self, balance: Tensor | None) -> Tensor:
         """End the segment and start the next.
@@ -61,20 +79,14 @@ class RateSums:
         Returns:
             One sum for each block, in float64, ``(blocks,)``.
         """
-        for block, moved in self._moved.items():
-            energy = self._energy[block].double()
-            scale = 1.0 if balance is None else balance[self._spans[block]].double().square()
-            size = float((energy * scale).sum())
-            self._sums[block] += float((energy * moved.double()).sum()) / size if size > 0 else 0.0
-        found = torch.tensor([self._sums[block] for block in sorted(self._spans)], dtype=torch.float64)
+        sums = []
+        for block in sorted(self._spans):
+            moved = self._moved[block]
+            if isinstance(moved, Tensor):
+                energy = self._energy[block].double()
+                scale = 1.0 if balance is None else balance[self._spans[block]].double().square()
+                size = float((energy * scale).sum())
+                moved = float((energy * moved.double()).sum()) / size if size > 0 else 0.0
+            sums.append(moved)
         self._begin()
-        return found
-
-
-def _reach(step: LinearStep) -> Number:
-    """Sum what a gradient of this step does in it and, at the same numbers, in all that follow."""
-    kept = 1.0 - step.decay
-    if isinstance(kept, Tensor):
-        passed_on = torch.where(kept > 0, step.gain * step.moment_step / kept.clamp_min(1e-30), 0.0)
-        return step.gradient_step + passed_on
-    return step.gradient_step + (step.gain * step.moment_step / kept if kept > 0 else 0.0)
+        return torch.tensor(sums, dtype=torch.float64)

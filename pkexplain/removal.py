@@ -35,8 +35,8 @@ __all__ = ["Curvature", "FinalGradient", "Removal", "final_gradient"]
 _MOST_ROWS = 16384
 """Examples that a segment's curvature is made from; of more, as many are drawn."""
 _ROWS_AT_ONCE = 4096
-_NO_CURVATURE = 1e-4
-"""Along directions in which training shrinks a displacement by less than this share, it is left as it is."""
+_NO_CURVATURE = 1e-3
+"""Along directions in which all of training shrinks a displacement by less than about this share, it is left alone."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Curvature:
     def _felt(self, curvatures: Tensor) -> Tensor:
         """Choose what shrinks displacements and is no rounding of the largest."""
         rounding = len(curvatures) * torch.finfo(curvatures.dtype).eps * float(curvatures.max())
-        return curvatures > max(_NO_CURVATURE, rounding)
+        return curvatures > max(_NO_CURVATURE / len(self._trajectory), rounding)
 
     def _rates(self, segment: Segment) -> Tensor:
         """Give every column of a row the rate of its block; where blocks share columns, their mean."""
