@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.averaging import check_alike, mean_checks, mean_contributions, mean_cost, mean_ledger, rank_mean
-from pkexplain.errors import ConfigurationError, message
+from pkexplain.errors import ConfigurationError, ExampleIdError, message
 from pkexplain.explanation import Explanation
 from pkexplain.index import RowIndex
-from pkexplain.model_io import QueryBatch, as_queries
+from pkexplain.model_io import QueryBatch, as_queries, check_ids
 from pkexplain.outputs import Output, settle_output
 from pkexplain.quadrature import Quadrature
 from pkexplain.ranking import Ranked, Scan
@@ -200,6 +200,50 @@ class Explainer:
         for some, settled, _ in self._chunks(queries, output):
             found = [run.ranking.contributions(run.account(some, settled, removal).projected) for run in self._runs]
             parts.append(np.mean(found, axis=0) if len(found) > 1 else found[0])
+        return np.concatenate(parts)
+
+    def self_contributions(
+        self,
+        x: Any,
+        ids: Sequence[int] | Tensor,
+        *,
+        output: Output | Callable[[Tensor], Tensor] | None = None,
+        reading: str | Removal = "removal",
+    ) -> np.ndarray:
+        """Compute what training examples contribute to their own outputs.
+
+        In the removal reading, of the margin of the label that an example was trained with, this is how much the model
+        memorised it (Feldman and Zhang 2020): without it the model would say something else. Mislabelled examples
+        stand out.
+
+        Args:
+            x: A batch of training examples.
+            ids: Their row numbers, ``(examples,)``.
+            output: What to explain, as for `explain`; with a class or a target for each example.
+            reading: As for `explain`.
+
+        Returns:
+            c_i(x_i), in output units, ``(examples,)``.
+
+        Raises:
+            QueryError: The examples or the output do not fit the model.
+            ExampleIdError: The ids are not those of the run, or not one for each example.
+            ConfigurationError: ``reading`` cannot be.
+        """
+        removal = _removal(reading)
+        queries = as_queries(x, self.trajectory.inputs, self._first.field.device)
+        known = check_ids(ids, self.trajectory.num_examples, "self_contributions(ids)")
+        if len(known) != len(queries):
+            got, fix = f"{len(known)} ids for {len(queries)} examples", "Give one id for each row of the batch"
+            wrong, expected = "there must be one for each example", f"{len(queries)} ids"
+            text = message("self_contributions(ids)", wrong, got=got, expected=expected, source="the batch", fix=fix)
+            raise ExampleIdError(text)
+        parts, start = [], 0
+        for some, settled, _ in self._chunks(queries, output):
+            mine = known[start : start + len(some)]
+            found = [run.own(run.account(some, settled, removal).projected, mine) for run in self._runs]
+            parts.append(np.mean(found, axis=0))
+            start += len(some)
         return np.concatenate(parts)
 
     def _chunks(self, queries: QueryBatch, output: Any) -> Iterator[tuple[QueryBatch, Output, list[str]]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -197,6 +198,19 @@ class RunExplainer:
             covector = corrected.projected[:, t].cpu()
             total += covector @ segment.read_rows(ids, covector.dtype).T
         return total
+
+    def own(self, projected: Tensor, ids: Tensor) -> np.ndarray:
+        """Multiply each query with the rows of one example, ``(queries,)``, in float64.
+
+        Args:
+            projected: What the rows are multiplied with, ``(queries, segments, k)``.
+            ids: The example of each query, ``(queries,)``.
+        """
+        total = torch.zeros(len(ids), dtype=torch.float64)
+        for t, segment in enumerate(self.segments):
+            covector = projected[:, t].cpu()
+            total += (covector * segment.read_rows(ids, covector.dtype)).double().sum(1)
+        return total.numpy()
 
     def curvature(self, loss: LossCurvature | None) -> Curvature:
         """Make the curvature of every segment, once for each loss."""

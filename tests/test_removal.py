@@ -272,3 +272,16 @@ def test_weights_turn_outer_products_into_curvatures(p):
     second = torch.autograd.functional.hessian(softmax, both)
     weight = float(pk.CrossEntropy().weights(first.norm()[None]))
     torch.testing.assert_close(weight * torch.outer(first, first), second)
+
+
+@pytest.mark.parametrize("reading", ["path", "removal"])
+def test_self_contributions_are_the_diagonal(reading):
+    run, model, _ = record("softmax", lambda p: torch.optim.SGD(p, lr=0.1))
+    x, y, *_ = problem("softmax")
+    explainer, ids = pk.Explainer(run, model), torch.tensor([4, 0, 23])
+    every = explainer.contributions(x[ids], output=pk.Margin(y[ids]), reading=reading)
+    own = explainer.self_contributions(x[ids], ids, output=pk.Margin(y[ids]), reading=reading)
+    np.testing.assert_allclose(own, every[range(3), ids], rtol=1e-9)
+    assert (own > 0).all()  # each pulled towards its own label
+    with pytest.raises(pk.PkexplainError, match=r"^self_contributions\(ids\): there must be one for each example"):
+        explainer.self_contributions(x[ids], ids[:2], output=pk.Margin(y[ids]))
