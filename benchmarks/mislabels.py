@@ -1,4 +1,4 @@
-"""Are mislabelled examples found? 10% of the labels flipped, an MLP and a CNN, our readings and Captum's self-influence.
+"""Are mislabelled examples found? 10% of the labels flipped, an MLP and a CNN, ours beside Captum's self-influence.
 
 About ten minutes.
 """
