@@ -1,4 +1,4 @@
-"""Run dattri, TRAK and kronfluence on the digits, models and subsets of this benchmark. Half an hour, on one core.
+"""Run dattri, TRAK and kronfluence on the digits, models and subsets of this benchmark. 40 minutes, on one core.
 
 Each peer gets a virtual environment of its own under build/peers. What was measured is kept there, and not measured
 again until it is deleted; the table is printed, and the figures are written to RESULTS.json beside this script.
@@ -56,7 +56,7 @@ class Job:
 
 
 def _jobs(name: str) -> list[Job]:
-    cg_queries = 500 if name == "LR" else 100
+    cg_queries = 500 if name == "LR" else 50
     explicit = [
         Job("dattri", "if-explicit-0", "IF, explicit Hessian, no damping (default)", name),
         Job("dattri", "if-explicit-0.1", "IF, explicit Hessian, damping 0.1", name),
