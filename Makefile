@@ -37,7 +37,7 @@ PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check -c co
 STEP = @printf '\n\033[1m==> %s\033[0m\n'
 CELLS = $(BIN)/jupytext --quiet --to py:percent --opt notebook_metadata_filter=-all --output -
 NOTEBOOKS := $(wildcard tutorials/*.ipynb)
-BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py))
+BENCHMARKS = $(sort $(wildcard benchmarks/[a-z]*.py)) benchmarks/peers/run.py
 
 help:
 	@sed -n '2,/^$$/{s/^# \{0,1\}//;p;}' Makefile

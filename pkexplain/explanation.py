@@ -142,7 +142,7 @@ class Explanation:
 
     Attributes:
         output: What was explained, for example ``"logit[3]"``.
-        reading: ``"path"``: the contributions add up; ``"removal"``, not offered yet.
+        reading: ``"path"``: the contributions add up; ``"removal"``: they predict what the output would lose.
         ledger: The account of the output.
         proponents: Examples with the largest positive contributions, largest first.
         opponents: Examples with the largest negative contributions, most negative first.
