@@ -105,8 +105,8 @@ write(
     f"The demo run: {len(trajectory)} checkpoints, 4,500 examples, 83,466 parameters; index and checkpoints warm. "
     f"{machine()}.\n\n{table(head, rows)}\n\n"
     f"Recording took {recorded - plain:.0f} s more than training ({plain:.0f} s), the index {building:.1f} s, the "
-    f"curvature of the removal reading {curving:.0f} s. For queries that come one at a time that is earned back by query "
-    f"{even[0]} (path) and {even[1]} (removal). A removal explanation costs {removal / path:.2f} times a path one in a "
+    f"curvature of the removal reading {curving:.0f} s. For queries that come one at a time that is earned back by "
+    f"query {even[0]} (path) and {even[1]} (removal). A removal explanation costs {removal / path:.2f} times a path one in a "
     f"batch, {removal_one / path_one:.2f} times alone. All 4,500 contributions of a query, in a batch of 100: "
     f"{every * 1e3:.0f} ms.",
 )
