@@ -106,7 +106,7 @@ write(
     f"{machine()}.\n\n{table(head, rows)}\n\n"
     f"Recording took {recorded - plain:.0f} s more than training ({plain:.0f} s), the index {building:.1f} s, the "
     f"curvature of the removal reading {curving:.0f} s. For queries that come one at a time that is earned back by "
-    f"query {even[0]} (path) and {even[1]} (removal). A removal explanation costs {removal / path:.2f} times a path one in a "
-    f"batch, {removal_one / path_one:.2f} times alone. All 4,500 contributions of a query, in a batch of 100: "
-    f"{every * 1e3:.0f} ms.",
+    f"query {even[0]} (path) and {even[1]} (removal). A removal explanation costs {removal / path:.2f} times a path "
+    f"one in a batch, {removal_one / path_one:.2f} times alone. All 4,500 contributions of a query, in a batch of "
+    f"100: {every * 1e3:.0f} ms.",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_the_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     images, labels = digits(104, torch.float32, image=True)
     model = cnn(dtype=torch.float32)
     names = {
@@ -37,6 +38,16 @@ def test_the_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert "quadrature gap" in shown
     assert (tmp_path / "why.html").read_text(encoding="utf-8").count("<img") > 10
     assert (tmp_path / "runs" / "mnist" / "manifest.json").is_file()
+    for seed in ("seed0", "seed1"):
+        names["model"] = cnn(dtype=torch.float32)
+        names["optimizer"] = torch.optim.SGD(names["model"].parameters(), lr=0.05, momentum=0.9)
+        recording = blocks[0].replace("runs/mnist", f"runs/{seed}").split("explainer =")[0]
+        exec(compile(recording, "README.md", "exec"), names)
+    names |= {"images": images[:20], "ids": range(20), "labels": labels[:20]}
+    for statement in ast.parse(blocks[2]).body:
+        assert isinstance(statement, ast.Expr)
+        found = eval(compile(ast.Expression(statement.value), "README.md", "eval"), names)
+        assert getattr(found, "reading", "removal") == "removal"
 
 
 def test_every_file_it_points_to_is_there():
