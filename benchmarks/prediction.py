@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def removal(protocol: Protocol) -> pk.Removal:
     return pk.Removal(strength=STRENGTH[protocol.name])
 
 
-def readings(protocol: Protocol) -> dict[str, Any]:
+def readings(protocol: Protocol) -> Iterator[dict[str, Any]]:
     """Both readings of one run at the default size, and how the path reading's account closes."""
     run, model = record(protocol, DEFAULT)
     explainer = pk.Explainer(run, model)
@@ -85,15 +86,14 @@ def readings(protocol: Protocol) -> dict[str, Any]:
     path_each = (time.perf_counter() - start) / len(test[1])
     gaps = {name: float(np.median([c.value for e in explained for c in e.checks if c.name == name]))
             for name in ("quadrature gap", "completeness gap")}  # fmt: skip
-    return {
+    yield {
         f"{protocol.name} removal": judge(protocol, predicted, once=once, each=each, strength=STRENGTH[protocol.name]),
         f"{protocol.name} removal default": judge(protocol, again, once=once, each=each),
         f"{protocol.name} path": judge(protocol, path, each=path_each, **gaps),
     }
 
 
-def sizes() -> dict[str, Any]:
-    found = {}
+def sizes() -> Iterator[dict[str, Any]]:
     for k in SIZES:
         run, model = record(MLP, k)
         explainer = pk.Explainer(run, model)
@@ -101,12 +101,10 @@ def sizes() -> dict[str, Any]:
             if name == "path" and k > 8192:
                 continue  # the queries' covectors of all nodes would not fit
             scores = explainer.contributions(test[0], output=pk.Margin(test[1]), reading=reading)
-            found[f"size {k} {name}"] = judge(MLP, scores)
-            print(k, name, found[f"size {k} {name}"], flush=True)
-    return found
+            yield {f"size {k} {name}": judge(MLP, scores)}
 
 
-def ten() -> dict[str, Any]:
+def ten() -> Iterator[dict[str, Any]]:
     """Average ten runs, one at a time, as `pk.Explainer` does with a list of them."""
     total: dict[str, np.ndarray] = {}
     for seed in range(10):
@@ -115,11 +113,10 @@ def ten() -> dict[str, Any]:
         for name, reading in (("removal", removal(MLP)), ("path", "path")):
             scores = explainer.contributions(test[0], output=pk.Margin(test[1]), reading=reading)
             total[name] = total.get(name, 0.0) + scores / 10
-    return {f"MLP ten {name}": judge(MLP, scores) for name, scores in total.items()}
+    yield {f"MLP ten {name}": judge(MLP, scores) for name, scores in total.items()}
 
 
-def others() -> dict[str, Any]:
-    found = {}
+def others() -> Iterator[dict[str, Any]]:
     for protocol in (LR, MLP):
         run, model = record(protocol, DEFAULT)
         explainer = pk.Explainer(run, model)
@@ -139,12 +136,10 @@ def others() -> dict[str, Any]:
             try:
                 scores = method.scores(setting)
             except pk.PkexplainError as error:
-                found[f"{protocol.name} {method.name}"] = {"left out": str(error).split(". ")[0]}
+                yield {f"{protocol.name} {method.name}": {"left out": str(error).split(". ")[0]}}
                 continue
             seconds = (time.perf_counter() - start) / len(test[1])
-            found[f"{protocol.name} {method.name}"] = judge(protocol, np.asarray(scores, np.float64), each=seconds)
-            print(protocol.name, method.name, found[f"{protocol.name} {method.name}"], flush=True)
-    return found
+            yield {f"{protocol.name} {method.name}": judge(protocol, np.asarray(scores, np.float64), each=seconds)}
 
 
 def shown(found: dict[str, Any], key: str) -> str:
@@ -200,9 +195,10 @@ def main() -> None:
         "lr": lambda: readings(LR), "mlp": lambda: readings(MLP), "sizes": sizes, "ten": ten, "others": others
     }  # fmt: skip
     for name in sys.argv[1:] or parts:
-        found |= parts[name]()
-        KEPT.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        print(f"{name} done", flush=True)
+        for measured in parts[name]():
+            print(measured, flush=True)
+            found |= measured
+            KEPT.write_text(json.dumps(found, indent=1), encoding="utf-8")
     write("prediction", page(found))
 
 
