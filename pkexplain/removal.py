@@ -72,6 +72,19 @@ def _refused(got: str, expected: str, fix: str) -> ConfigurationError:
     return ConfigurationError(message("Removal", wrong, got=got, expected=expected, source=source, fix=fix))
 
 
+def _without_derivatives() -> ConfigurationError:
+    return ConfigurationError(
+        message(
+            'reading="removal"',
+            "the run saw no loss derivative, and a loss's curvature is read off its size",
+            got="none",
+            expected="the derivative of the loss with respect to the model's output",
+            source="the recording",
+            fix="Let the model return a tensor, logits, or a mapping or tuple that begins with them, and record again",
+        )
+    )
+
+
 @dataclass(frozen=True)
 class FinalGradient:
     """λ_T of a batch of queries.
@@ -144,6 +157,9 @@ class Curvature:
         projector: Its projection.
         loss: The loss that was trained with; None for a choice by the rows.
         progress: Told how many segments are done, and of how many.
+
+    Raises:
+        ConfigurationError: The run saw no loss derivative.
     """
 
     def __init__(
@@ -160,13 +176,16 @@ class Curvature:
         chosen: Tensor | slice = slice(0, examples)
         if examples > _MOST_ROWS:
             chosen = torch.randperm(examples, generator=torch.Generator().manual_seed(0))[:_MOST_ROWS].sort().values
-        sizes = torch.stack([s.loss_derivatives.nan_to_num(0.0) for s in segments])
+        derivatives = torch.stack([s.loss_derivatives for s in segments])
+        sizes, unseen = derivatives.nan_to_num(0.0), derivatives.isnan()
         loss = loss or loss_curvature_of(sizes)
         largest = float(sizes.abs().max())
+        if not largest > 0:
+            raise _without_derivatives()
         self._segments: list[_Shrinking] = []
         for t, segment in enumerate(segments):
             share = self._batch_share(t, largest, loss)
-            curved = loss.weights(sizes[t][chosen].abs() / share)
+            curved = torch.where(unseen[t], 0.0, loss.weights(sizes[t].abs() / share))[chosen]
             some = min(examples, _MOST_ROWS)
             curved *= examples / some * examples * self._steps(t) / (trajectory.summaries[t].visits * share)
             self._segments.append(self._shrinking(segment, chosen, curved))

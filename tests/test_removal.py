@@ -285,3 +285,28 @@ def test_self_contributions_are_the_diagonal(reading):
     assert (own > 0).all()  # each pulled towards its own label
     with pytest.raises(pk.PkexplainError, match=r"^self_contributions\(ids\): there must be one for each example"):
         explainer.self_contributions(x[ids], ids[:2], output=pk.Margin(y[ids]))
+
+
+class Dressed(nn.Module):
+    """Hides its output where no tensor is looked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(D, 2)
+
+    def forward(self, x):
+        return {"inside": [self.inner(x)]}
+
+
+def test_without_loss_derivatives_it_is_refused():
+    x, y, *_ = problem("softmax")
+    run, model = pk.MemoryStore(), Dressed().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pk.Recorder(run, model, optimizer, num_examples=N, dtype=torch.float64) as recorder:
+        for _ in range(2):
+            with recorder.step(range(N)):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x)["inside"][0], y).backward()
+                optimizer.step()
+    with pytest.raises(ConfigurationError, match="the run saw no loss derivative"):
+        pk.Explainer(run, model).prepare("removal")

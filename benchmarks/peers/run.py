@@ -157,7 +157,10 @@ def main() -> None:
         run(job)
     everything = [figures(job, args.truth) for job in jobs]
     (HERE / "RESULTS.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    print(table(everything))
+    sys.path.insert(0, str(HERE.parent))
+    from _figures import write
+
+    write("peers", table(everything))
 
 
 if __name__ == "__main__":
