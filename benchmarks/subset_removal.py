@@ -19,11 +19,7 @@ import pkexplain as pk
 from pkexplain import baselines
 
 QUERIES, COUNTS, SEEDS = 50, (50, 200), (11, 12, 13)
-FOLDER = (
-    Path("build/benchmarks/subset_removal")
-    if Path("pyproject.toml").exists()
-    else Path("../build/benchmarks/subset_removal")
-)
+FOLDER = Path(__file__).parent.parent / "build" / "benchmarks" / "subset_removal"
 METHODS = [
     baselines.TracInCP(),
     baselines.TracInCPFast(),
