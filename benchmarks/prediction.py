@@ -3,7 +3,7 @@
 The protocol of the public dattri benchmark: 100 half-subsets of 4,500 digits, retrained with other seeds, and minus the
 cross-entropy of 500 test digits. Everything that was chosen (the strength of the curvature) was chosen on another split
 of the digits, with other subsets and other trainings. About an hour; ``prediction.py lr mlp`` measures some parts
-again (``lr``, ``mlp``, ``sizes``, ``ten``, ``others``) and keeps the rest, in build/benchmarks/prediction.json.
+again (``choices``, ``lr``, ``mlp``, ``sizes``, ``ten``, ``others``) and keeps the rest, in build/benchmarks/prediction.json.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from _retraining import LR, MLP, Protocol, digits, minus_loss, train
 
 import pkexplain as pk
 from pkexplain import baselines
+from pkexplain.comparing import BASELINES
 
 ROOT = Path(__file__).parent.parent / "build" / "benchmarks"
 KEPT = ROOT / "prediction.json"
-SUBSETS = 100
-STRENGTH = {"LR": 0.4, "MLP": 0.1}  # chosen on split 1
+SUBSETS, SEED = 100, 1000  # the seed of the first subset's training
+STRENGTH = {"LR": 0.4, "MLP": 0.1}  # by `choices`, on split 1
+TRIED = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
 STEPS = {"LR": 282, "MLP": 355}  # of a segment: ten segments a run
 SIZES = (512, 1344, 2048, 4096, 8192, 21700)
 DEFAULT = 2048
@@ -34,30 +37,39 @@ data, test = digits()
 EVERYTHING = torch.arange(len(data[1]))
 
 
-def truth(protocol: Protocol, seed: int = 1000) -> pk.evaluation.SubsetOutputs:
+@dataclass(frozen=True)
+class Unweighted(pk.LossCurvature):
+    """The empirical Fisher matrix: rows as they are."""
+
+    def weights(self, size: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(size)
+
+
+def truth(protocol: Protocol, split: int = 0) -> pk.evaluation.SubsetOutputs:
     """Retrain on every subset, once, and keep what came of it; the peers are held against the same file."""
-    kept = ROOT / f"truth_{protocol.name}_0_{seed}.pt"
+    kept = ROOT / f"truth_{protocol.name}_{split}_{SEED}.pt"
     if not kept.exists():
+        data, test = digits(split)
         masks, outputs = torch.zeros(SUBSETS, len(data[1]), dtype=torch.bool), []
         for subset in range(SUBSETS):
-            order = torch.randperm(len(data[1]), generator=torch.Generator().manual_seed(10_000 + subset))
+            order = torch.randperm(len(data[1]), generator=torch.Generator().manual_seed(10_000 * (split + 1) + subset))
             ids = order[: len(order) // 2]
             masks[subset, ids] = True
-            outputs.append(minus_loss(train(protocol, data, ids, seed + subset), test))
+            outputs.append(minus_loss(train(protocol, data, ids, SEED + subset), test))
         torch.save((masks, torch.stack(outputs)), kept)
     masks, outputs = torch.load(kept, weights_only=True)
     return pk.evaluation.SubsetOutputs(masks.numpy(), outputs.double().numpy()[None])
 
 
-def record(protocol: Protocol, k: int, seed: int = 0) -> tuple[pk.MemoryStore, torch.nn.Module]:
+def record(protocol: Protocol, k: int, seed: int = 0, data: Any = data) -> tuple[pk.MemoryStore, torch.nn.Module]:
     run = pk.MemoryStore()
     kept = pk.Kronecker(k=k)
     return run, train(protocol, data, EVERYTHING, seed, run=run, projection=kept, segments=STEPS[protocol.name])
 
 
-def judge(protocol: Protocol, contributions: np.ndarray, **more: Any) -> dict[str, Any]:
+def judge(protocol: Protocol, contributions: np.ndarray, split: int = 0, **more: Any) -> dict[str, Any]:
     """Score contributions; queries whose contributions are all alike predict nothing and count 0."""
-    outputs = truth(protocol)
+    outputs = truth(protocol, split)
     told = np.ptp(contributions @ outputs.masks.T.astype(np.float64), axis=1) > 0
     some = pk.evaluation.SubsetOutputs(outputs.masks, outputs.repeats[:, :, told])
     score = pk.evaluation.linear_datamodelling_score(contributions[told], some).mean
@@ -93,6 +105,23 @@ def readings(protocol: Protocol) -> Iterator[dict[str, Any]]:
     }
 
 
+def choices() -> Iterator[dict[str, Any]]:
+    """Try strengths, without the weights and with the last gradient alone, on other digits, subsets and trainings."""
+    train_part, (queries, labels) = digits(1)
+    for protocol in (LR, MLP):
+        run, model = record(protocol, DEFAULT, data=train_part)
+        explainer = pk.Explainer(run, model)
+        for name, more in {
+            "all": {},
+            "unweighted": {"loss": Unweighted()},
+            "last gradient": {"checkpoints": 1},
+        }.items():
+            for strength in TRIED:
+                reading = pk.Removal(strength=strength, **more)
+                scores = explainer.contributions(queries, output=pk.Margin(labels), reading=reading)
+                yield {f"choice {protocol.name} {name} {strength}": judge(protocol, scores, split=1)}
+
+
 def sizes() -> Iterator[dict[str, Any]]:
     for k in SIZES:
         run, model = record(MLP, k)
@@ -121,17 +150,7 @@ def others() -> Iterator[dict[str, Any]]:
         run, model = record(protocol, DEFAULT)
         explainer = pk.Explainer(run, model)
         setting = baselines.Setting.of(explainer, *test, dataset=torch.utils.data.TensorDataset(*data))
-        for method in [
-            baselines.TracInCP(),
-            baselines.TracInCPFast(),
-            baselines.TracInCPFastRandProj(),
-            baselines.SimilarityInfluence(),
-            baselines.ArnoldiInfluenceFunction(),
-            baselines.NearestNeighbours(),
-            baselines.GradientNorm(),
-            baselines.TrainingLoss(),
-            baselines.Random(0),
-        ]:
+        for method in BASELINES:
             start = time.perf_counter()
             try:
                 scores = method.scores(setting)
@@ -185,6 +204,22 @@ def page(found: dict[str, Any]) -> str:
     ]
     if curve:
         parts.append(table(["MLP, one run: numbers a row and segment", "removal reading", "path reading"], curve))
+    tried = [
+        [
+            f"{protocol.name}, {label}",
+            *(shown(found, f"choice {protocol.name} {name} {s}").split(" ")[0] for s in TRIED),
+        ]
+        for protocol in (LR, MLP)
+        for name, label in (
+            ("all", "as it is"),
+            ("unweighted", "rows as they are (empirical Fisher)"),
+            ("last gradient", "the last gradient alone"),
+        )
+        if f"choice {protocol.name} {name} {TRIED[0]}" in found
+    ]
+    if tried:
+        parts.append("What was chosen, on another split of the digits, other subsets and other trainings:")
+        parts.append(table(["removal reading, strength", *map(str, TRIED)], tried))
     return "\n\n".join(parts)
 
 
@@ -192,7 +227,8 @@ def main() -> None:
     ROOT.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
     parts: dict[str, Any] = {
-        "lr": lambda: readings(LR), "mlp": lambda: readings(MLP), "sizes": sizes, "ten": ten, "others": others
+        "choices": choices, "lr": lambda: readings(LR), "mlp": lambda: readings(MLP), "sizes": sizes, "ten": ten,
+        "others": others,
     }  # fmt: skip
     for name in sys.argv[1:] or parts:
         for measured in parts[name]():

@@ -17,20 +17,10 @@ from _retraining import CNN, digits, train
 
 import pkexplain as pk
 from pkexplain import baselines
+from pkexplain.comparing import BASELINES
 
 QUERIES, COUNTS, SEEDS = 50, (50, 200), (11, 12, 13)
 FOLDER = Path(__file__).parent.parent / "build" / "benchmarks" / "subset_removal"
-METHODS = [
-    baselines.TracInCP(),
-    baselines.TracInCPFast(),
-    baselines.TracInCPFastRandProj(),
-    baselines.SimilarityInfluence(),
-    baselines.ArnoldiInfluenceFunction(),
-    baselines.NearestNeighbours(),
-    baselines.GradientNorm(),
-    baselines.TrainingLoss(),
-    baselines.Random(0),
-]
 
 torch.set_num_threads(1)
 data, (test_inputs, test_labels) = digits()
@@ -48,7 +38,7 @@ def scores() -> dict[str, np.ndarray]:
     }
     dataset = torch.utils.data.TensorDataset(*data)
     setting = baselines.Setting.of(explainer, queries, labels, dataset=dataset)
-    for method in METHODS:
+    for method in BASELINES:
         found[method.name] = np.asarray(method.scores(setting), dtype=np.float64)
         print(method.name, "done", flush=True)
     return found

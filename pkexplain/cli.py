@@ -173,6 +173,9 @@ def explain(
         ),
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 10,
+    reading: Annotated[
+        str, typer.Option(help="path: contributions add up; removal: they predict what the output would lose.")
+    ] = "path",
     index: Annotated[str, typer.Option(help="auto, Flat for exact search, or any faiss factory string.")] = "auto",
     report: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
     dataset: Annotated[
@@ -187,7 +190,7 @@ def explain(
     inputs = DirectoryStore(run).manifest()["inputs"]
     asked, wanted = read_query(query, inputs), None if output is None else parse_output(output)
     explainer = Explainer(run, build_model(model), index=index, progress=ProgressBar())
-    found = explainer.explain(asked, output=wanted, k=k)
+    found = explainer.explain(asked, output=wanted, k=k, reading=reading)
     explanations = found if isinstance(found, list) else [found]
     for explanation in explanations:
         typer.echo(str(explanation))

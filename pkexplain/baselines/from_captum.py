@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,9 +64,9 @@ class _Captum(Baseline):
 
     batch_size: int = 64
 
+    @abstractmethod
     def _build(self, setting: Setting) -> Any:
         """Make Captum's object."""
-        raise NotImplementedError
 
     def _queries_at_once(self, setting: Setting) -> int:
         return len(setting.queries)
@@ -89,6 +90,26 @@ class _Captum(Baseline):
 
 
 @dataclass(frozen=True)
+class _ForItself(_Captum):
+    """What Captum's methods have in common that score a training example for itself, too."""
+
+    def self_influence(self, setting: Setting) -> np.ndarray:
+        """Score each training example as if it were a query: high where it is mislabelled or rare.
+
+        Args:
+            setting: The run and the training set.
+
+        Returns:
+            Σ_t η_t ‖∇ℓ_i(θ_t)‖² by `TracInCP`, ∇ℓ_iᵀ H⁻¹ ∇ℓ_i by `ArnoldiInfluenceFunction`, ``(num_examples,)``.
+
+        Raises:
+            ConfigurationError: Captum could not run.
+        """
+        with _running(self.name):
+            return self._build(setting).self_influence().detach().double().cpu().numpy()
+
+
+@dataclass(frozen=True)
 class _TracIn(_Captum):
     """What the TracIn family has in common: checkpoints with a rate each.
 
@@ -102,8 +123,7 @@ class _TracIn(_Captum):
         return setting.has_units
 
     def _checkpoints(self, setting: Setting) -> dict[str, Any]:
-        def load(model: nn.Module, checkpoint: str) -> float:
-            assert isinstance(model, PositionalModel)
+        def load(model: PositionalModel, checkpoint: str) -> float:
             setting.load(model.model, int(checkpoint))
             return setting.rates[int(checkpoint) - 1]
 
@@ -112,7 +132,7 @@ class _TracIn(_Captum):
 
 
 @dataclass(frozen=True)
-class TracInCP(_TracIn):
+class TracInCP(_ForItself, _TracIn):
     """Captum's ``TracInCP``: Σ_t η_t ⟨∇ℓ(x; θ_t), ∇ℓ_i(θ_t)⟩ (Pruthi et al. 2020), over all recorded parameters.
 
     Gradients of several examples are computed at once where the trained layers are Linear and Conv2d, one by one
@@ -141,21 +161,6 @@ class TracInCP(_TracIn):
 
     def _queries_at_once(self, setting: Setting) -> int:
         return queries_at_once(setting, self.name)
-
-    def self_influence(self, setting: Setting) -> np.ndarray:
-        """Score each training example for itself, Σ_t η_t ‖∇ℓ_i(θ_t)‖²: high where it is mislabelled or rare.
-
-        Args:
-            setting: The run and the training set.
-
-        Returns:
-            Scores, ``(num_examples,)``.
-
-        Raises:
-            ConfigurationError: Captum could not run.
-        """
-        with _running(self.name):
-            return self._build(setting).self_influence().detach().double().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -257,7 +262,7 @@ class SimilarityInfluence(_Captum):
 
 
 @dataclass(frozen=True)
-class ArnoldiInfluenceFunction(_Captum):
+class ArnoldiInfluenceFunction(_ForItself):
     """Captum's ``ArnoldiInfluenceFunction``: ∇ℓ(x)ᵀ H⁻¹ ∇ℓ_i at the end of training (Schioppa et al. 2022).
 
     H is known by its largest eigenvectors, from Hessian-vector products over some of the training examples. Captum
@@ -297,18 +302,3 @@ class ArnoldiInfluenceFunction(_Captum):
             arnoldi_dim=self.arnoldi_dim,
             seed=self.seed,
         )
-
-    def self_influence(self, setting: Setting) -> np.ndarray:
-        """Score each training example for itself, ∇ℓ_iᵀ H⁻¹ ∇ℓ_i: high where it is mislabelled or rare.
-
-        Args:
-            setting: The run and the training set.
-
-        Returns:
-            Scores, ``(num_examples,)``.
-
-        Raises:
-            ConfigurationError: Captum could not run.
-        """
-        with _running(self.name):
-            return self._build(setting).self_influence().detach().double().cpu().numpy()
