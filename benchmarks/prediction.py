@@ -2,8 +2,8 @@
 
 The protocol of the public dattri benchmark: 100 half-subsets of 4,500 digits, retrained with other seeds, and minus the
 cross-entropy of 500 test digits. Everything that was chosen (the strength of the curvature) was chosen on another split
-of the digits, with other subsets and other trainings. About an hour; ``prediction.py lr mlp`` measures some parts
-again (``choices``, ``lr``, ``mlp``, ``sizes``, ``ten``, ``others``) and keeps the rest, in build/benchmarks/prediction.json.
+of the digits, with other subsets and other trainings. About an hour; ``prediction.py lr mlp`` measures two of the parts
+``choices``, ``lr``, ``mlp``, ``sizes``, ``ten`` and ``others`` again, and keeps the rest in build/benchmarks.
 """
 
 from __future__ import annotations
