@@ -68,12 +68,17 @@ def record(protocol: Protocol, k: int, seed: int = 0, data: Any = data) -> tuple
 
 
 def judge(protocol: Protocol, contributions: np.ndarray, split: int = 0, **more: Any) -> dict[str, Any]:
-    """Score contributions; queries whose contributions are all alike predict nothing and count 0."""
+    """Score contributions.
+
+    Queries whose contributions are all alike predict nothing and count 0; those that every retrained model answers with
+    the same float32 (a loss of 0; none on split 0) are left out.
+    """
     outputs = truth(protocol, split)
-    told = np.ptp(contributions @ outputs.masks.T.astype(np.float64), axis=1) > 0
+    varied = np.ptp(outputs.outputs, axis=0) > 0
+    told = varied & (np.ptp(contributions @ outputs.masks.T.astype(np.float64), axis=1) > 0)
     some = pk.evaluation.SubsetOutputs(outputs.masks, outputs.repeats[:, :, told])
     score = pk.evaluation.linear_datamodelling_score(contributions[told], some).mean
-    share = float(told.mean())
+    share = float(told.sum() / varied.sum())
     return {"score": score.value * share, "low": score.low * share, "high": score.high * share, **more}
 
 
