@@ -35,7 +35,7 @@ class RateSums:
 
     def _begin(self) -> None:
         self._moved: dict[int, Number] = dict.fromkeys(self._spans, 0.0)
-        self._energy: dict[int, Tensor] = {}
+        self._energy: dict[int, Number] = {}
 
     @property
     def moment(self) -> dict[int, Number]:
@@ -66,9 +66,11 @@ class RateSums:
         for block, span in self._spans.items():
             n = numbers[block]
             moment = self._moment[block] = n.decay * self._moment[block] + n.gain
-            moved = self._moved[block] = self._moved[block] + n.moment_step * moment + n.gradient_step
+            moved = self._moved[block] = _add(self._moved[block], n.moment_step, moment)
+            moved = self._moved[block] = _add(moved, n.gradient_step, 1.0)
             if isinstance(moved, Tensor):
-                self._energy[block] = self._energy.get(block, 0.0) + gradient[span].square()
+                g = gradient[span]
+                self._energy[block] = _add(self._energy.get(block, 0.0), g, g)
 
     def close(self, balance: Tensor | None) -> Tensor:
         """End the segment and start the next.
@@ -83,10 +85,17 @@ class RateSums:
         for block in sorted(self._spans):
             moved = self._moved[block]
             if isinstance(moved, Tensor):
-                energy = self._energy[block].double()
+                energy = torch.as_tensor(self._energy[block]).double()
                 scale = 1.0 if balance is None else balance[self._spans[block]].double().square()
                 size = float((energy * scale).sum())
                 moved = float((energy * moved.double()).sum()) / size if size > 0 else 0.0
             sums.append(moved)
         self._begin()
         return torch.tensor(sums, dtype=torch.float64)
+
+
+def _add(total: Number, factor: Number, number: Number) -> Number:
+    """Add a product; in place where the total is a tensor, which nobody else holds."""
+    if isinstance(total, Tensor) and isinstance(factor, Tensor):
+        return total.addcmul_(factor, number) if isinstance(number, Tensor) else total.add_(factor, alpha=number)
+    return total if isinstance(factor, float) and factor == 0.0 else total + factor * number
