@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pkexplain as pk
 from pkexplain.demo import build_cnn, load_digits, train_cnn
-from pkexplain.model_io import as_queries
+from pkexplain.explain.queries import as_queries
 
 COLUMNS = 2048
 BLOCK = 20_000

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import pkexplain as pk
-from pkexplain.model_io import as_queries
+from pkexplain.explain.queries import as_queries
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from _models import ResNet, VisionTransformer, seeded
 from torch import Tensor, nn
 
 import pkexplain as pk
-from pkexplain.compressed import faiss_or_none
 from pkexplain.demo import build_cnn, load_digits
-from pkexplain.index import RowIndex
+from pkexplain.index.faiss_index import faiss_or_none
+from pkexplain.index.row_index import RowIndex
 
 EXAMPLES, BATCH, EPOCHS, PAIRS = 4500, 500, 4, 3
 ROWS, QUERIES = 1_000_000, 100

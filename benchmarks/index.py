@@ -21,9 +21,9 @@ from torch import nn
 
 import pkexplain as pk
 from pkexplain.demo import load_digits
-from pkexplain.index import RowIndex, choose_factory
-from pkexplain.index_comparison import FACTORIES, IndexFigures, compare_indices, measure_index
-from pkexplain.search import MEMORY_BUDGET, RunRows
+from pkexplain.index.benchmark import FACTORIES, IndexFigures, compare_indices, measure_index
+from pkexplain.index.exact import MEMORY_BUDGET, RunRows
+from pkexplain.index.row_index import RowIndex, choose_factory
 
 SEED = 1
 SIZES = (10_000, 100_000, 1_000_000)

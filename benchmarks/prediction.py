@@ -23,7 +23,7 @@ from _retraining import LR, MLP, Protocol, digits, minus_loss, train
 
 import pkexplain as pk
 from pkexplain import baselines
-from pkexplain.comparing import BASELINES
+from pkexplain.baselines.compare import BASELINES
 
 ROOT = Path(__file__).parent.parent / "build" / "benchmarks"
 KEPT = ROOT / "prediction.json"

@@ -17,7 +17,7 @@ from _retraining import CNN, digits, train
 
 import pkexplain as pk
 from pkexplain import baselines
-from pkexplain.comparing import BASELINES
+from pkexplain.baselines.compare import BASELINES
 
 QUERIES, COUNTS, SEEDS = 50, (50, 200), (11, 12, 13)
 FOLDER = Path(__file__).parent.parent / "build" / "benchmarks" / "subset_removal"

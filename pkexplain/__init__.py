@@ -3,6 +3,26 @@
 Which training examples made this model say this, by how much, and does it add up? `Recorder` records a training run,
 `Explainer` answers for any later query, and every number is either a contribution in units of the output or a named,
 measured remainder.
+
+The folders follow the way of the data, and imports go down this list only:
+
+.. code-block:: text
+
+    cli  demo  integrations/   for users of a terminal and of other libraries
+    evaluation/                judge: train again and see
+    baselines/                 judge: other methods on the same run
+    record/                    watches a training loop, saves, resumes
+    explain/                   a query in, contributions out
+    optimizers/                how a gradient becomes a displacement
+    index/                     which rows could matter: exact search and faiss
+    store/                     the run on disk or in memory, checked
+    projection/                gradients to k numbers
+    gradients/                 per-example gradients from the real backward pass
+    results/                   what comes back: plain data, text, plots, HTML
+    files  ids  progress  errors  distributed  version
+
+`record` and `explain` share nothing but the store and what lies under it. A file whose name starts with an underscore
+is used inside its own folder only.
 """
 
 from __future__ import annotations
@@ -10,26 +30,27 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pkexplain.comparing import compare
-from pkexplain.comparison import Comparison
-from pkexplain.editing import merge, withdraw
+from pkexplain.baselines.compare import compare
 from pkexplain.errors import PkexplainError
-from pkexplain.explainer import Explainer
-from pkexplain.explanation import Check, Contribution, Cost, Explanation, GroupSum, Ledger, Remainder
-from pkexplain.loss_curvature import BinaryCrossEntropy, CrossEntropy, LossCurvature, SquaredError
-from pkexplain.outputs import Custom, Logit, LogProbability, Loss, Margin, Output, TokenLogProbability, Value
-from pkexplain.projection import Identity, Kronecker, SparseSign
-from pkexplain.quadrature import Quadrature
-from pkexplain.recorder import Recorder
-from pkexplain.removal import Removal
-from pkexplain.store import DirectoryStore, MemoryStore
-from pkexplain.update_rules import LinearStep, UpdateRule, register_update_rule
+from pkexplain.explain.explainer import Explainer
+from pkexplain.explain.loss_curvature import BinaryCrossEntropy, CrossEntropy, LossCurvature, SquaredError
+from pkexplain.explain.outputs import Custom, Logit, LogProbability, Loss, Margin, Output, TokenLogProbability, Value
+from pkexplain.explain.quadrature import Quadrature
+from pkexplain.explain.removal import Removal
+from pkexplain.optimizers.rules import LinearStep, UpdateRule, register_update_rule
+from pkexplain.projection.kinds import Identity, Kronecker, SparseSign
+from pkexplain.record.recorder import Recorder
+from pkexplain.results.comparison import Comparison
+from pkexplain.results.explanation import Check, Contribution, Cost, Explanation, GroupSum, Ledger, Remainder
+from pkexplain.store.directory import DirectoryStore
+from pkexplain.store.editing import merge, withdraw
+from pkexplain.store.memory import MemoryStore
 from pkexplain.version import __version__
 
 if TYPE_CHECKING:
     from pkexplain import evaluation
     from pkexplain.progress import ProgressBar
-    from pkexplain.report import write_report
+    from pkexplain.results.report import write_report
 
 __all__ = [
     "BinaryCrossEntropy",
@@ -74,7 +95,7 @@ __all__ = [
     "write_report",
 ]
 
-_LATER = {"ProgressBar": "pkexplain.progress", "write_report": "pkexplain.report"}
+_LATER = {"ProgressBar": "pkexplain.progress", "write_report": "pkexplain.results.report"}
 """Names whose modules load at first use, so that importing the package stays light."""
 
 

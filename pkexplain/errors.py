@@ -43,12 +43,42 @@ __all__ = [
     "RunNotFoundError",
     "UnsupportedLayerError",
     "UnsupportedOptimizerError",
-    "message",
 ]
 
 
 class PkexplainError(Exception):
-    """The root of every error this package raises on purpose."""
+    """The root of every error this package raises on purpose.
+
+    Args:
+        asked: What the user asked for, as they wrote it.
+        wrong: What is wrong with it, without a full stop.
+        got: The value or shape that came.
+        expected: The value or shape that would do.
+        source: Where the expectation comes from.
+        fix: One concrete thing to do, without a full stop.
+
+    Example:
+        >>> wrong, fix = "out of range", "Pass row numbers"
+        >>> print(ExampleIdError("ids", wrong, got=7, expected="0 to 4", source="num_examples=5", fix=fix))
+        ids: out of range. Got 7; expected 0 to 4 (from num_examples=5). Pass row numbers.
+    """
+
+    def __init__(self, asked: str, wrong: str, *, got: Any, expected: Any, source: str, fix: str) -> None:
+        """Keep what each part says, and compose the message."""
+        super().__init__(f"{asked}: {wrong}. Got {got}; expected {expected} (from {source}). {fix}.")
+        self.asked, self.wrong, self.got, self.expected, self.source, self.fix = (
+            asked,
+            wrong,
+            got,
+            expected,
+            source,
+            fix,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by field, as text: a worker process hands its errors on, and what it got may not be picklable."""
+        fields = {"got": str(self.got), "expected": str(self.expected), "source": self.source, "fix": self.fix}
+        return _rebuild, (type(self), self.asked, self.wrong, fields)
 
 
 class ConfigurationError(PkexplainError, ValueError):
@@ -111,22 +141,5 @@ class EvaluationError(PkexplainError, ValueError):
     """A retraining, or the attributions that are held against it, cannot be judged."""
 
 
-def message(asked: str, wrong: str, *, got: Any, expected: Any, source: str, fix: str) -> str:
-    """Compose an error message in the one form used everywhere.
-
-    Args:
-        asked: What the user asked for, as they wrote it.
-        wrong: What is wrong with it, without a full stop.
-        got: The value or shape that came.
-        expected: The value or shape that would do.
-        source: Where the expectation comes from.
-        fix: One concrete thing to do, without a full stop.
-
-    Returns:
-        The message, one line.
-
-    Example:
-        >>> message("ids", "out of range", got=7, expected="0 to 4", source="num_examples=5", fix="Pass row numbers")
-        'ids: out of range. Got 7; expected 0 to 4 (from num_examples=5). Pass row numbers.'
-    """
-    return f"{asked}: {wrong}. Got {got}; expected {expected} (from {source}). {fix}."
+def _rebuild(kind: type[PkexplainError], asked: str, wrong: str, fields: dict[str, str]) -> PkexplainError:
+    return kind(asked, wrong, **fields)

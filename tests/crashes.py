@@ -12,7 +12,7 @@ from typing import Any
 
 import pkexplain as pk
 from tests.faults import PHASES, Watch, WatchedTraining, killed
-from tests.test_resume import assert_same_run
+from tests.record.test_resume import assert_same_run
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pkexplain.comparison import Comparison, LeftOut, Method, rank_correlation, top_overlap
-from pkexplain.explanation import Check, Contribution, Cost, Explanation, Ledger, Remainder
+from pkexplain.results.comparison import Comparison, LeftOut, Method, rank_correlation, top_overlap
+from pkexplain.results.explanation import Check, Contribution, Cost, Explanation, Ledger, Remainder
 
 HOSTILE = "</style></title><script>alert('x')</script>\"><img src=x onerror=alert(1)> \u202eabc\u202c שלום & {{ 7*7 }}"
 """Text that must come out as text wherever it goes in."""

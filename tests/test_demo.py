@@ -13,7 +13,8 @@ import pkexplain as pk
 from pkexplain.demo import _choose as choose
 from pkexplain.demo import build_cnn, load_digits, run_demo, train_cnn
 from pkexplain.errors import MissingDependencyError, RunExistsError
-from pkexplain.store import FORMAT_VERSION, _checksum_json
+from pkexplain.files import checksum_json
+from pkexplain.store.base import FORMAT_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_a_run_whose_manifest_says_less_is_never_deleted(tmp_path, model):
     content = {"format_version": FORMAT_VERSION, "files": {}, "model": model}
     manifest = tmp_path / "run" / "manifest.json"
     manifest.parent.mkdir()
-    manifest.write_text(json.dumps({**content, "sha256": _checksum_json(content)}))
+    manifest.write_text(json.dumps({**content, "sha256": checksum_json(content)}))
     with pytest.raises(RunExistsError, match="it already holds a run"):
         run_demo(tmp_path, epochs=1)
     assert manifest.exists()

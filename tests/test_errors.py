@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import pickle
 import re
 
 import pytest
@@ -52,15 +53,15 @@ def test_every_error_is_one_of_ours_and_of_a_builtin_that_fits():
 
 
 def test_every_class_is_exported():
-    assert set(errors.__all__) == {*CLASSES, "message"}
+    assert set(errors.__all__) == set(CLASSES)
     assert errors.__all__ == sorted(errors.__all__)
 
 
 def test_a_message_has_one_form():
-    text = errors.message(
+    text = errors.ExampleIdError(
         "ids", "out of range", got=[7], expected="0 to 4", source="num_examples=5", fix="Count from 0"
     )
-    assert text == "ids: out of range. Got [7]; expected 0 to 4 (from num_examples=5). Count from 0."
+    assert str(text) == "ids: out of range. Got [7]; expected 0 to 4 (from num_examples=5). Count from 0."
 
 
 FORM = re.compile(r"^.+?: .+\. Got .*; expected .+ \(from .+\)\. [A-Z].+\.$", re.DOTALL)
@@ -83,7 +84,21 @@ def test_messages_of_real_errors_have_that_form(provoke):
     assert FORM.match(str(caught.value)), str(caught.value)
 
 
+def made(kind, got=3):
+    return kind("ids", "are wrong", got=got, expected=range(2), source="the run", fix="Count from 0")
+
+
+@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+def test_an_error_keeps_its_text_and_fields_and_travels_between_processes(kind):
+    error = made(kind, got=lambda: None)  # which cannot be pickled
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert str(again) == str(error)
+    assert (error.asked, error.fix, error.expected) == ("ids", "Count from 0", range(2))
+    assert (again.asked, again.wrong, again.source, again.fix) == ("ids", "are wrong", "the run", "Count from 0")
+
+
 def test_run_errors_are_oserrors_that_keep_their_text():
     for kind in (errors.RunError, errors.RunExistsError, errors.RunNotFoundError, errors.RunDamagedError):
-        assert str(kind("what: is wrong")) == "what: is wrong"
+        assert str(made(kind)) == "ids: are wrong. Got 3; expected range(0, 2) (from the run). Count from 0."
         assert issubclass(kind, OSError)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import pkexplain as pk
-from pkexplain.index import RowIndex
+from pkexplain.index.row_index import RowIndex
 from tests.conftest import batches, digits, mlp, train
 from tests.trainings import Training
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,5 +87,27 @@ def test_every_module_says_what_it_exports(name):
 
 
 def test_the_version_is_that_of_the_project():
-    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert f'\nversion = "{pk.__version__}"\n' in project
+
+
+def test_a_file_with_an_underscore_is_used_inside_its_folder_only():
+    package = Path(pk.__file__).parent
+    private = [file for file in package.rglob("_*.py") if file.name != "__init__.py"]
+    assert private
+    for file in private:
+        folder = ".".join(file.parent.relative_to(package.parent).parts)
+        names = re.compile(
+            rf"^\s*(?:from|import) {re.escape(folder)}(?:\.| import (?:\w+, )*){file.stem}\b", re.MULTILINE
+        )
+        for other in package.rglob("*.py"):
+            if other.parent != file.parent:
+                assert not names.search(other.read_text(encoding="utf-8")), f"{other} imports {file}"
+
+
+def test_the_docstring_lists_every_folder_and_file():
+    package = Path(pk.__file__).parent
+    for entry in package.iterdir():
+        if not entry.name.startswith("_"):
+            name = f"{entry.name}/" if entry.is_dir() else entry.stem
+            assert re.search(rf"^    (.* )?{re.escape(name)}( |$)", pk.__doc__, re.MULTILINE), name

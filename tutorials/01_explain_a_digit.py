@@ -37,8 +37,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import pkexplain as pk
-from pkexplain import exact, plots
 from pkexplain.demo import build_cnn, load_digits
+from pkexplain.explain import dense as exact
+from pkexplain.results import plots
 
 train, test = load_digits()
 images, labels = train.tensors
@@ -222,7 +223,7 @@ print(f"{gap.name} {gap.value:.1e}, tolerance {gap.tolerance:.0e}. {gap.meaning}
 # %% [markdown]
 # ## Doubt it: the slow way
 #
-# `pkexplain.exact` computes the same kernel densely: no hooks, no compression, no index, no correction, one gradient at a
+# `pkexplain.explain.dense` computes the same kernel densely: no hooks, no compression, no index, no correction, one gradient at a
 # time. It needs a run that was recorded with `Identity()`, which keeps every number, so here is a small one: 300 digits
 # of 14 × 14 pixels, a smooth network, 64-bit numbers, and an optimizer with everything switched on.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pkexplain.baselines.baseline import Baseline
 from pkexplain.baselines.setting import Setting
-from pkexplain.errors import ConfigurationError, message
+from pkexplain.errors import ConfigurationError
 
 __all__ = ["BM25", "bm25"]
 
@@ -40,14 +40,12 @@ class BM25(Baseline):
         got, wanted = (len(self.texts), len(self.query_texts)), (len(setting.rows), len(setting.queries))
         if got != wanted:
             raise ConfigurationError(
-                message(
-                    "BM25(texts, query_texts)",
-                    "there must be one text for each training example and one for each query",
-                    got=f"{got[0]} and {got[1]}",
-                    expected=f"{wanted[0]} and {wanted[1]}",
-                    source="the training set and the queries",
-                    fix="Leave BM25 out where the data is no text",
-                )
+                "BM25(texts, query_texts)",
+                "there must be one text for each training example and one for each query",
+                got=f"{got[0]} and {got[1]}",
+                expected=f"{wanted[0]} and {wanted[1]}",
+                source="the training set and the queries",
+                fix="Leave BM25 out where the data is no text",
             )
         return lambda: bm25(self.texts, self.query_texts, k1=self.k1, b=self.b)
 

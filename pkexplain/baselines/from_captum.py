@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from pkexplain.baselines.baseline import Baseline
-from pkexplain.baselines.captum_inputs import (
+from pkexplain.baselines._captum_inputs import (
     PositionalModel,
     ReducedLoss,
     active_layers,
@@ -28,8 +27,9 @@ from pkexplain.baselines.captum_inputs import (
     queries_at_once,
     require_final,
 )
+from pkexplain.baselines.baseline import Baseline
 from pkexplain.baselines.setting import Setting
-from pkexplain.errors import ConfigurationError, PkexplainError, message
+from pkexplain.errors import ConfigurationError, PkexplainError
 
 __all__ = [
     "ArnoldiInfluenceFunction",
@@ -54,8 +54,9 @@ def _running(name: str) -> Iterator[None]:
         said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         expected, source, fix = "a model that it can work with", "Captum", "Leave the method out"
         got = f"{type(error).__name__}: {said}"
-        text = message(name, "Captum could not run it", got=got, expected=expected, source=source, fix=fix)
-        raise ConfigurationError(text) from error
+        raise ConfigurationError(
+            name, "Captum could not run it", got=got, expected=expected, source=source, fix=fix
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from pkexplain.baselines.baseline import Baseline
 from pkexplain.baselines.setting import Setting
-from pkexplain.capture import Capture
-from pkexplain.layers import find_layers
-from pkexplain.model_io import QueryBatch
+from pkexplain.explain.queries import QueryBatch
+from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.layers import find_layers
 
 __all__ = ["GradientNorm", "NearestNeighbours", "Random", "TrainingLoss"]
 

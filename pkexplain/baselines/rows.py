@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pkexplain.errors import ConfigurationError, message
+from pkexplain.errors import ConfigurationError
 
 __all__ = ["Rows"]
 
@@ -75,12 +75,10 @@ class Rows(Dataset[tuple[Tensor, ...]]):
 
     def _bad(self, wrong: str, got: Any) -> ConfigurationError:
         return ConfigurationError(
-            message(
-                "compare(dataset)",
-                wrong,
-                got=got,
-                expected="(x, y), (x1, x2, …, y), ({name: x}, y) or a mapping with a target",
-                source="what the model is trained on",
-                fix="Pass the data set whose rows trained the model, in the order of the recorded ids",
-            )
+            "compare(dataset)",
+            wrong,
+            got=got,
+            expected="(x, y), (x1, x2, …, y), ({name: x}, y) or a mapping with a target",
+            source="what the model is trained on",
+            fix="Pass the data set whose rows trained the model, in the order of the recorded ids",
         )

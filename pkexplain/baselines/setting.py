@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from pkexplain.baselines.rows import Rows
-from pkexplain.errors import ConfigurationError, QueryError, message
-from pkexplain.model_io import QueryBatch, as_queries
-from pkexplain.trajectory import Checkpoint, Trajectory
+from pkexplain.errors import ConfigurationError, QueryError
+from pkexplain.explain.queries import QueryBatch, as_queries
+from pkexplain.store.trajectory import Checkpoint, Trajectory
 
 if TYPE_CHECKING:
-    from pkexplain.explainer import Explainer
+    from pkexplain.explain.explainer import Explainer
 
 __all__ = ["FinalLayer", "Setting"]
 
@@ -88,13 +88,12 @@ class Setting:
             got, expected = f"shape {tuple(wanted.shape)}", f"{len(queries)} targets"
             source, fix = "the number of queries", "Give one target for each query"
             wrong = "there must be one for each query"
-            raise QueryError(message("compare(targets)", wrong, got=got, expected=expected, source=source, fix=fix))
+            raise QueryError("compare(targets)", wrong, got=got, expected=expected, source=source, fix=fix)
         if len(dataset) != trajectory.num_examples:
             got, expected = f"{len(dataset)} examples", f"{trajectory.num_examples}"
             source, fix = "num_examples of the run", "Pass the whole training set, in the order of the recorded ids"
             wrong = "the data set is not the one that was recorded"
-            text = message("compare(dataset)", wrong, got=got, expected=expected, source=source, fix=fix)
-            raise ConfigurationError(text)
+            raise ConfigurationError("compare(dataset)", wrong, got=got, expected=expected, source=source, fix=fix)
         return cls(trajectory, model, Rows(dataset, trajectory.inputs), queries, wanted, loss or F.cross_entropy)
 
     @property
@@ -228,7 +227,7 @@ class Setting:
             expected = "a model that ends in a Linear layer" if name is None else "the name of a Linear layer"
             got, fix = name or type(model).__name__, "Leave the method out"
             raise ConfigurationError(
-                message("a method of the last layer", wrong, got=got, expected=expected, source="the model", fix=fix)
+                "a method of the last layer", wrong, got=got, expected=expected, source="the model", fix=fix
             )
         layer, given, returned = seen[-1]
         same = returned.shape == prediction.shape and bool(torch.equal(returned, prediction))

@@ -6,6 +6,7 @@ needs that, and one that judges any number of attributions by what came out.
 
 from __future__ import annotations
 
+from pkexplain.evaluation._statistics import Estimate
 from pkexplain.evaluation.datamodelling import (
     LinearDatamodellingScore,
     SubsetOutputs,
@@ -21,7 +22,6 @@ from pkexplain.evaluation.leaving_out import (
 from pkexplain.evaluation.mislabels import MislabelDetection, flip_labels, mislabel_detection
 from pkexplain.evaluation.removal import SubsetRemoval, subset_removal
 from pkexplain.evaluation.retraining import Retraining
-from pkexplain.evaluation.statistics import Estimate
 
 __all__ = [
     "Estimate",

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from pkexplain.evaluation.checking import as_finite, bad, refuse_constant, refuse_too_few
+from pkexplain.evaluation._checking import as_finite, bad, refuse_constant, refuse_too_few
+from pkexplain.evaluation._statistics import Estimate, correlations, draw_weights, estimate, resampled_means
 from pkexplain.evaluation.retraining import Job, Retraining
-from pkexplain.evaluation.statistics import Estimate, correlations, draw_weights, estimate, resampled_means
-from pkexplain.evaluation.text import tabulate
+from pkexplain.results.text import tabulate
 
 __all__ = [
     "LinearDatamodellingScore",

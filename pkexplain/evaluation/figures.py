@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pkexplain.drawing import INK, OTHER, POSITIVE, finish, literal, name_rows, new_axes
-from pkexplain.evaluation.checking import as_finite
+from pkexplain.evaluation._checking import as_finite
 from pkexplain.evaluation.datamodelling import LinearDatamodellingScore
 from pkexplain.evaluation.leaving_out import LeaveOneOut
 from pkexplain.evaluation.mislabels import MislabelDetection
 from pkexplain.evaluation.removal import SubsetRemoval
+from pkexplain.results.drawing import INK, OTHER, POSITIVE, finish, literal, name_rows, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from pkexplain.evaluation.checking import as_finite, as_ids, bad
-from pkexplain.evaluation.statistics import Estimate, estimate, roc_area, roc_areas
-from pkexplain.evaluation.text import tabulate
-from pkexplain.table import percent
+from pkexplain.evaluation._checking import as_finite, as_ids, bad
+from pkexplain.evaluation._statistics import Estimate, estimate, roc_area, roc_areas
+from pkexplain.results.numbers import percent
+from pkexplain.results.text import tabulate
 
 __all__ = ["MislabelDetection", "flip_labels", "mislabel_detection"]
 

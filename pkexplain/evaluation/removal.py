@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from pkexplain.evaluation.checking import as_finite, as_ids, bad, refuse_too_few
-from pkexplain.evaluation.keeping import Answers
+from pkexplain.evaluation._checking import as_finite, as_ids, bad, refuse_too_few
+from pkexplain.evaluation._keeping import Answers
+from pkexplain.evaluation._statistics import Estimate, draw_weights, estimate_mean
 from pkexplain.evaluation.retraining import Job, Retraining
-from pkexplain.evaluation.statistics import Estimate, draw_weights, estimate_mean
-from pkexplain.evaluation.text import tabulate
-from pkexplain.table import decimals, fixed, percent
+from pkexplain.results.numbers import decimals, fixed, percent
+from pkexplain.results.text import tabulate
 
 __all__ = ["SubsetRemoval", "subset_removal"]
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pkexplain.evaluation.checking import bad
-from pkexplain.evaluation.keeping import Answers, KeptAnswers, key_of
-from pkexplain.model_io import QueryBatch, as_queries
-from pkexplain.outputs import Logit, LogProbability, Margin, Output, as_output
+from pkexplain.evaluation._checking import bad
+from pkexplain.evaluation._keeping import Answers, KeptAnswers, key_of
+from pkexplain.explain.outputs import Logit, LogProbability, Margin, Output, as_output
+from pkexplain.explain.queries import QueryBatch, as_queries
 
 __all__ = ["Job", "Retrain", "Retraining"]
 

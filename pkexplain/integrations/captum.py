@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from pkexplain.baselines.rows import Rows
-from pkexplain.errors import ConfigurationError, message
-from pkexplain.explainer import Explainer
-from pkexplain.outputs import Loss
-from pkexplain.store import Store
+from pkexplain.errors import ConfigurationError
+from pkexplain.explain.explainer import Explainer
+from pkexplain.explain.outputs import Loss
+from pkexplain.store.base import Store
 
 __all__ = ["PathKernelInfluence"]
 
@@ -68,7 +68,7 @@ class PathKernelInfluence(DataInfluence):
             got, source = f"{len(train_dataset)} examples", "num_examples of the run"
             wrong, fix = "the data set is not the one that was recorded", "Pass the whole training set"
             asked = "PathKernelInfluence(train_dataset)"
-            raise ConfigurationError(message(asked, wrong, got=got, expected=examples, source=source, fix=fix))
+            raise ConfigurationError(asked, wrong, got=got, expected=examples, source=source, fix=fix)
 
     def influence(  # pyright: ignore[reportIncompatibleMethodOverride] - Captum's own subclasses narrow it, too
         self,
@@ -122,7 +122,7 @@ class PathKernelInfluence(DataInfluence):
             got, source = type(inputs).__name__, "the recorded run"
             wrong, fix = "only training examples contributed to training", "Leave inputs out"
             asked = "PathKernelInfluence.self_influence(inputs)"
-            raise ConfigurationError(message(asked, wrong, got=got, expected="None", source=source, fix=fix))
+            raise ConfigurationError(asked, wrong, got=got, expected="None", source=source, fix=fix)
         rows = Rows(self.train_dataset, self.explainer.trajectory.inputs)
         parts, start = [], 0
         for *values, targets in DataLoader(rows, self.batch_size):

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pkexplain.projector import hashed, random_signs, random_words
+from pkexplain.projection.maps import hashed, random_signs, random_words
 
 FILE = Path(__file__).with_suffix(".json")
 

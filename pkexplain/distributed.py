@@ -1,0 +1,151 @@
+"""The processes of a training run: what they add up, send to one another and decide together.
+
+With one process everything stays where it is. With several (`torch.distributed`, DistributedDataParallel) each takes
+its own part of every batch and keeps the rows of its own examples, consecutive ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["ProcessGroup", "TorchProcessGroup", "find_process_group"]
+
+_T = TypeVar("_T")
+
+
+class ProcessGroup:
+    """One process, alone.
+
+    Attributes:
+        rank: This process, from 0.
+        world_size: How many there are.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def shard(self, examples: int) -> slice:
+        """Return the examples whose rows this process keeps."""
+        return slice(self.rank * examples // self.world_size, (self.rank + 1) * examples // self.world_size)
+
+    def shard_sizes(self, examples: int) -> list[int]:
+        """Return how many rows each process keeps."""
+        return [(r + 1) * examples // self.world_size - r * examples // self.world_size for r in range(self.world_size)]
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Add a tensor of every process up, in place, and return it."""
+        return tensor
+
+    def all_reduce_int(self, number: int) -> int:
+        """Add a whole number of every process up."""
+        return number
+
+    def all_reduce_max(self, number: float) -> float:
+        """Return the largest number of all processes."""
+        return number
+
+    def all_gather(self, value: _T) -> list[_T]:
+        """Give every process the plain value of each, in their order."""
+        return [value]
+
+    def broadcast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give every process the tensors of the first."""
+        return dict(tensors)
+
+    def all_to_all(self, examples: int, ids: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        """Send each example's values to the process that keeps its row.
+
+        Args:
+            examples: How many examples there are.
+            ids: Row numbers, ``(batch,)``.
+            values: Tensors that lead with the batch.
+
+        Returns:
+            The places among its own rows of the examples that this process keeps, and their values.
+        """
+        return (ids, *values)
+
+
+class TorchProcessGroup(ProcessGroup):
+    """The processes of a `torch.distributed` group.
+
+    Args:
+        group: The group, or None for all processes.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        """Ask the group for its size."""
+        self._group = group
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        gpu = dist.get_backend(group) == "nccl"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Add a tensor of every process up, in place, and return it."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def all_reduce_int(self, number: int) -> int:
+        """Add a whole number of every process up."""
+        return int(self._reduce(torch.tensor([number]), dist.ReduceOp.SUM))
+
+    def all_reduce_max(self, number: float) -> float:
+        """Return the largest number of all processes."""
+        return float(self._reduce(torch.tensor([number], dtype=torch.float64), dist.ReduceOp.MAX))
+
+    def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
+        here = tensor.to(self._device)
+        dist.all_reduce(here, how, self._group)
+        return tensor if here is tensor else tensor.copy_(here)
+
+    def all_gather(self, value: _T) -> list[_T]:
+        """Give every process the plain value of each, in their order."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value, self._group)
+        return found
+
+    def broadcast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give every process the tensors of the first."""
+        first = 0 if self._group is None else dist.get_global_rank(self._group, 0)
+        found = {}
+        for name, tensor in tensors.items():
+            here = tensor.to(self._device).contiguous().clone()
+            dist.broadcast(here, first, self._group)
+            found[name] = here.to(tensor.device)
+        return found
+
+    def all_to_all(self, examples: int, ids: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        """Send each example's values to the process that keeps its row."""
+        starts = torch.tensor([r * examples // self.world_size for r in range(self.world_size)], device=ids.device)
+        owner = torch.searchsorted(starts, ids, right=True) - 1
+        order = owner.argsort(stable=True)
+        outgoing = owner.bincount(minlength=self.world_size).to(self._device)
+        incoming = torch.empty_like(outgoing)
+        dist.all_to_all_single(incoming, outgoing, group=self._group)
+        sizes = incoming.tolist(), outgoing.tolist()
+        mine, *found = (self._exchange(value[order], *sizes) for value in (ids, *values))
+        return (mine - starts[self.rank], *found)
+
+    def _exchange(self, value: Tensor, incoming: Sequence[int], outgoing: Sequence[int]) -> Tensor:
+        here = value.to(self._device).contiguous()
+        found = here.new_empty(sum(incoming), *value.shape[1:])
+        dist.all_to_all_single(found, here, list(incoming), list(outgoing), group=self._group)
+        return found.to(value.device)
+
+
+def find_process_group(model: nn.Module) -> tuple[nn.Module, ProcessGroup]:
+    """Find the model itself and the processes that train it.
+
+    Args:
+        model: The model, or its DistributedDataParallel wrapper.
+
+    Returns:
+        The model without the wrapper, and the processes that the wrapper averages gradients over.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module, TorchProcessGroup(model.process_group)
+    return model, ProcessGroup()

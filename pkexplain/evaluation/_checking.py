@@ -1,0 +1,117 @@
+"""What all yardsticks ask of the arrays they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pkexplain.errors import EvaluationError
+from pkexplain.evaluation._statistics import LEAST_UNITS
+
+__all__ = ["as_finite", "as_ids", "bad", "refuse_constant", "refuse_too_few"]
+
+
+def bad(asked: str, wrong: str, got: Any, expected: Any, source: str, fix: str) -> EvaluationError:
+    """Make the error of an evaluation."""
+    return EvaluationError(asked, wrong, got=got, expected=expected, source=source, fix=fix)
+
+
+def as_finite(values: Any, shape: tuple[int | None, ...], asked: str, axes: str, source: str) -> np.ndarray:
+    """Take an array, or a tensor, of finite numbers.
+
+    Args:
+        values: What was given.
+        shape: The shape it must have; None where any size will do.
+        asked: What it was given as.
+        axes: The names of its axes, for example ``"(queries, num_examples)"``.
+        source: Where the shape comes from.
+
+    Returns:
+        The numbers, float64.
+
+    Raises:
+        EvaluationError: They have another shape, or are not all finite.
+    """
+    expected = axes + "".join(f", {size} of them" for size in shape[:1] if len(shape) == 1 and size is not None)
+    if len(shape) > 1:
+        expected = f"{axes} = ({', '.join('any' if size is None else str(size) for size in shape)})"
+    fix = "Pass one number for each"
+    values = values.detach().cpu() if hasattr(values, "detach") else values
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise bad(asked, "these are no numbers", type(values).__name__, expected, source, fix) from error
+    if array.ndim != len(shape) or any(w is not None and s != w for s, w in zip(array.shape, shape, strict=True)):
+        raise bad(asked, "it has another shape", f"shape {array.shape}", expected, source, fix)
+    broken = np.argwhere(~np.isfinite(array))
+    if len(broken):
+        places = ", ".join(str(tuple(map(int, place)) if len(place) > 1 else int(place[0])) for place in broken[:3])
+        got = f"{len(broken)} that are not, at {places}{', …' if len(broken) > 3 else ''}"
+        fix = "Find out where they come from; none can be ranked"
+        raise bad(asked, "not all numbers are finite", got, "finite numbers", axes, fix)
+    return array
+
+
+def as_ids(ids: Any, num_examples: int, asked: str) -> np.ndarray:
+    """Take example ids, in the order given.
+
+    Args:
+        ids: What was given.
+        num_examples: How many examples there are.
+        asked: What they were given as.
+
+    Returns:
+        The ids, int64, ``(ids,)``.
+
+    Raises:
+        EvaluationError: They are not different whole numbers in one dimension and in range.
+    """
+    array = np.asarray(ids)
+    expected = f"different whole numbers from 0 to {num_examples - 1}"
+
+    def refuse(wrong: str, got: Any, fix: str) -> EvaluationError:
+        return bad(asked, wrong, got, expected, f"{num_examples=}", fix)
+
+    if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
+        raise refuse("these are no example ids", f"{array.dtype}, shape {array.shape}", "Pass row numbers")
+    outside = array[(array < 0) | (array >= num_examples)]
+    if len(outside):
+        raise refuse("ids are out of range", outside[:5].tolist(), "Count rows of the training set from 0")
+    values, counts = np.unique(array, return_counts=True)
+    if len(values) < len(array):
+        raise refuse("ids are repeated", values[counts > 1][:5].tolist(), "Name every example once")
+    return array.astype(np.int64)
+
+
+def refuse_constant(values: np.ndarray, asked: str, over: str, fix: str, scale: np.ndarray | None = None) -> None:
+    """Refuse numbers that cannot be correlated, because for some queries they are all the same.
+
+    Args:
+        values: One number a unit and query, ``(units, queries)``.
+        asked: What they belong to.
+        over: What the units are.
+        fix: What to do.
+        scale: How large the terms are that each query's numbers are sums of, ``(queries,)``: a spread of their rounding
+            is none. None where the numbers are no sums.
+
+    Raises:
+        EvaluationError: Some are constant.
+    """
+    rounding = 0.0 if scale is None else 1e-12 * scale
+    constant = np.flatnonzero(np.ptp(values, axis=0) <= rounding)
+    if len(constant):
+        more = ", …" if len(constant) > 5 else ""
+        got = f"{len(constant)} of {values.shape[1]} queries: {constant[:5].tolist()}{more}"
+        raise bad(asked, f"for some queries they are the same for all {over}", got, "numbers that differ", over, fix)
+
+
+def refuse_too_few(count: int, asked: str, what: str) -> None:
+    """Refuse too few units to resample.
+
+    Raises:
+        EvaluationError: There are fewer than ten.
+    """
+    if count < LEAST_UNITS:
+        wrong, fix = f"there are too few {what} for an interval", f"Take {LEAST_UNITS} or more; 100 are usual"
+        raise bad(asked, wrong, count, f"{LEAST_UNITS} or more", "the bootstrap", fix)

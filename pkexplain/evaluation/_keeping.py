@@ -1,0 +1,140 @@
+"""What retrained models said, kept on disk, one small file for each retraining, so that an evaluation can be resumed.
+
+A file is written beside its place, flushed and renamed, under a name made of the example ids and the seed. So several
+processes may work in one directory: the worst that happens is that two retrain the same. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from pkexplain.errors import EvaluationError
+from pkexplain.files import flush_and_rename
+
+__all__ = ["Answers", "KeptAnswers", "key_of"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one retrained model said about the queries.
+
+    Attributes:
+        outputs: The output of each query, ``(queries,)``, in output units.
+        classes: The class predicted for each query, ``(queries,)``; None where a prediction is no row of classes.
+    """
+
+    outputs: np.ndarray
+    classes: np.ndarray | None
+
+
+def key_of(ids: np.ndarray, seed: int) -> str:
+    """Name a retraining by its example ids, in order, and its seed."""
+    digest = hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").tobytes())
+    digest.update(f"seed {seed}".encode())
+    return digest.hexdigest()[:32]
+
+
+class KeptAnswers:
+    """A directory of answers to the same queries.
+
+    Args:
+        path: The directory; it is made where there is none.
+        setting: What all answers in it have in common, as plain data.
+    """
+
+    def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
+        """Open the directory, or start it.
+
+        Raises:
+            EvaluationError: It holds answers of another setting, or is no place to write to.
+        """
+        self._path = path
+        self._queries = int(setting["queries"])
+        setting = {"format_version": FORMAT_VERSION, **setting}
+        place = path / "setting.json"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with FileLock(path / "lock"):
+                known = json.loads(place.read_text(encoding="utf-8")) if place.exists() else None
+                if known is None:
+                    _write(place, setting)
+        except ValueError as error:
+            raise self._unusable("its setting.json is damaged", str(error)) from error
+        except (OSError, NotImplementedError) as error:
+            raise self._unusable("the directory cannot be used", str(error)) from error
+        if known is not None and known != setting:
+            known = known if isinstance(known, dict) else {}
+            differing = [name for name in setting if known.get(name) != setting[name]]
+            raise EvaluationError(
+                f"kept={str(path)!r}",
+                f"it holds answers of another setting ({', '.join(differing)})",
+                got=", ".join(f"{name} {setting[name]}" for name in differing),
+                expected=", ".join(f"{name} {known.get(name)}" for name in differing),
+                source=str(place),
+                fix="Choose another directory for this setting",
+            )
+
+    def get(self, key: str) -> Answers | None:
+        """Read what was kept under a key; None where nothing was, or where it is damaged (which warns)."""
+        place = self._path / f"{key}.json"
+        try:
+            content = json.loads(place.read_text(encoding="utf-8"))
+            stated = content.pop("sha256")
+            if stated != _checksum(content) or content["key"] != key:
+                raise ValueError("its content does not fit its checksum or its name")
+            outputs = np.array([float.fromhex(number) for number in content["outputs"]])
+            classes = None if content["classes"] is None else np.array(content["classes"], dtype=np.int64)
+            if len(outputs) != self._queries:
+                raise ValueError(f"it holds {len(outputs)} outputs")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(
+                f"{place} is damaged ({error}) and counts for nothing; the model is trained again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        return Answers(outputs, classes)
+
+    def put(self, key: str, answers: Answers) -> None:
+        """Keep answers under a key.
+
+        Raises:
+            EvaluationError: They cannot be written.
+        """
+        outputs = [float(number).hex() for number in answers.outputs]  # every bit, as plain text
+        classes = None if answers.classes is None else answers.classes.tolist()
+        content = {"key": key, "outputs": outputs, "classes": classes}
+        try:
+            _write(self._path / f"{key}.json", {**content, "sha256": _checksum(content)})
+        except OSError as error:
+            raise self._unusable(f"{key}.json could not be written", str(error)) from error
+
+    def _unusable(self, wrong: str, got: str) -> EvaluationError:
+        expected, fix = "a directory with room that can be written to", "Choose another directory"
+        return EvaluationError(
+            f"kept={str(self._path)!r}", wrong, got=got, expected=expected, source="the operating system", fix=fix
+        )
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write(place: Path, content: Mapping[str, Any]) -> None:
+    temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")  # a name of its own: others may write, too
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    flush_and_rename(temporary, place)

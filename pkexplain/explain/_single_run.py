@@ -1,0 +1,244 @@
+"""One run's answers: covectors of either reading, the account they belong to, and the rows that rank."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pkexplain.distributed import ProcessGroup, TorchProcessGroup
+from pkexplain.errors import ConfigurationError, QueryError
+from pkexplain.explain._checks import checks_of, removal_checks
+from pkexplain.explain._correction import CorrectedCovectors, correct
+from pkexplain.explain._query_gradients import OutputField, integrate, outputs_at_checkpoints
+from pkexplain.explain._ranking import Ranking
+from pkexplain.explain.loss_curvature import LossCurvature
+from pkexplain.explain.outputs import Output
+from pkexplain.explain.quadrature import Quadrature
+from pkexplain.explain.queries import QueryBatch
+from pkexplain.explain.removal import Curvature, Removal, final_gradient
+from pkexplain.gradients.layers import find_layers
+from pkexplain.results.explanation import Check, Cost, Ledger
+from pkexplain.store.base import Store, damaged
+from pkexplain.store.directory import DirectoryStore
+
+__all__ = ["Account", "RunExplainer"]
+
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What one run says of a batch of queries, before its rows are ranked.
+
+    Attributes:
+        projected: What the rows are multiplied with, ``(queries, segments, k)``.
+        ledgers: The account of each query's output.
+        segment_sums: Σ_i c_i of each segment, in output units, ``(queries, segments)``.
+        outputs: f(x; θ_t) at each checkpoint, in output units, ``(queries, segments + 1)``.
+        checks: What can fail, of each query.
+        costs: What each query took.
+    """
+
+    projected: Tensor
+    ledgers: tuple[Ledger, ...]
+    segment_sums: Tensor
+    outputs: Tensor
+    checks: tuple[tuple[Check, ...], ...]
+    costs: tuple[Cost, ...]
+
+
+class RunExplainer:
+    """Make accounts of a recorded run.
+
+    Args:
+        store: The run.
+        model: The model; it is copied.
+        index: A faiss factory string, or ``"auto"``.
+        tolerance: Allowed quadrature gap, relative to |f_T − f_0|.
+        quadrature: The rule of integration over a segment, and its budget.
+        device: Where to compute; None for where the model is.
+        progress: Told how far long work is.
+        group: A `torch.distributed` process group that shares the rows out, or None.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        model: nn.Module,
+        index: str,
+        tolerance: float,
+        quadrature: Quadrature,
+        device: str | torch.device | None,
+        progress: Progress,
+        group: Any,
+    ) -> None:
+        """Read the run and check the model against it."""
+        self.trajectory = store.trajectory()
+        self.trajectory.fingerprint.check(model)
+        device = torch.device(device) if device else next(model.parameters()).device
+        directory = store.path / "index" if isinstance(store, DirectoryStore) else None
+        self.model = copy.deepcopy(model).to(device).eval()
+        groups = {name: block.group for block in self.trajectory.fingerprint.blocks for name in block.parameters}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in groups)
+        layers, blocks = find_layers(self.model, groups)
+        if tuple(blocks) != self.trajectory.fingerprint.blocks:
+            raise damaged(store, "manifest.json", "its blocks are not the model's", len(groups), "those of its layers")
+        self.projector = self.trajectory.projector(device)
+        self.field = OutputField(self.model, layers, self.projector, self.trajectory)
+        self.segments = [self.trajectory.segment(t) for t in range(len(self.trajectory))]
+        self._row_sums = torch.stack([segment.row_sum for segment in self.segments])
+        self._withdrawn = torch.stack([segment.withdrawn for segment in self.segments])
+        self._tolerance, self.quadrature, self._progress = tolerance, quadrature, progress
+        self._curvatures: dict[LossCurvature | None, Curvature] = {}
+        self.whole = Ranking(self.trajectory, index, directory, device, ProcessGroup())
+        group = ProcessGroup() if group is None else TorchProcessGroup(group)
+        self.ranking = (
+            self.whole if group.world_size == 1 else Ranking(self.trajectory, index, directory, device, group)
+        )
+
+    def prepare(self) -> None:
+        """Build the index, where there is none."""
+        if not self.ranking.index.ready:
+            self.ranking.index.prepare(lambda done, total: self._progress("index", done, total))
+
+    def prediction(self, queries: QueryBatch, at_once: int) -> Tensor:
+        """Run the final model, ``(queries, …)``.
+
+        Args:
+            queries: The queries.
+            at_once: How many of them go through the model together.
+
+        Raises:
+            QueryError: The prediction is not a number.
+            ConfigurationError: The model draws random numbers in evaluation mode.
+        """
+        self.field.move_to(len(self.trajectory) - 1, 1.0)
+        pieces = torch.arange(len(queries)).split(at_once)
+        prediction = torch.cat([self.field.prediction(queries.select(piece)) for piece in pieces])
+        if prediction.isnan().any():
+            raise QueryError(
+                "explaining a query",
+                "the model's prediction is not a number",
+                got=f"nan for query {int(prediction.isnan().flatten(1).any(1).nonzero()[0])}",
+                expected="numbers",
+                source="the model after training",
+                fix="Look for nan in the query, and at the learning rate of the run",
+            )
+        again = self.field.prediction(queries.select(pieces[0]))
+        if not torch.allclose(prediction[: len(again)], again, rtol=1e-3, atol=1e-5 * float(again.abs().max())):
+            raise ConfigurationError(
+                "explaining a query",
+                "the model draws random numbers in evaluation mode",
+                got="two predictions that differ",
+                expected="the same prediction twice",
+                source="model.eval()",
+                fix="Make the randomness depend on self.training, as torch's Dropout does",
+            )
+        return prediction
+
+    def account(self, queries: QueryBatch, output: Output, removal: Removal | None) -> Account:
+        """Answer a batch of queries.
+
+        Args:
+            queries: The queries.
+            output: What is explained, settled.
+            removal: How the removal reading is made; None for the path reading.
+        """
+        return self._path(queries, output) if removal is None else self._removal(queries, output, removal)
+
+    def corrected(self, queries: QueryBatch, output: Output) -> CorrectedCovectors:
+        """Integrate the output gradient over every segment, and correct it so that the rows add up."""
+        report = lambda done, planned: self._progress("covectors", done, planned)  # noqa: E731 - a name for a callback
+        covectors = integrate(self.field, queries, output, self.quadrature, self._tolerance, report)
+        return correct(covectors, self._row_sums, self._withdrawn)
+
+    def _path(self, queries: QueryBatch, output: Output) -> Account:
+        corrected = self.corrected(queries, output)
+        covectors, every = corrected.covectors, range(len(queries))
+        audited = self._audited(corrected)
+        budget = self.quadrature.budget * len(self.trajectory)
+        lines = {"decay": covectors.decay, "optimizer": covectors.optimizer}
+        lines |= {"buffers": covectors.buffers} if self.field.has_statistics else {}
+        lines |= {"withdrawn": corrected.withdrawn} if self._withdrawn.any() else {}
+        sums = corrected.corrected - corrected.withdrawn
+        return Account(
+            projected=corrected.projected,
+            ledgers=tuple(_ledger(covectors.outputs[q], sums[q], {n: v[q] for n, v in lines.items()}) for q in every),
+            segment_sums=sums,
+            outputs=covectors.outputs,
+            checks=tuple(checks_of(self.trajectory, corrected, audited, q, self._tolerance) for q in every),
+            costs=tuple(
+                Cost(
+                    int(covectors.forward_passes[q]),
+                    int(covectors.backward_passes[q]),
+                    budget,
+                    exhausted=not covectors.settled[q],
+                )
+                for q in every
+            ),
+        )
+
+    def _audited(self, corrected: CorrectedCovectors) -> Tensor | None:
+        """Compute the audited examples' contributions from their stored rows, ``(queries, audited)``."""
+        ids = self.segments[0].audit_ids
+        if not len(ids):
+            return None
+        total = torch.zeros(len(corrected.projected), len(ids), dtype=torch.float64)
+        for t, segment in enumerate(self.segments):
+            covector = corrected.projected[:, t].cpu()
+            total += covector @ segment.read_rows(ids, covector.dtype).T
+        return total
+
+    def own(self, projected: Tensor, ids: Tensor) -> np.ndarray:
+        """Multiply each query with the rows of one example, ``(queries,)``, in float64.
+
+        Args:
+            projected: What the rows are multiplied with, ``(queries, segments, k)``.
+            ids: The example of each query, ``(queries,)``.
+        """
+        total = torch.zeros(len(ids), dtype=torch.float64)
+        for t, segment in enumerate(self.segments):
+            covector = projected[:, t].cpu()
+            total += (covector * segment.read_rows(ids, covector.dtype)).double().sum(1)
+        return total.numpy()
+
+    def curvature(self, loss: LossCurvature | None) -> Curvature:
+        """Make the curvature of every segment, once for each loss."""
+        if loss not in self._curvatures:
+            report = lambda done, total: self._progress("curvature", done, total)  # noqa: E731 - as above
+            self._curvatures[loss] = Curvature(self.trajectory, self.segments, self.projector, loss, report)
+        return self._curvatures[loss]
+
+    def _removal(self, queries: QueryBatch, output: Output, removal: Removal) -> Account:
+        curvature = self.curvature(removal.loss)
+        final = final_gradient(self.field, self.segments, queries, output, removal.checkpoints)
+        carried = curvature.carry(final.projected, removal.strength)
+        outputs = outputs_at_checkpoints(self.field, queries, output)
+        kept = self._row_sums - self._withdrawn
+        sums = torch.einsum("qtk,tk->qt", carried.double().cpu(), kept.cpu())
+        cost = Cost(outputs.shape[1], final.checkpoints, final.checkpoints)
+        return Account(
+            projected=carried,
+            ledgers=tuple(_ledger(outputs[q], sums[q], {}) for q in range(len(queries))),
+            segment_sums=sums,
+            outputs=outputs,
+            checks=tuple(removal_checks(self.trajectory, final, q) for q in range(len(queries))),
+            costs=(cost,) * len(queries),
+        )
+
+
+def _ledger(outputs: Tensor, sums: Tensor, lines: dict[str, Tensor]) -> Ledger:
+    return Ledger(
+        initial=float(outputs[0]),
+        final=float(outputs[-1]),
+        examples=float(sums.sum()),
+        remainders={name: float(line.sum()) for name, line in lines.items()},
+    )

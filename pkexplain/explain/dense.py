@@ -1,0 +1,174 @@
+"""The dense, slow, obvious path kernel, to check the fast one with.
+
+No hooks, no projection, no index, no correction: the displacements of a run recorded with `Identity` are taken as they
+are, the covectors come from `torch.autograd.grad` for one query at a time at the nodes of a fixed composite rule, and
+contributions are their inner products:
+
+    c_i(x) = Σ_t ⟨∫₀¹ ∇f(x; θ_t + τ Δθ_t) dτ, D_i,t⟩      (Domingos 2020, Theorem 1, for finite steps)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pkexplain.errors import ConfigurationError
+from pkexplain.explain.outputs import Output, settle_output
+from pkexplain.explain.queries import as_queries
+from pkexplain.projection.kinds import Identity
+from pkexplain.store.base import Store
+from pkexplain.store.directory import open_store
+from pkexplain.store.trajectory import Trajectory
+
+__all__ = ["ExactAccount", "path_kernel"]
+
+
+@dataclass(frozen=True)
+class ExactAccount:
+    """The account of some queries, without compression and without correction.
+
+    Attributes:
+        contributions: c_i(x), in output units, ``(queries, num_examples)``.
+        kernels: K(x, x_i), ``(queries, num_examples)``; a_i is ``contributions / kernels``.
+        decay: What weight decay did, in output units, ``(queries,)``.
+        optimizer: What is no example's and no decay's, in output units, ``(queries,)``.
+        initial: f_0(x), in output units, ``(queries,)``.
+        final: f_T(x), in output units, ``(queries,)``.
+    """
+
+    contributions: np.ndarray
+    kernels: np.ndarray
+    decay: np.ndarray
+    optimizer: np.ndarray
+    initial: np.ndarray
+    final: np.ndarray
+
+    @property
+    def gap(self) -> np.ndarray:
+        """What quadrature and rounding leave: f_T − f_0 − Σ_i c_i − decay − optimizer, in output units."""
+        return self.final - self.initial - self.contributions.sum(1) - self.decay - self.optimizer
+
+
+def path_kernel(
+    run: str | os.PathLike[str] | Store,
+    model: nn.Module,
+    x: Any,
+    *,
+    output: Output | Callable[[Tensor], Tensor] | None = None,
+    nodes: int = 4,
+    pieces: int = 8,
+) -> ExactAccount:
+    """Compute the path kernel and all contributions densely.
+
+    Args:
+        run: A run recorded with ``projection=pkexplain.Identity()``.
+        model: The model; it is left as it was.
+        x: One query or a batch, as for `pkexplain.Explainer.explain`.
+        output: What to explain, as for `pkexplain.Explainer.explain`.
+        nodes: Gauss–Legendre nodes on each piece.
+        pieces: Equal pieces of each segment.
+
+    Returns:
+        The account; its ``gap`` is the quadrature error.
+
+    Raises:
+        ConfigurationError: The run's rows are compressed.
+        ModelMismatchError: The model is not the one that was recorded.
+        QueryError: The query or the output does not fit the model.
+    """
+    trajectory = open_store(run).trajectory()
+    if not isinstance(trajectory.projection, Identity):
+        raise ConfigurationError(
+            "exact.path_kernel(run)",
+            "the run's rows are compressed, so nothing exact can be made of them",
+            got=f"projection {trajectory.projection}",
+            expected="projection Identity()",
+            source="the run's manifest",
+            fix="Record the run again with projection=pkexplain.Identity()",
+        )
+    before, after = trajectory.checkpoint(0).buffers, trajectory.checkpoint(len(trajectory)).buffers
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    if moved:
+        raise ConfigurationError(
+            "exact.path_kernel(run)",
+            "buffers moved while it was recorded, and the dense path does not follow them",
+            got=", ".join(moved[:3]),
+            expected="a model whose buffers stay",
+            source="the run's checkpoints",
+            fix="Use pkexplain.Explainer, which gives running statistics a line of their own",
+        )
+    trajectory.fingerprint.check(model)
+    queries = as_queries(x, trajectory.inputs, next(model.parameters()).device)
+    field = _Field(model, trajectory)
+    final = field.at(len(trajectory) - 1, 1.0, lambda: queries.run(model).detach())
+    settled = settle_output(output, final)
+    contributions = torch.zeros(len(queries), trajectory.num_examples, dtype=torch.float64)
+    kernels, remainders = torch.zeros_like(contributions), torch.zeros(2, len(queries), dtype=torch.float64)
+    ends = torch.zeros(2, len(queries), dtype=torch.float64)
+    for q in range(len(queries)):
+        here = torch.tensor([q])
+        query, wanted = queries.select(here), settled.select(here)
+        value = lambda query=query, wanted=wanted: wanted(query.run(model))[0]  # noqa: E731 - bound per query
+        ends[0, q] = float(field.at(0, 0.0, value).detach())
+        ends[1, q] = float(field.at(len(trajectory) - 1, 1.0, value).detach())
+        for t in range(len(trajectory)):
+            segment, covector = trajectory.segment(t), field.covector(t, value, nodes, pieces)
+            moved = segment.read_rows(slice(None), torch.float64) @ covector
+            derivatives = segment.loss_derivatives.double()
+            contributions[q] += moved
+            kernels[q] -= torch.where(derivatives == 0, 0.0, moved / derivatives)
+            remainders[0, q] += segment.decay.double() @ covector
+            remainders[1, q] += segment.optimizer.double() @ covector
+    numbers = [contributions, kernels, *remainders, *ends]
+    return ExactAccount(*(number.numpy() for number in numbers))
+
+
+class _Field:
+    """The model at any point of the trajectory; it is put back after every look."""
+
+    def __init__(self, model: nn.Module, trajectory: Trajectory) -> None:
+        self._model, self._trajectory = model, trajectory
+        named = dict(model.named_parameters())
+        self._parameters = [named[name] for block in trajectory.fingerprint.blocks for name in block.parameters]
+
+    def at(self, segment: int, tau: float, look: Callable[[], Tensor]) -> Tensor:
+        start = self._trajectory.checkpoint(segment).parameters
+        point = start + tau * (self._trajectory.checkpoint(segment + 1).parameters - start)
+        kept = [p.detach().clone() for p in self._parameters]
+        training, wanted = self._model.training, [p.requires_grad for p in self._parameters]
+        self._model.eval()
+        try:
+            self._set(point.split([p.numel() for p in kept]))
+            for p in self._parameters:
+                p.requires_grad_(True)
+            return look()
+        finally:
+            self._set(kept)
+            self._model.train(training)
+            for p, flag in zip(self._parameters, wanted, strict=True):
+                p.requires_grad_(flag)
+
+    def covector(self, segment: int, value: Callable[[], Tensor], nodes: int, pieces: int) -> Tensor:
+        """Integrate the gradient over a segment with a Gauss–Legendre rule on equal pieces, ``(parameters,)``."""
+        roots, weights = np.polynomial.legendre.leggauss(nodes)
+        total = torch.zeros(sum(p.numel() for p in self._parameters), dtype=torch.float64)
+        for piece in range(pieces):
+            for root, weight in zip(roots, weights, strict=True):
+                tau = (piece + (float(root) + 1) / 2) / pieces
+                total += self.at(segment, tau, lambda: self.gradient(value())).double() * float(weight) / 2 / pieces
+        return total
+
+    def gradient(self, value: Tensor) -> Tensor:
+        parts = torch.autograd.grad(value, self._parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.detach().flatten() for part in parts])
+
+    def _set(self, values: Any) -> None:
+        with torch.no_grad():
+            for p, value in zip(self._parameters, values, strict=True):
+                p.copy_(value.reshape(p.shape))

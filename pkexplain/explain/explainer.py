@@ -1,0 +1,292 @@
+"""`Explainer`: queries in, explanations out; one run or the mean of several, in either reading."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pkexplain.errors import ConfigurationError, ExampleIdError
+from pkexplain.explain._ensemble import check_alike, mean_checks, mean_contributions, mean_cost, mean_ledger, rank_mean
+from pkexplain.explain._ranking import Ranked, Scan
+from pkexplain.explain._single_run import Account, Progress, RunExplainer
+from pkexplain.explain.outputs import Output, settle_output
+from pkexplain.explain.quadrature import Quadrature
+from pkexplain.explain.queries import QueryBatch, as_queries
+from pkexplain.explain.removal import Removal
+from pkexplain.ids import check_ids
+from pkexplain.index.row_index import RowIndex
+from pkexplain.results.explanation import Explanation
+from pkexplain.store.base import Store
+from pkexplain.store.directory import open_store
+from pkexplain.store.trajectory import Trajectory
+
+__all__ = ["Explainer"]
+
+_MOST_QUERIES_AT_ONCE = 128
+_NUMBERS_AT_ONCE = 1 << 27
+
+
+class Explainer:
+    """Explain predictions of a recorded model in training examples.
+
+    Args:
+        run: The directory of a run, or the `pkexplain.MemoryStore` it was recorded into; or a list of runs of one
+            training with different seeds, whose accounts are averaged.
+        model: The model, at any state of its recorded parameters; it is copied, never changed.
+        index: ``"Flat"`` for exact search, any other faiss factory string for a compressed index, or ``"auto"`` for a
+            choice by the number of rows. The mean of several runs is always searched exactly.
+        tolerance: Allowed quadrature gap before any correction, relative to |f_T − f_0|.
+        quadrature: The rule of integration over a segment, and its budget.
+        device: Where to compute; by default where the model is.
+        progress: Told how far long work is, for example `pkexplain.ProgressBar`.
+        group: A `torch.distributed` process group whose processes share the rows out: each makes an explainer, asks
+            the same questions and searches its own part, and all get the same answers.
+
+    Raises:
+        RunNotFoundError: There is no run, or it holds no finished segment.
+        RunDamagedError: A file of the run is missing, truncated or altered.
+        ModelMismatchError: The model is not the one that was recorded.
+        ConfigurationError: An argument cannot be, or the runs cannot be averaged.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str] | Store | Sequence[str | os.PathLike[str] | Store],
+        model: nn.Module,
+        *,
+        index: str = "auto",
+        tolerance: float = 0.01,
+        quadrature: Quadrature | None = None,
+        device: str | torch.device | None = None,
+        progress: Progress | None = None,
+        group: Any = None,
+    ) -> None:
+        """Read the run and check the model against it; the index is built on first use."""
+        if not tolerance > 0:
+            fix = "Leave it out for 1% of |f_T − f_0|"
+            raise _refused("Explainer(tolerance=…)", "it must be positive", tolerance, "> 0", "Explainer", fix)
+        runs = list(run) if isinstance(run, Sequence) and not isinstance(run, (str, bytes)) else [run]
+        if not runs or (group is not None and len(runs) > 1):
+            fix = "Pass a run, or a list of runs without a process group"
+            raise _refused("Explainer([…])", "these runs cannot be averaged", len(runs), "1 or more", "Explainer", fix)
+        report = progress or (lambda what, done, total: None)
+        setting = (index, tolerance, quadrature or Quadrature(), device, report, group)
+        self._runs = [RunExplainer(open_store(each), model, *setting) for each in runs]
+        check_alike(self._runs)
+        self._first = self._runs[0]
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The run that is explained; of several, the first."""
+        return self._first.trajectory
+
+    def copy_model(self) -> nn.Module:
+        """Return a copy of the model in evaluation mode, at any point of the run."""
+        return copy.deepcopy(self._first.model)
+
+    @property
+    def index(self) -> RowIndex:
+        """The index over the rows that this process searches, made on first use; of several runs, the first's.
+
+        Raises:
+            MissingDependencyError: faiss is not installed.
+            ConfigurationError: faiss refuses the factory string.
+        """
+        self._first.prepare()
+        return self._first.ranking.index
+
+    def prepare(self, reading: str | Removal = "path") -> None:
+        """Do now what is done once: build the index, and for a removal reading the curvature of every segment.
+
+        Args:
+            reading: As for `explain`.
+
+        Raises:
+            MissingDependencyError: faiss is not installed.
+            ConfigurationError: faiss refuses the factory string, or ``reading`` cannot be.
+        """
+        removal = _removal(reading)
+        for run in self._runs:
+            if len(self._runs) == 1:
+                run.prepare()
+            if removal is not None:
+                run.curvature(removal.loss)
+
+    def explain(
+        self,
+        x: Any,
+        *,
+        output: Output | Callable[[Tensor], Tensor] | None = None,
+        k: int = 10,
+        reading: str | Removal = "path",
+    ) -> Any:
+        """Explain one output of the model for one query, or for each query of a batch.
+
+        Args:
+            x: One query in the shape of the training inputs, or a batch of them; a tensor, a tuple of positional
+                inputs or a mapping of named inputs.
+            output: What to explain; by default the logit of the class that the final model predicts, or the one number
+                that it predicts.
+            k: How many proponents and how many opponents to show.
+            reading: ``"path"``: contributions that add up; ``"removal"``: what the output would lose without the
+                example, which does not; or a `pkexplain.Removal`, for a removal reading of your own making.
+
+        Returns:
+            An `Explanation`, or a list of them where ``x`` was a batch.
+
+        Raises:
+            QueryError: The query or the output does not fit the model.
+            ConfigurationError: ``k`` or ``reading`` cannot be.
+        """
+        if not isinstance(k, int) or k < 1:
+            got, expected, wrong = repr(k), "a whole number from 1 up", "so many examples cannot be shown"
+            raise _refused("Explainer.explain", wrong, got, expected, "the signature of explain", "Leave k out")
+        removal = _removal(reading)
+        queries = as_queries(x, self.trajectory.inputs, self._first.field.device)
+        if len(self._runs) == 1:
+            self._first.prepare()
+        explanations: list[Explanation] = []
+        for some, settled, names in self._chunks(queries, output):
+            accounts = [run.account(some, settled, removal) for run in self._runs]
+            ranked, scans = self._rank(accounts, k)
+            for q in range(len(some)):
+                explanations.append(
+                    Explanation(
+                        output=names[q],
+                        reading="path" if removal is None else "removal",
+                        ledger=mean_ledger([account.ledgers[q] for account in accounts]),
+                        proponents=ranked[q].proponents,
+                        opponents=ranked[q].opponents,
+                        remainder=ranked[q].remainder,
+                        checks=mean_checks([account.checks[q] for account in accounts]),
+                        cost=mean_cost([account.costs[q] for account in accounts]),
+                        boundaries=self.trajectory.boundaries,
+                        segment_sums=_mean([account.segment_sums[q] for account in accounts]),
+                        checkpoint_outputs=_mean([account.outputs[q] for account in accounts]),
+                        query=some.row(q),
+                        scan=scans[q],
+                    )
+                )
+        return explanations[0] if queries.single else explanations
+
+    def contributions(
+        self,
+        x: Any,
+        *,
+        output: Output | Callable[[Tensor], Tensor] | None = None,
+        reading: str | Removal = "path",
+    ) -> np.ndarray:
+        """Compute the contributions of all training examples.
+
+        Args:
+            x: A query or a batch, as for `explain`.
+            output: What to explain, as for `explain`.
+            reading: ``"path"``, ``"removal"`` or a `pkexplain.Removal`, as for `explain`.
+
+        Returns:
+            c_i(x), in output units, ``(queries, num_examples)``.
+
+        Raises:
+            QueryError: The query or the output does not fit the model.
+            ConfigurationError: ``reading`` cannot be.
+        """
+        removal = _removal(reading)
+        queries = as_queries(x, self.trajectory.inputs, self._first.field.device)
+        parts = []
+        for some, settled, _ in self._chunks(queries, output):
+            found = [run.ranking.contributions(run.account(some, settled, removal).projected) for run in self._runs]
+            parts.append(np.mean(found, axis=0) if len(found) > 1 else found[0])
+        return np.concatenate(parts)
+
+    def self_contributions(
+        self,
+        x: Any,
+        ids: Sequence[int] | Tensor,
+        *,
+        output: Output | Callable[[Tensor], Tensor] | None = None,
+        reading: str | Removal = "removal",
+    ) -> np.ndarray:
+        """Compute what training examples contribute to their own outputs.
+
+        In the removal reading, of the margin of the label that an example was trained with, this is how much the model
+        memorised it (Feldman and Zhang 2020): without it the model would say something else. Mislabelled examples
+        stand out.
+
+        Args:
+            x: A batch of training examples.
+            ids: Their row numbers, ``(examples,)``.
+            output: What to explain, as for `explain`; with a class or a target for each example.
+            reading: As for `explain`.
+
+        Returns:
+            c_i(x_i), in output units, ``(examples,)``.
+
+        Raises:
+            QueryError: The examples or the output do not fit the model.
+            ExampleIdError: The ids are not those of the run, or not one for each example.
+            ConfigurationError: ``reading`` cannot be.
+        """
+        removal = _removal(reading)
+        queries = as_queries(x, self.trajectory.inputs, self._first.field.device)
+        known = check_ids(ids, self.trajectory.num_examples, "self_contributions(ids)")
+        if len(known) != len(queries):
+            got, fix = f"{len(known)} ids for {len(queries)} examples", "Give one id for each row of the batch"
+            wrong, expected = "there must be one for each example", f"{len(queries)} ids"
+            raise ExampleIdError(
+                "self_contributions(ids)", wrong, got=got, expected=expected, source="the batch", fix=fix
+            )
+        parts, start = [], 0
+        for some, settled, _ in self._chunks(queries, output):
+            mine = known[start : start + len(some)]
+            found = [run.own(run.account(some, settled, removal).projected, mine) for run in self._runs]
+            parts.append(np.mean(found, axis=0))
+            start += len(some)
+        return np.concatenate(parts)
+
+    def _chunks(self, queries: QueryBatch, output: Any) -> Iterator[tuple[QueryBatch, Output, list[str]]]:
+        """Settle the output on the final prediction, and cut the queries into pieces that fit in memory."""
+        predictions = [run.prediction(queries, _MOST_QUERIES_AT_ONCE) for run in self._runs]
+        settled = settle_output(output, torch.stack(predictions).mean(0) if len(predictions) > 1 else predictions[0])
+        names, quadrature = settled.names(len(queries)), self._first.quadrature
+        kept = self._first.projector.columns * len(self.trajectory) * quadrature.budget // quadrature.nodes
+        size = max(1, min(_MOST_QUERIES_AT_ONCE, _NUMBERS_AT_ONCE // kept))
+        for start in range(0, len(queries), size):
+            positions = torch.arange(start, min(start + size, len(queries)))
+            chosen = [names[int(p)] for p in positions]
+            yield queries.select(positions), settled.select(positions), chosen
+
+    def _rank(self, accounts: list[Account], k: int) -> tuple[list[Ranked], list[Callable[[], np.ndarray]]]:
+        """Find the strongest contributions to each query, and how to compute all."""
+        if len(accounts) == 1:
+            projected = accounts[0].projected
+            scan = Scan(self._first.whole, projected)
+            totals = [ledger.examples for ledger in accounts[0].ledgers]
+            return self._first.ranking.rank(projected, totals, k), [scan.of(q) for q in range(len(projected))]
+        mean = mean_contributions(self._runs, accounts)
+        ranked = [rank_mean(self._runs, accounts, mean[q], q, k) for q in range(len(mean))]
+        return ranked, [lambda row=row: row for row in mean]
+
+
+def _removal(reading: str | Removal) -> Removal | None:
+    """Take a reading by its name."""
+    if isinstance(reading, Removal):
+        return reading
+    known: dict[Any, Removal | None] = {"path": None, "removal": Removal()}
+    if not isinstance(reading, str) or reading not in known:
+        fix, expected = "Leave it out for contributions that add up", '"path", "removal" or a Removal'
+        raise _refused("Explainer.explain", "this reading is not there", repr(reading), expected, "Explainer", fix)
+    return known[reading]
+
+
+def _mean(rows: Sequence[Tensor]) -> tuple[float, ...]:
+    return tuple(torch.stack(list(rows)).mean(0).tolist()) if len(rows) > 1 else tuple(rows[0].tolist())
+
+
+def _refused(asked: str, wrong: str, got: Any, expected: str, source: str, fix: str) -> ConfigurationError:
+    return ConfigurationError(asked, wrong, got=got, expected=expected, source=source, fix=fix)

@@ -1,0 +1,107 @@
+"""Integrals over a segment that refine themselves where they err.
+
+Along a segment the output's change is known exactly from two forward passes, so the error of a rule on any part of it
+is known too:
+
+    error = f(θ(b)) − f(θ(a)) − Σ_n w_n ⟨∇f(θ(τ_n)), θ(b) − θ(a)⟩
+
+Each part starts as a whole segment; parts that err most are halved until the errors together meet the tolerance or the
+budget of gradients is spent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pkexplain.errors import ConfigurationError
+
+__all__ = ["Part", "Quadrature"]
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """A dyadic part of segment ``segment``: τ from ``place / 2^level`` to ``(place + 1) / 2^level``."""
+
+    segment: int
+    level: int
+    place: int
+
+    @property
+    def start(self) -> float:
+        """Where it begins, 0 to 1."""
+        return self.place / 2**self.level
+
+    @property
+    def width(self) -> float:
+        """How much of the segment it is."""
+        return 1 / 2**self.level
+
+    @property
+    def end(self) -> float:
+        """Where it ends, 0 to 1."""
+        return (self.place + 1) / 2**self.level
+
+    def halves(self) -> tuple[Part, Part]:
+        """Halve it."""
+        below = (Part(self.segment, self.level + 1, 2 * self.place + half) for half in (0, 1))
+        first, second = below
+        return first, second
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """How the covector φ_t = ∫₀¹ ∇f(θ_t + τ Δθ_t) dτ is computed.
+
+    Args:
+        nodes: Gauss–Legendre nodes on each part: 2 for networks with kinks (ReLU); 4 or 8 for smooth ones.
+        budget: Most gradients of a query's output for each segment, on average over the segments.
+    """
+
+    nodes: int = 2
+    budget: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse a rule without nodes and a budget that the first pass would exceed."""
+        if self.nodes < 1 or self.budget < self.nodes:
+            raise ConfigurationError(
+                "Quadrature(nodes=…, budget=…)",
+                "the first pass over a segment already needs as many gradients as there are nodes",
+                got=f"nodes={self.nodes}, budget={self.budget}",
+                expected="1 ≤ nodes ≤ budget",
+                source="pkexplain.explain.quadrature",
+                fix="Raise the budget",
+            )
+
+    def rule(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return nodes and weights on [0, 1]."""
+        nodes, weights = np.polynomial.legendre.leggauss(self.nodes)
+        return (nodes + 1) / 2, weights / 2
+
+    def unsettled(self, errors: Iterable[float], allowed: float) -> bool:
+        """Whether the errors of all parts are too large together.
+
+        Both their sum and the root of the sum of their squares must be within ``allowed``: a sum alone could be small
+        by luck.
+        """
+        values = list(errors)
+        return max(abs(math.fsum(values)), math.sqrt(math.fsum(e * e for e in values))) > allowed
+
+    def worst(self, errors: dict[Part, float], allowed: float, gradients_left: int) -> list[Part]:
+        """Choose the parts to halve next: those above an even share of what is allowed, the largest errors first.
+
+        Args:
+            errors: The known error of each part, in output units.
+            allowed: What the errors may come to, in output units.
+            gradients_left: How many gradients the budget still pays for; halving a part takes twice the nodes.
+
+        Returns:
+            Parts; empty where the budget pays for none.
+        """
+        order = sorted(errors, key=lambda part: -abs(errors[part]))
+        even = allowed / math.sqrt(len(order))
+        chosen = [part for part in order if abs(errors[part]) > even] or order[:1]
+        return chosen[: gradients_left // (2 * self.nodes)]

@@ -1,0 +1,134 @@
+"""Queries: what a user gives to be explained, checked against the inputs that were seen while recording."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkexplain.errors import QueryError
+from pkexplain.ids import first_tensor
+
+__all__ = ["QueryBatch", "as_queries"]
+
+
+class QueryBatch:
+    """Queries for one model: positional or named tensors that lead with the same number of rows.
+
+    Args:
+        args: Positional inputs, each with a batch dimension.
+        kwargs: Named inputs, each with a batch dimension.
+        single: Whether the user gave one query without a batch dimension.
+    """
+
+    def __init__(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], *, single: bool) -> None:
+        """Keep the inputs."""
+        self.args, self.kwargs, self.single = args, kwargs, single
+
+    def __len__(self) -> int:
+        """Return the number of queries."""
+        return len(next(iter((*self.args, *self.kwargs.values()))))
+
+    def select(self, positions: Tensor) -> QueryBatch:
+        """Keep the queries at ``positions``."""
+        args = tuple(value[positions.to(value.device)] for value in self.args)
+        kwargs = {name: value[positions.to(value.device)] for name, value in self.kwargs.items()}
+        return QueryBatch(args, kwargs, single=self.single)
+
+    def row(self, position: int) -> Any:
+        """Return one query as the user would give it."""
+        if not self.kwargs:
+            args = tuple(value[position] for value in self.args)
+            return args[0] if len(args) == 1 else args
+        return {name: value[position] for name, value in self.kwargs.items()}
+
+    def run(self, model: nn.Module) -> Tensor:
+        """Run the model and return its prediction, ``(queries, …)``.
+
+        Raises:
+            QueryError: The model gave no tensor with one row per query.
+        """
+        output = first_tensor(model(*self.args, **self.kwargs))
+        if output is None or output.ndim == 0 or len(output) != len(self):
+            raise QueryError(
+                "explaining a query",
+                "the model's output does not have one row per query",
+                got="no tensor" if output is None else f"shape {tuple(output.shape)}",
+                expected=f"{len(self)} rows",
+                source="the number of queries",
+                fix="Give the model a forward pass that keeps the batch as the first dimension",
+            )
+        return output
+
+
+def as_queries(x: Any, shapes: Mapping[str, Mapping[str, Any]], device: torch.device) -> QueryBatch:
+    """Take what the user gave for queries, one or a batch, in the shapes that were recorded.
+
+    Args:
+        x: A tensor, a tuple of positional inputs, or a mapping of named inputs.
+        shapes: What `InputShapes` noted.
+        device: Where the model is.
+
+    Raises:
+        QueryError: A shape or a type does not fit.
+    """
+    if isinstance(x, Mapping):
+        named = {str(name): value for name, value in x.items()}
+    else:
+        named = {str(i): value for i, value in enumerate(x if isinstance(x, tuple) else (x,))}
+    if not named:
+        raise _bad_query(next(iter(shapes), "0"), "there is none", "nothing", shapes)
+    singles = set()
+    for name, value in list(named.items()):
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _bad_query(name, "it is not a tensor", type(value).__name__, shapes) from error
+        tensor = tensor.to(device)
+        if name in shapes:
+            wanted = shapes[name]["shape"]
+            kind = getattr(torch, shapes[name]["dtype"])
+            if tensor.is_floating_point() != kind.is_floating_point:
+                raise _bad_query(name, "it is of another type", tensor.dtype, shapes)
+            single = _fits(tensor.shape, wanted)
+            if (not single and not _fits(tensor.shape[1:], wanted)) or (
+                tensor.ndim == len(wanted) + 1 and not len(tensor)
+            ):
+                raise _bad_query(name, "it has another shape", f"shape {tuple(tensor.shape)}", shapes)
+            tensor = tensor.to(kind) if kind.is_floating_point else tensor
+            singles.add(single)
+        elif shapes:
+            raise _bad_query(
+                name, "no such input was seen while recording", f"{name!r} beside {', '.join(shapes)}", shapes
+            )
+        named[name] = tensor
+    if len(singles) > 1:
+        raise _bad_query(next(iter(named)), "some inputs have a batch dimension and some have not", "both", shapes)
+    single = singles == {True}
+    named = {name: tensor[None] if single else tensor for name, tensor in named.items()}
+    if len({len(tensor) for tensor in named.values()}) != 1:
+        lengths = [len(tensor) for tensor in named.values()]
+        raise _bad_query(next(iter(named)), "the inputs hold different numbers of queries", lengths, shapes)
+    if isinstance(x, Mapping):
+        return QueryBatch((), named, single=single)
+    return QueryBatch(tuple(named.values()), {}, single=single)
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    return len(shape) == len(wanted) and all(w is None or s == w for s, w in zip(shape, wanted, strict=True))
+
+
+def _bad_query(name: str, wrong: str, got: Any, shapes: Mapping[str, Mapping[str, Any]]) -> QueryError:
+    known = shapes.get(name)
+    one = "a tensor" if known is None else f"one query of shape {tuple(known['shape'])}, or a batch of them"
+    kind = "" if known is None else f", {known['dtype']}"
+    return QueryError(
+        f"explaining query input {name!r}",
+        wrong,
+        got=got,
+        expected=one + kind,
+        source="the inputs seen while recording",
+        fix="Prepare the query as the training examples were",
+    )

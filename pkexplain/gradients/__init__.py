@@ -1,0 +1,5 @@
+"""Per-example gradients from the real backward pass: which layers are supported (`layers`), and how each is split."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

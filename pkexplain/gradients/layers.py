@@ -1,0 +1,350 @@
+"""Which layers can be recorded, by which rule, and where their parameters lie in one flat vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkexplain.errors import ConfigurationError, UnsupportedLayerError
+from pkexplain.gradients import _rules as rules
+from pkexplain.gradients._attention import attention, attention_misuse, attention_unfit
+from pkexplain.gradients._recurrent import recurrent, recurrent_axes, recurrent_misuse, recurrent_unfit
+from pkexplain.gradients._rules import Parts, Rule, Use
+from pkexplain.gradients.factors import DenseGradient, ExampleGradients, MatrixGradient
+
+__all__ = ["Block", "Layer", "find_buffer_layers", "find_layers", "flatten_blocks", "refusal"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters that one layer owns and one optimizer group moves, side by side in the flat vector of parameters.
+
+    A parameter that several layers share is a block by itself.
+
+    Attributes:
+        name: The path in the model of the layer, the first one of several (``""`` for the model itself).
+        parameters: The parameters' names in the model.
+        shapes: Their shapes.
+        group: The optimizer's parameter group that moves them.
+        start: Where the block begins in the flat vector.
+        matrix: ``(rows, columns)`` where the gradient is a `MatrixGradient`, otherwise None.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    group: int
+    start: int
+    matrix: tuple[int, int] | None
+
+    @property
+    def numel(self) -> int:
+        """How many numbers the block holds."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def span(self) -> slice:
+        """Where the block lies in the flat vector."""
+        return slice(self.start, self.start + self.numel)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that owns trainable parameters, with its rule and its blocks.
+
+    Attributes:
+        name: The module's path in the model.
+        module: The module.
+        rule: Turns one use of the module into the gradients of its blocks.
+        blocks: For each block, its position in the model's list of blocks and the local names of this module's
+            parameters in it.
+        batch_axes: Which dimension counts the examples, for each tensor that the module returns; the last one holds
+            for all that follow.
+        buffers: Whether the blocks hold buffers, not parameters.
+        misuse: Says why one use of the module cannot be recorded, or None.
+    """
+
+    name: str
+    module: nn.Module
+    rule: Rule
+    blocks: tuple[tuple[int, tuple[str, ...]], ...]
+    batch_axes: tuple[int, ...] = (0,)
+    buffers: bool = False
+    misuse: Callable[[Use], str | None] = lambda use: None
+
+
+@dataclass(frozen=True)
+class Composite:
+    """What is known of a layer of several matrices.
+
+    Attributes:
+        rule: Its rule.
+        unfit: Says why a module can never be recorded, or None.
+        misuse: Says why one use of it cannot be recorded, or None.
+        axes: Which dimension counts the examples, for each tensor that it returns.
+    """
+
+    rule: Rule
+    unfit: Callable[[Any], str | None]
+    misuse: Callable[[Use], str | None]
+    axes: Callable[[Any], tuple[int, ...]]
+
+
+_RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: rules.linear,
+    nn.Conv1d: rules.convolution,
+    nn.Conv2d: rules.convolution,
+    nn.Conv3d: rules.convolution,
+    nn.Embedding: rules.embedding,
+    nn.LayerNorm: rules.scale_and_shift,
+    nn.GroupNorm: rules.scale_and_shift,
+    nn.BatchNorm1d: rules.batch_norm,
+    nn.BatchNorm2d: rules.batch_norm,
+    nn.BatchNorm3d: rules.batch_norm,
+}
+_RECURRENT = Composite(recurrent, recurrent_unfit, recurrent_misuse, recurrent_axes)
+_COMPOSITES: dict[type[nn.Module], Composite] = {
+    nn.RNN: _RECURRENT,
+    nn.LSTM: _RECURRENT,
+    nn.GRU: _RECURRENT,
+    nn.RNNCell: _RECURRENT,
+    nn.LSTMCell: _RECURRENT,
+    nn.GRUCell: _RECURRENT,
+    nn.MultiheadAttention: Composite(
+        attention, attention_unfit, attention_misuse, lambda module: (0 if module.batch_first else 1, 0)
+    ),
+}
+"""Layers of several matrices, which return several tensors."""
+_SEPARATE: tuple[Rule, ...] = (rules.transposed_linear, recurrent, attention)
+"""Rules that give every parameter a block of its own."""
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_WITHOUT_RULE = (
+    nn.SyncBatchNorm,
+    nn.RNNBase,  # those without a rule above
+    nn.MultiheadAttention,
+    nn.EmbeddingBag,
+    nn.RNNCellBase,
+    nn.utils.parametrize.ParametrizationList,  # its output is a weight, not one row per example
+)
+_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it is the Conv1D of `transformers`, which is not imported for that."""
+    kinds = [k for k in type(module).__mro__ if (k.__module__, k.__name__) == ("transformers.pytorch_utils", "Conv1D")]
+    return any(type(module).forward is kind.forward for kind in kinds)
+
+
+def _matrix_shape(module: Any, names: tuple[str, ...], rule: Rule) -> tuple[int, int] | None:
+    if rule is rules.embedding:
+        return tuple(module.weight.shape)
+    if rule is rules.transposed_linear:
+        return tuple(module.weight.shape) if names == ("weight",) else None
+    if rule in (recurrent, attention):
+        shape = tuple(module.get_parameter(names[0]).shape)
+        return (shape[0], shape[1]) if len(shape) == 2 else None
+    if rule not in (rules.linear, rules.convolution):
+        return None
+    rows = len(module.weight)
+    return rows, ("weight" in names) * (module.weight.numel() // rows) + ("bias" in names)
+
+
+def _rule_for(name: str, module: nn.Module) -> Rule:
+    """Choose the per-example rule of a module that owns trainable parameters, or refuse it by name."""
+    options: Any = module
+    if _is_transposed_linear(module):
+        return rules.transposed_linear
+    composite = _composite(module)
+    if composite:
+        why = composite.unfit(module)
+        if why:
+            raise refusal(name, module, why)
+        return composite.rule
+    for kind, rule in _RULES.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            strange = [n for n, _ in module.named_parameters(recurse=False) if n not in ("weight", "bias")]
+            if strange:
+                raise refusal(name, module, f"its weight is made of {', '.join(strange)} (a hook of weight_norm?)")
+            if rule is rules.convolution and options.groups > 1:
+                return rules.by_example
+            if rule is rules.embedding and (options.max_norm or options.scale_grad_by_freq or options.sparse):
+                raise refusal(name, module, "max_norm, scale_grad_by_freq and sparse gradients change what is summed")
+            return rule
+    for path, part in module.named_modules():
+        where = f"its part {path!r} ({type(part).__name__})" if path else type(part).__name__
+        if isinstance(part, _WITHOUT_RULE):
+            raise refusal(name, module, f"{where} has no per-example rule")
+        if isinstance(part, _BATCH_NORM):
+            why = f"{where} mixes the examples of a batch, which are taken one at a time here"
+            raise refusal(name, module, why)
+        if isinstance(part, _RANDOM) and path and getattr(part, "p", None) != 0:
+            raise refusal(name, module, f"it owns parameters directly and {where} draws random numbers")
+    return rules.by_example
+
+
+def _composite(module: nn.Module) -> Composite | None:
+    """Find the entry of a layer of several matrices, None where it is no such layer."""
+    for kind, entry in _COMPOSITES.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return entry
+    return None
+
+
+def refusal(name: str, module: nn.Module, why: str) -> UnsupportedLayerError:
+    """Say by name which layer cannot be recorded, why, and what to do."""
+    return UnsupportedLayerError(
+        f"recording layer {name or '(the model itself)'!r}",
+        f"no per-example gradient rule fits it: {why}",
+        got=type(module).__name__,
+        expected="Linear, Conv1d/2d/3d, Embedding, LayerNorm, GroupNorm, BatchNorm, RNN, LSTM, GRU, "
+        "MultiheadAttention, or a deterministic layer that treats every example alone",
+        source="the layers that can be recorded",
+        fix="Replace it, or freeze it and keep it in evaluation mode: "
+        f"model.get_submodule({name!r}).requires_grad_(False).eval()",
+    )
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """Parameters of one module that belong in one block."""
+
+    group: int
+    path: str
+    module: nn.Module
+    rule: Rule
+    names: tuple[str, ...]
+    parameters: tuple[str, ...]
+    shared: bool
+
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        return _matrix_shape(self.module, self.names, self.rule)
+
+
+def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], list[Block]]:
+    """Find every layer with parameters to record, and lay the parameters out in one flat vector, group after group.
+
+    Args:
+        model: The model.
+        groups: The optimizer's parameter group for each trainable parameter's name.
+
+    Returns:
+        The layers, and the blocks in the order of the flat vector. A parameter that several layers share is a block of
+        its own, which all of them give gradients to. A BatchNorm without a parameter to record is a layer without
+        blocks: the layer in front of it needs to know it.
+
+    Raises:
+        UnsupportedLayerError: A layer has no per-example rule.
+        ConfigurationError: Nothing is trainable.
+    """
+    if not groups:
+        raise ConfigurationError(
+            "recording a model",
+            "no parameter would change",
+            got="no trainable parameter of the model in the optimizer",
+            expected="at least one",
+            source="requires_grad and optimizer.param_groups",
+            fix="Set requires_grad=True on the parameters to train and give them to the optimizer",
+        )
+    layers, blocks = _lay_out(sorted(_owned(model, groups), key=lambda owned: owned.group))
+    known = {id(layer.module) for layer in layers}
+    norms = [(path, m) for path, m in model.named_modules() if isinstance(m, _BATCH_NORM) and id(m) not in known]
+    return [*layers, *(Layer(path, module, rules.batch_norm, ()) for path, module in norms)], blocks
+
+
+def find_buffer_layers(model: nn.Module) -> list[Layer]:
+    """Find every BatchNorm with running statistics, for the gradients of those in evaluation mode.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The layers, each with one block, ``(2 * features,)``: the running mean, then the running variance.
+    """
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, _BATCH_NORM) and module.running_mean is not None
+    ]
+    names = ("running_mean", "running_var")
+    return [
+        Layer(path, module, rules.running_statistics, ((position, names),), buffers=True)
+        for position, (path, module) in enumerate(found)
+    ]
+
+
+def _owned(model: nn.Module, groups: dict[str, int]) -> Iterator[_Owned]:
+    """Go through the modules that own parameters to record; those that share a block come together."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    owners: dict[str, int] = {}
+    found: list[tuple[str, nn.Module, dict[str, str]]] = []
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if module in inside:
+            continue
+        whole = _composite(module) is not None  # it uses its parts' parameters without calling them
+        inside.update(part for part in module.modules() if whole and part is not module)
+        local = {n: names[id(p)] for n, p in module.named_parameters(recurse=whole) if names[id(p)] in groups}
+        found += [(path, module, local)] if local else []
+        for full in local.values():
+            owners[full] = owners.get(full, 0) + 1
+    for path, module, local in found:
+        rule = _rule_for(path, module)
+        together: dict[tuple[int, str], list[str]] = {}
+        for name, full in local.items():
+            alone = owners[full] > 1 or rule in _SEPARATE
+            together.setdefault((groups[full], full if alone else ""), []).append(name)
+        for (group, shared), members in together.items():
+            full = tuple(local[name] for name in members)
+            yield _Owned(group, path, module, rule, tuple(members), full, owners.get(shared, 0) > 1)
+
+
+def _lay_out(found: Sequence[_Owned]) -> tuple[list[Layer], list[Block]]:
+    """Place the parameters one after another in the order in which they were found."""
+    blocks: list[Block] = []
+    layers: dict[str, Layer] = {}
+    shared: dict[str, int] = {}
+    for owned in found:
+        position = shared.get(owned.parameters[0]) if owned.shared else None
+        if position is None:
+            position = len(blocks)
+            shapes = tuple(tuple(owned.module.get_parameter(name).shape) for name in owned.names)
+            start = blocks[-1].span.stop if blocks else 0
+            blocks.append(Block(owned.path, owned.parameters, shapes, owned.group, start, owned.matrix))
+            shared.update({owned.parameters[0]: position} if owned.shared else {})
+        elif blocks[position].matrix != owned.matrix:  # one owner takes it for a matrix, another does not
+            blocks[position] = replace(blocks[position], matrix=None)
+        known = layers[owned.path].blocks if owned.path in layers else ()
+        composite = _composite(owned.module)
+        layer = Layer(owned.path, owned.module, owned.rule, (*known, (position, owned.names)))
+        if composite:
+            layer = replace(layer, batch_axes=composite.axes(owned.module), misuse=composite.misuse)
+        layers[owned.path] = layer
+    unlike = {shared[owned.parameters[0]] for owned in found if owned.shared and owned.matrix}
+    unlike = {position for position in unlike if blocks[position].matrix is None}
+    return [_formed(layer, unlike) for layer in layers.values()], blocks
+
+
+def _formed(layer: Layer, positions: set[int]) -> Layer:
+    """Let a layer form its gradients of the blocks at ``positions``, whose other owners have no matrices."""
+    forming = {names for position, names in layer.blocks if position in positions}
+    if not forming:
+        return layer
+
+    def rule(use: Use, parts: Parts) -> list[ExampleGradients]:
+        return [
+            DenseGradient(g.dense()) if names in forming and isinstance(g, MatrixGradient) else g
+            for names, g in zip(parts, layer.rule(use, parts), strict=True)
+        ]
+
+    return replace(layer, rule=rule)
+
+
+def flatten_blocks(blocks: Sequence[Block], tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Copy named tensors into one flat vector, ``(parameters,)``, in the blocks' order."""
+    return torch.cat([tensors[name].detach().to(dtype).flatten() for block in blocks for name in block.parameters])

@@ -1,0 +1,67 @@
+"""Example ids, checked, and the tensor of a model's output that is its prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkexplain.errors import ExampleIdError
+
+__all__ = ["check_ids", "first_tensor"]
+
+
+def check_ids(
+    ids: Sequence[int] | Tensor, num_examples: int, asked: str = "recorder.step(ids)", gone: Sequence[int] = ()
+) -> Tensor:
+    """Take example ids as a tensor of row numbers, ``(batch,)``.
+
+    Args:
+        ids: What was given.
+        num_examples: How many examples there are.
+        asked: What they were given to.
+        gone: Examples that were withdrawn.
+
+    Raises:
+        ExampleIdError: They are not whole numbers in one dimension, in range and without repeats.
+    """
+
+    def bad(wrong: str, got: Any, fix: str) -> ExampleIdError:
+        expected = f"different whole numbers from 0 to {num_examples - 1}"
+        return ExampleIdError(asked, wrong, got=got, expected=expected, source=f"{num_examples=}", fix=fix)
+
+    try:
+        tensor = torch.as_tensor(ids if isinstance(ids, Tensor) or hasattr(ids, "dtype") else list(ids))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise bad("the ids are not numbers", repr(ids)[:80], "Let the data loader return each row number") from error
+    if tensor.ndim != 1 or len(tensor) == 0:
+        got = f"shape {tuple(tensor.shape)}"
+        raise bad("the ids must be a list with one id per example", got, "Give one id for each row of the batch")
+    if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise bad("the ids are not whole numbers", tensor.dtype, "Convert them to integers")
+    tensor = tensor.long()
+    outside = tensor[(tensor < 0) | (tensor >= num_examples)]
+    if len(outside):
+        fix = "Count rows of the training set from 0, and give num_examples=len(train)"
+        raise bad("ids are out of range", outside[:5].tolist(), fix)
+    withdrawn = tensor[torch.isin(tensor, torch.tensor(gone, dtype=torch.long))] if len(gone) else ()
+    if len(withdrawn):
+        raise bad("these examples were withdrawn from the run", list(map(int, withdrawn[:5])), "Train without them")
+    values, counts = tensor.unique(return_counts=True)
+    if len(values) < len(tensor):
+        fix = "Put an example into a batch once, or into two batches with accumulate=True"
+        raise bad("ids are repeated in one batch", values[counts > 1][:5].tolist(), fix)
+    return tensor
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """Find the tensor of a model's output that is the prediction: the output, its ``logits``, or the first tensor."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return next((part for part in parts if isinstance(part, Tensor) and part.is_floating_point()), None)

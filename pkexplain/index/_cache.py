@@ -1,0 +1,148 @@
+"""A compressed index kept beside its run, and read again only if this user made it.
+
+faiss's reader trusts its file: one that was made to do harm can run code. So a kept index is described in a JSON file,
+with an HMAC-SHA256 by a random key that lies in the user's cache directory; whatever that key did not sign is not read
+but built again from the rows. The key protects from files that came with a run, not from someone who writes to the
+directory while it is being read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import stat
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pkexplain.files import checksum_file, flush_and_rename
+from pkexplain.index.faiss_index import CompressedSearch
+
+__all__ = ["KeptIndex", "cache_directory"]
+
+_KEY_BYTES = 32
+
+
+class KeptIndex:
+    """The files of one index.
+
+    Args:
+        directory: Where they are.
+        state: SHA-256 of the rows' identity and the factory string, in hexadecimal.
+    """
+
+    def __init__(self, directory: Path, state: str) -> None:
+        """Name the files, without touching them."""
+        self._file, self._state = directory / f"{state[:16]}.faiss", state
+
+    @property
+    def size(self) -> int:
+        """Bytes of the index file; 0 where there is none."""
+        return self._file.stat().st_size if self._file.is_file() else 0
+
+    def load(self, search: CompressedSearch, num_examples: int) -> bool:
+        """Read the index into ``search``; whether there was one that is whole, of these rows, and this user's."""
+        try:
+            key = _read_key()
+            described = json.loads(self._file.with_suffix(".json").read_text(encoding="utf-8"))
+            signature = described.pop("hmac")
+            if key is None or not hmac.compare_digest(signature, _sign(described, key)):
+                return False
+            if (described["state"], described["factory"]) != (self._state, search.factory):
+                return False
+            if (self._file.stat().st_size, checksum_file(self._file)) != (described["bytes"], described["sha256"]):
+                return False
+            before = search.dimension
+            search.read(str(self._file), np.asarray(described["radii"], dtype=np.float32))
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError):
+            return False
+        return (search.dimension, search.num_rows) == (before, num_examples)
+
+    def save(self, search: CompressedSearch) -> None:
+        """Keep an index; where that cannot be, it lives in memory alone.
+
+        Both files are written beside their places, flushed and renamed, the description last: until it is there,
+        nothing is read.
+        """
+        directory, process = self._file.parent, os.getpid()
+        temporary = [directory / f"{self._file.stem}.{process}.{kind}.tmp" for kind in ("faiss", "json")]
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            key = _read_key() or _make_key()
+            search.write(str(temporary[0]))
+            described: dict[str, Any] = {
+                "state": self._state,
+                "factory": search.factory,
+                "bytes": temporary[0].stat().st_size,
+                "sha256": checksum_file(temporary[0]),
+                "radii": search.radii.tolist(),
+            }
+            signed = {**described, "hmac": _sign(described, key)}
+            temporary[1].write_text(json.dumps(signed), encoding="utf-8")
+            self._file.with_suffix(".json").unlink(missing_ok=True)
+            for written, place in zip(temporary, (self._file, self._file.with_suffix(".json")), strict=True):
+                flush_and_rename(written, place)
+        except (OSError, RuntimeError):
+            for file in temporary:
+                with contextlib.suppress(OSError):
+                    file.unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed build left: files that were never renamed, and indices that were never described."""
+        for file in [*self._file.parent.glob("*.tmp"), *self._file.parent.glob("*.faiss")]:
+            if file.suffix == ".tmp" or not file.with_suffix(".json").exists():
+                file.unlink(missing_ok=True)
+
+
+def _sign(described: Mapping[str, Any], key: bytes) -> str:
+    plain = json.dumps(described, sort_keys=True, separators=(",", ":"))
+    return hmac.new(key, plain.encode(), "sha256").hexdigest()
+
+
+def cache_directory() -> Path:
+    """Return this user's cache directory for the package: ``PKEXPLAIN_CACHE``, or what the platform says."""
+    if own := os.environ.get("PKEXPLAIN_CACHE"):
+        return Path(own)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "pkexplain"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "pkexplain"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pkexplain"
+
+
+def _read_key() -> bytes | None:
+    """Read the key; None where there is none, or one that others can read or write."""
+    try:
+        with (cache_directory() / "index.key").open("rb") as file:
+            about, key = os.fstat(file.fileno()), file.read(_KEY_BYTES + 1)
+    except OSError:
+        return None
+    mine = os.name != "posix" or (about.st_uid == os.getuid() and not stat.S_IMODE(about.st_mode) & 0o077)
+    return key if mine and len(key) == _KEY_BYTES else None
+
+
+def _make_key() -> bytes:
+    """Make a key that this user alone can read."""
+    directory = cache_directory()
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix="index.key.", dir=directory)  # for its owner alone
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+        flush_and_rename(Path(name), directory / "index.key")
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    key = _read_key()  # of two that start at once, the later one's
+    if key is None:
+        raise OSError(f"the key in {directory} cannot be read again")
+    return key

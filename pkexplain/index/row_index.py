@@ -1,0 +1,166 @@
+"""The index over the rows of a run: exact search of the stored rows, or a compressed one for large runs.
+
+Whatever an index leaves out or rounds away, it only proposes: what it proposes is ranked again by the stored rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pkexplain.index._cache import KeptIndex
+from pkexplain.index.exact import ExactSearch, RunRows
+from pkexplain.index.faiss_index import CompressedSearch, faiss_or_none
+from pkexplain.store.trajectory import Trajectory
+
+__all__ = ["RowIndex", "choose_factory"]
+
+_EXACT_NUMBERS = 1 << 27
+"""A run of at most so many stored numbers is searched exactly: 100 queries then take a second or two."""
+_PRINCIPAL = 256
+_FEWEST_ROWS_A_CELL = 39
+"""faiss wants at least so many training rows for each cell."""
+_MOST_CELLS = 4096
+"""More cells would need a larger sample of rows to train on."""
+_CANDIDATES, _FEWEST_CANDIDATES = 4, 200
+"""How many times more rows than are shown a compressed index proposes, and how many at least."""
+
+
+def choose_factory(num_examples: int, dimension: int) -> str:
+    """Choose an index for a run of this size; docs/index-choice.md has the measurements behind it.
+
+    Args:
+        num_examples: Rows.
+        dimension: Length of a row, over all segments.
+
+    Returns:
+        ``"Flat"`` for a run that is searched exactly in a second or two, otherwise a faiss factory string: principal
+        directions, about √num_examples cells where that many can be trained, one byte a number.
+
+    Example:
+        >>> choose_factory(4_500, 24_576), choose_factory(1_000_000, 2_048)
+        ('Flat', 'PCA256,IVF1024,SQ8')
+    """
+    if num_examples * dimension <= _EXACT_NUMBERS:
+        return "Flat"
+    cells = 2 ** round(np.log2(num_examples) / 2)
+    parts = [f"PCA{_PRINCIPAL}"] if dimension > _PRINCIPAL else []
+    if num_examples >= _FEWEST_ROWS_A_CELL * cells:
+        parts.append(f"IVF{min(cells, _MOST_CELLS)}")
+    return ",".join([*parts, "SQ8"])
+
+
+class RowIndex:
+    """Search over the rows of a run.
+
+    Args:
+        trajectory: The run.
+        factory: ``"auto"`` for the choice of `choose_factory`, ``"Flat"`` for exact search, or any other faiss factory
+            string, for example ``"SQ8"``, ``"PCA256,IVF1024,SQ8"``.
+        directory: Where a compressed index is kept, or None for memory alone.
+        device: Where to search.
+
+    Raises:
+        MissingDependencyError: A compressed index is asked for, and faiss is not installed.
+        ConfigurationError: faiss refuses the factory string.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        factory: str = "auto",
+        directory: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Check the factory string; nothing is built yet."""
+        self._rows, self._device = RunRows(trajectory), torch.device(device)
+        if factory == "auto":
+            factory = choose_factory(len(self._rows), self._rows.dimension) if faiss_or_none() else "Flat"
+        self.factory = factory
+        self._exactly = ExactSearch(self._rows, self._device)
+        self._compressed = None if self.exact else self._empty()
+        state = hashlib.sha256(f"{trajectory.rows_id} {factory}".encode())
+        for row_sum in self._rows.row_sums:
+            state.update(row_sum.numpy().tobytes())
+        self._kept = KeptIndex(directory, state.hexdigest()) if directory and not self.exact else None
+        self._ready = self.exact
+
+    def _empty(self) -> CompressedSearch:
+        return CompressedSearch(self._rows.dimension, self.factory)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all stored rows are searched."""
+        return self.factory == "Flat"
+
+    @property
+    def rows(self) -> RunRows:
+        """The rows that are searched."""
+        return self._rows
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can search at once."""
+        return self._ready
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the index beside the run; 0 where none is kept."""
+        return self._kept.size if self._kept else 0
+
+    def prepare(self, on_rows: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Load a compressed index from beside the run, or build it and keep it there; exact search needs neither.
+
+        Args:
+            on_rows: Told how many rows are in, and of how many.
+
+        Raises:
+            ConfigurationError: faiss cannot train this index on this run.
+        """
+        if self._ready or self._compressed is None:
+            return
+        if self._kept is None or not self._kept.load(self._compressed, len(self._rows)):
+            self._compressed = self._empty()
+            self._compressed.build(self._rows, on_rows)
+            if self._kept is not None:
+                self._kept.save(self._compressed)
+        self._compressed.move(self._device)
+        self._ready = True
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Find rows with the largest inner products, as far as the index knows them.
+
+        Args:
+            queries: Covectors, ``(queries, dimension)``.
+            k: How many rows for each.
+
+        Returns:
+            Example ids, ``(queries, min(k, num_examples))``; −1 where the index found fewer.
+        """
+        self.prepare()
+        return (self._compressed or self._exactly).search(queries, k)
+
+    def propose(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Propose rows for both ends of the ranking, the largest and the smallest inner products, in one search.
+
+        Args:
+            queries: Covectors, ``(queries, dimension)``.
+            k: How many rows are wanted of each end, once the proposed ones are ranked by the stored rows.
+
+        Returns:
+            Example ids, ``(queries, proposed)``, more than 2 k where there are so many; repeats and −1 among them.
+        """
+        candidates = 2 * k if self.exact else max(_FEWEST_CANDIDATES, _CANDIDATES * k)
+        found = self.search(np.concatenate([queries, -queries]), candidates)
+        return np.concatenate(np.split(found, 2), axis=1)
+
+    def reconstruct(self, ids: np.ndarray) -> np.ndarray:
+        """Return rows as the index holds them, ``(ids, dimension)``: rounded, unless it is exact."""
+        self.prepare()
+        if self._compressed is not None:
+            return self._compressed.reconstruct(ids)
+        return self._rows.read(torch.from_numpy(ids)).numpy()

@@ -1,0 +1,330 @@
+"""The account of an optimizer that divides by a second moment.
+
+How far a gradient moves each coordinate depends on v̂ of later steps too, so a batch's gradients wait, in factors, until
+most of that is known; then they are multiplied elementwise with what the steps did and projected:
+
+    row_i = P S⁻¹ (C_r ⊙ g_i),    C_r = gradient_step_r + gain_r Σ_{s ≥ r} decay_{r+1} ⋯ decay_s moment_step_s
+
+What a batch leaves in the moment after that is passed on with one factor for each block and step, the one that fits the
+batches' sum best. The misfit is in full space, exact, on the ledger's ``optimizer`` line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkexplain.gradients.batch_norm import RowMixture
+from pkexplain.gradients.factors import ExampleGradients
+from pkexplain.optimizers._adaptive_tail import Tail
+from pkexplain.optimizers.base import HELD_BYTES, Book, CapturedBatch, Factors, Setting, Target, Totals, reached
+from pkexplain.optimizers.displacement import Reach, look_back
+from pkexplain.optimizers.rules import LinearStep, Number
+from pkexplain.projection.maps import Projector
+
+__all__ = ["Lookahead", "LookaheadBook", "Pending"]
+
+_ROUNDING = 32
+"""Multiples of a number format's ε, of the terms of a sum, up to which the sum is rounding."""
+_DAMPING = 0.1
+"""Part of a block's mean √v̂ that is added to every coordinate's in the balance."""
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """How long gradients wait.
+
+    Attributes:
+        share: They wait until no more than this share of them is in the moment.
+        share_at_end: At the end of a segment those wait on, into the next, of which more than this is in the moment;
+            they are projected twice.
+        steps: The most steps they wait.
+        held_bytes: The most memory for them.
+    """
+
+    share: float
+    share_at_end: float
+    steps: float = math.inf
+    held_bytes: float = math.inf
+
+    @classmethod
+    def of(cls, lookahead: str | int, like: Tensor) -> Lookahead:
+        """Read the recorder's argument: ``"auto"``, ``"exact"``, or a number of steps."""
+        rounding = torch.finfo(like.dtype).eps
+        if lookahead == "auto":
+            return cls(0.02, 0.1, held_bytes=2 * HELD_BYTES)
+        return cls(rounding, rounding) if lookahead == "exact" else cls(rounding, rounding, int(lookahead))
+
+
+@dataclass
+class Pending:
+    """A step's batches, waiting: its place in the list of steps, −1 once its segment is over."""
+
+    place: int
+    batches: Sequence[CapturedBatch]
+    scale: Factors
+    gradient: Tensor
+    still: dict[int, Tensor]
+    nbytes: int
+    carried: dict[int, Number] | None = None  # what of it is in the moment, once its segment is over
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """A projected batch, waiting for the end of the segment: what it passes on counts from a fold of the tail."""
+
+    fold: int
+    everywhere: int
+    ids: Tensor
+    rows: Tensor
+    audited: Tensor
+    audit_rows: Tensor
+    derivatives: Tensor
+    passed: Factors
+
+
+class LookaheadBook(Book):
+    """Follows what the examples do, for optimizers with a number for each coordinate.
+
+    Args:
+        setting: What is recorded.
+        lookahead: How long gradients wait.
+        projector: The projection, where it is known.
+    """
+
+    def __init__(self, setting: Setting, lookahead: Lookahead, projector: Projector | None = None) -> None:
+        """Begin the first segment."""
+        super().__init__(setting, projector)
+        self._lookahead, self._tail = lookahead, Tail(setting)
+        self._pending: list[Pending] = []
+        self._steps: list[Mapping[int, LinearStep]] = []
+        self._visits: list[_Visit] = []
+
+    def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
+        """Take one block's gradients as the backward pass reaches them."""
+        batch.pieces.append((position, gradients))
+
+    def step(
+        self, batches: Sequence[CapturedBatch], numbers: Mapping[int, LinearStep], scale: Factors, gradient: Tensor
+    ) -> None:
+        """Follow one optimizer step."""
+        self._steps.append(numbers)
+        self._tail.step(numbers)
+        held = [v for n in numbers.values() for v in vars(n).values() if isinstance(v, Tensor)] + [gradient]
+        nbytes = sum(v.nbytes for v in held) + sum(batch.nbytes for batch in batches)
+        still = self._still(batches, scale, gradient)
+        self._pending.append(Pending(len(self._steps) - 1, batches, scale, gradient.clone(), still, nbytes))
+        if self._target is None and self._warm(self._held()):
+            self._bind()
+        settled = 0 if self._target is None else self._settled()
+        if self._target is not None and settled:
+            self._tail.fold()
+            self._finish(self._target.projector, self._pending[:settled], over=False)
+            self._pending = self._pending[settled:]
+            self._forget_steps()
+            if sum(visit.everywhere for visit in self._visits) >= self._setting.num_examples:
+                self._settle_visits(self._target)  # as many rows wait as there are: adding them up frees memory
+
+    def _still(self, batches: Sequence[CapturedBatch], scale: Factors, gradient: Tensor) -> dict[int, Tensor]:
+        """Find, in front of BatchNorms, coordinates whose gradient is the rounding of terms that cancel.
+
+        A bias there, or the weight of a constant input, has no gradient. Its √v̂ is rounding too and would make
+        displacements of it; they belong to no example, and what it moves is on the ``optimizer`` line.
+
+        Returns:
+            For each block in front of a BatchNorm, 0 for such coordinates and 1 for others, ``(numel,)``.
+        """
+        pieces = [piece for batch in batches for piece in batch.pieces]
+        still: dict[int, Tensor] = {}
+        for b in sorted({position for position, piece in pieces if isinstance(piece, RowMixture)}):
+            gross = sum((piece.gross() for position, piece in pieces if position == b), torch.zeros_like(gradient[:1]))
+            gross = self._setting.group.all_reduce(gross)
+            rounding = _ROUNDING * torch.finfo(gradient.dtype).eps * abs(scale[b]) * gross
+            still[b] = (gradient[self._setting.blocks[b].span].abs() > rounding).to(gradient.dtype)
+        return still
+
+    def close(self) -> Totals:
+        """End the segment and begin the next."""
+        target = self._target or self._bind()
+        self._tail.fold()
+        self._finish(target.projector, self._pending, over=True)
+        self._pending = [pending for pending in self._pending if pending.carried is not None]
+        self._steps = []
+        self._settle_visits(target)
+        rows, derivatives = target.rows.close()
+        audit_rows = self._setting.group.all_reduce(self._audit.rows.close()[0])
+        return Totals(rows, derivatives, audit_rows, self._tail.close())
+
+    def in_flight(self) -> dict[str, Any]:
+        """Return what is in the moment between two segments, and the gradients that wait on."""
+        return super().in_flight() | {"tail": self._tail.in_flight, "pending": self._pending}
+
+    def resume(self, in_flight: Mapping[str, Any]) -> None:
+        """Begin with what was in the moment."""
+        super().resume(in_flight)
+        self._tail.resume(*in_flight["tail"])
+        self._pending = list(in_flight["pending"])
+
+    def _settle_visits(self, target: Target) -> None:
+        """Add the projected batches to the rows, with what they passed on up to now; the tail was just folded."""
+        factors = self._tail.factors()
+        for sums in (target.rows, self._audit.rows):
+            sums.pass_on(*factors[0])
+        for visit in self._visits:
+            moved, kept = factors[visit.fold]
+            moved = {b: 1 + visit.passed[b] * moved[b] for b in moved}
+            kept = {b: visit.passed[b] * kept[b] for b in kept}
+            reached(self._setting, target.rows, visit.ids, visit.rows, visit.derivatives, moved, kept)
+            if len(visit.audited):
+                places = self._audit.places(visit.ids[visit.audited])
+                self._audit.rows.add(places, visit.audit_rows, visit.derivatives[visit.audited], moved, kept)
+        self._visits = []
+
+    def _held(self) -> list[CapturedBatch]:
+        return [batch for pending in self._pending for batch in pending.batches]
+
+    def _bind(self) -> Target:
+        """Fix the balance and the projection from the gradients that wait, as the last step would apply them.
+
+        Not as the steps did apply them: the first divide by a v̂ of one batch, and their few outliers would take the
+        directions from everyone else.
+        """
+        last, like = self._steps[-1], self._setting.like
+        parts = [(n.gradient_step + n.gain * n.moment_step, self._setting.blocks[b].numel) for b, n in last.items()]
+        operator = torch.cat([_spread(number, numel, like) for number, numel in parts]).abs_()
+        balance = _balance(operator, list(self._setting.spans.values()))
+        ratio = operator / balance
+        spans = self._setting.spans
+        seen = [
+            [(b, g.scaled(ratio[spans[b]] * pending.still.get(b, 1.0))) for b, g in batch.pieces]
+            for pending in self._pending
+            for batch in pending.batches
+        ]
+        return self._fix(seen, balance)
+
+    def _settled(self) -> int:
+        """How many of the oldest steps need not wait any longer; some at a time, as each time costs a look back."""
+        shares = self._shares()
+        ready = sum(not self._waits(age, share, self._lookahead.share) for age, share in enumerate(reversed(shares)))
+        if self._setting.group.all_reduce_max(sum(p.nbytes for p in self._pending)) > self._lookahead.held_bytes:
+            ready = max(ready, -(-len(self._pending) // 4))
+        return ready if 4 * ready >= len(self._pending) - ready else 0
+
+    def _waits(self, age: int, share: float, most: float) -> bool:
+        return share > most and age < self._lookahead.steps
+
+    def _shares(self) -> list[float]:
+        """The share of each waiting step's gradient that is still in the moment, the largest of all blocks."""
+        remains, by_place = 1.0, {}
+        for place in range(len(self._steps) - 1, -1, -1):
+            by_place[place] = remains
+            remains *= max((_largest(n.decay) for n in self._steps[place].values() if _moves(n)), default=1.0)
+        return [by_place.get(pending.place, remains) for pending in self._pending]
+
+    def _forget_steps(self) -> None:
+        """Drop the steps from before the oldest that waits."""
+        first = min((pending.place for pending in self._pending), default=len(self._steps))
+        if first > 0:
+            self._steps = self._steps[first:]
+            for pending in self._pending:
+                pending.place -= first
+
+    def _finish(self, projector: Projector, pendings: Sequence[Pending], over: bool) -> None:
+        """Project what some steps' batches have moved, block by block, and hand on what they leave in the moment.
+
+        Args:
+            projector: The projection.
+            pendings: The steps.
+            over: Whether the segment ends here; then those with much left in the moment wait on.
+        """
+        shares = self._shares()
+        on = [
+            over and self._waits(len(shares) - 1 - age, share, self._lookahead.share_at_end)
+            for age, share in zip(range(len(pendings)), shares, strict=False)
+        ]
+        entries = [[self._entry(projector, batch) for batch in pending.batches] for pending in pendings]
+        passed: list[dict[int, float]] = [{} for _ in pendings]
+        left: list[dict[int, Number]] = [{} for _ in pendings]
+        for b, block in enumerate(self._setting.blocks):
+            reaches = {r.step: r for r in look_back([n[b] for n in self._steps], [p.place for p in pendings])}
+            for i, pending in enumerate(pendings):
+                moved, kept = _of(reaches[pending.place], pending, b)
+                moved = _spread(moved, block.numel, self._setting.like)
+                if b in pending.still:
+                    moved, kept = moved * pending.still[b], kept * pending.still[b]
+                for batch, entry in zip(pending.batches, entries[i], strict=True):
+                    self._project(projector, b, batch, entry, moved * pending.scale[b])
+                gradient = pending.gradient[block.span]
+                by_all = moved * gradient
+                self._tail.examples[block.span] -= by_all
+                passed[i][b], left[i][b] = 0.0, kept
+                if not on[i]:
+                    passed[i][b] = self._tail.add(b, by_all, kept * gradient, self._steps[-1][b].moment_step)
+        for i, pending in enumerate(pendings):
+            for batch, entry in zip(pending.batches, entries[i], strict=True):
+                derivatives = batch.loss_derivatives(next(iter(pending.scale.values())), self._setting.like)
+                self._visits.append(
+                    _Visit(len(self._tail.folds), batch.everywhere, batch.ids, *entry, derivatives, passed[i])
+                )
+            pending.place, pending.carried = -1, left[i] if on[i] else None
+
+    def _entry(self, projector: Projector, batch: CapturedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Make room for a batch's rows, the positions of its audited examples, and their rows."""
+        chosen = self._audit.positions(batch.ids)
+        new = self._setting.like.new_zeros
+        return new(len(batch.ids), projector.columns), chosen, new(len(chosen), self._setting.size)
+
+    def _project(
+        self,
+        projector: Projector,
+        b: int,
+        batch: CapturedBatch,
+        entry: tuple[Tensor, Tensor, Tensor],
+        factors: Tensor,
+    ) -> None:
+        rows, chosen, audit_rows = entry
+        for position, gradients in batch.pieces:
+            if position == b:
+                projector.add_displacements(rows, b, gradients, factors)
+                if len(chosen):
+                    audit_rows[:, self._setting.blocks[b].span] += gradients.select(chosen).dense() * factors
+
+
+def _of(reach: Reach, pending: Pending, block: int) -> tuple[Number, Number]:
+    if pending.carried is None:
+        return reach.moved, reach.kept
+    return pending.carried[block] * reach.moved, pending.carried[block] * reach.kept
+
+
+def _moves(n: LinearStep) -> bool:
+    return isinstance(n.gain, Tensor) or isinstance(n.gradient_step, Tensor) or bool(n.gain) or bool(n.gradient_step)
+
+
+def _largest(number: Number) -> float:
+    return float(number.max()) if isinstance(number, Tensor) else number
+
+
+def _spread(number: Number, numel: int, like: Tensor) -> Tensor:
+    return number if isinstance(number, Tensor) else like.new_full((numel,), number)
+
+
+def _balance(operator: Tensor, spans: Sequence[slice]) -> Tensor:
+    """Choose S near the root of the operator; a coordinate that has hardly had a gradient gets no more than its block.
+
+    Args:
+        operator: How far each coordinate's gradient moves it, ``(parameters,)``.
+        spans: Where the blocks lie.
+    """
+    balance = torch.ones_like(operator)
+    for span in spans:
+        inverse = 1 / operator[span]
+        usable = torch.isfinite(inverse)
+        if usable.any():
+            inverse = inverse + _DAMPING * inverse[usable].mean()
+            balance[span] = torch.where(usable, inverse.rsqrt(), inverse[usable].rsqrt().mean())
+    return balance

@@ -1,0 +1,305 @@
+"""How an optimizer turns a gradient into a displacement.
+
+Every rule here is a linear recursion on a moment m that a gradient g feeds, with the step's numbers taken as recorded:
+
+    m ← decay · m + gain · g,        Δθ = −(moment_step · m + gradient_step · g)
+
+A number is a scalar, or one for each coordinate where the optimizer divides by a second moment; that moment is taken as
+it was, so credit through it is not split among examples. A new optimizer is a class with one method that reads these
+numbers, and the two of its weight decay, of a step that has just happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pkexplain.errors import UnsupportedOptimizerError
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "LinearStep",
+    "NAdam",
+    "Number",
+    "RAdam",
+    "RMSprop",
+    "UpdateRule",
+    "register_update_rule",
+    "rule_for",
+]
+
+Number = float | Tensor
+"""A scalar, or one number for each coordinate."""
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    """One optimizer step of one parameter, linear in the gradient.
+
+    Attributes:
+        decay: What the moment keeps, 0 where there is none.
+        gain: How much of the gradient enters the moment.
+        moment_step: How far the moment moves the parameter, in learning-rate units.
+        gradient_step: How far the gradient itself moves it.
+        coupled_decay: Multiple of θ that is added to the gradient (L2 weight decay).
+        decoupled_decay: Multiple of θ that is subtracted from θ (decoupled weight decay).
+        learning_rate: The learning rate, for the record.
+    """
+
+    decay: Number = 0.0
+    gain: Number = 0.0
+    moment_step: Number = 0.0
+    gradient_step: Number = 0.0
+    coupled_decay: Number = 0.0
+    decoupled_decay: Number = 0.0
+    learning_rate: float = 0.0
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether a number differs from coordinate to coordinate."""
+        return any(isinstance(getattr(self, field.name), Tensor) for field in fields(self))
+
+    @classmethod
+    def skipped(cls, learning_rate: float = 0.0) -> LinearStep:
+        """Make the step of a parameter without a gradient, which torch leaves alone together with its state."""
+        return cls(1.0, 0.0, 0.0, 0.0, learning_rate=learning_rate)
+
+    @classmethod
+    def joined(cls, steps: Sequence[LinearStep], sizes: Sequence[int], like: Tensor) -> LinearStep:
+        """Make one step of parameters that lie side by side.
+
+        Args:
+            steps: The step of each parameter.
+            sizes: How many coordinates each has.
+            like: A tensor of the number format and device of the result.
+
+        Raises:
+            UnsupportedOptimizerError: A number is neither a scalar nor one for each coordinate.
+        """
+        numbers: dict[str, Any] = {"learning_rate": max(step.learning_rate for step in steps)}
+        for field in fields(cls)[:-1]:
+            values = [_plain(getattr(step, field.name), size) for step, size in zip(steps, sizes, strict=True)]
+            if not any(isinstance(value, Tensor) for value in values) and len(set(values)) == 1:
+                numbers[field.name] = values[0]
+                continue
+            parts = [
+                value.detach().to(like).flatten() if isinstance(value, Tensor) else like.new_full((size,), value)
+                for value, size in zip(values, sizes, strict=True)
+            ]
+            numbers[field.name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return cls(**numbers)
+
+
+def _plain(value: Number, size: int) -> Number:
+    """Take a tensor without dimensions for the scalar it is, and refuse one that does not fit the parameter."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return float(value)
+    if isinstance(value, Tensor) and value.numel() != size:
+        raise UnsupportedOptimizerError(
+            "reading an optimizer's step",
+            "its update rule gave a number that does not fit the parameter",
+            got=f"a tensor of shape {tuple(value.shape)}",
+            expected=f"a scalar, or the parameter's shape ({size} numbers)",
+            source="UpdateRule.read",
+            fix="Return scalars, or tensors of the parameter's shape",
+        )
+    return value
+
+
+class UpdateRule(Protocol):
+    """What a supported optimizer needs: its class, and how to read a step that has just happened."""
+
+    optimizer: type[torch.optim.Optimizer]
+
+    def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
+        """Read one parameter's numbers.
+
+        Args:
+            group: The optimizer's parameter group, as the step used it.
+            state: The optimizer's state of the parameter, after the step.
+            first: Whether the parameter had no tensor in its state before the step.
+
+        Returns:
+            The step's numbers: scalars, or tensors of the parameter's shape.
+        """
+        ...
+
+
+def _signed(group: Mapping[str, Any]) -> float:
+    return -1.0 if group.get("maximize") else 1.0
+
+
+def _decays(group: Mapping[str, Any], decoupled: bool) -> dict[str, float]:
+    """Read the weight decay; a maximized gradient is negated before an L2 decay is added to it."""
+    rate, decay = float(group["lr"]), float(group["weight_decay"])
+    if decoupled:
+        return {"decoupled_decay": rate * decay, "learning_rate": rate}
+    return {"coupled_decay": _signed(group) * decay, "learning_rate": rate}
+
+
+class SGD:
+    """`torch.optim.SGD`: momentum, dampening, Nesterov, L2 weight decay; the first step has no dampening."""
+
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
+
+    def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
+        """Read one parameter's numbers."""
+        rate, momentum = _signed(group) * float(group["lr"]), float(group["momentum"])
+        if momentum == 0:  # a buffer from before waits, unchanged, for momentum to come back
+            return LinearStep(float(not first), 0.0, 0.0, rate, **_decays(group, False))
+        gain = 1.0 if first else 1.0 - float(group["dampening"])
+        steps = (rate * momentum, rate) if group["nesterov"] else (rate, 0.0)
+        return LinearStep(momentum, gain, *steps, **_decays(group, False))
+
+
+class Adam:
+    """`torch.optim.Adam` (Kingma & Ba 2015), AMSGrad included: v̂ as recorded after the step."""
+
+    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam
+
+    def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
+        """Read one parameter's numbers."""
+        beta1, beta2 = map(float, group["betas"])
+        steps = float(state["step"])
+        second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        rate = _signed(group) * float(group["lr"]) / (1 - beta1**steps)
+        moment_step = rate / _root(second, 1 - beta2**steps, group["eps"])
+        return LinearStep(beta1, 1 - beta1, moment_step, 0.0, **_decays(group, self._decoupled(group)))
+
+    def _decoupled(self, group: Mapping[str, Any]) -> bool:
+        return bool(group.get("decoupled_weight_decay"))
+
+
+class AdamW(Adam):
+    """`torch.optim.AdamW` (Loshchilov & Hutter 2019): Adam with decoupled weight decay."""
+
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
+
+    def _decoupled(self, group: Mapping[str, Any]) -> bool:
+        return True
+
+
+class NAdam:
+    """`torch.optim.NAdam` (Dozat 2016): the gradient moves the parameters beside the moment."""
+
+    optimizer: type[torch.optim.Optimizer] = torch.optim.NAdam
+
+    def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
+        """Read one parameter's numbers."""
+        beta1, beta2 = map(float, group["betas"])
+        steps, product = float(state["step"]), float(state["mu_product"])
+        now, following = (beta1 * (1 - 0.5 * 0.96 ** (s * float(group["momentum_decay"]))) for s in (steps, steps + 1))
+        rate = _signed(group) * float(group["lr"]) / _root(state["exp_avg_sq"], 1 - beta2**steps, group["eps"])
+        moment_step, gradient_step = rate * following / (1 - product * following), rate * (1 - now) / (1 - product)
+        decays = _decays(group, bool(group.get("decoupled_weight_decay")))
+        return LinearStep(beta1, 1 - beta1, moment_step, gradient_step, **decays)
+
+
+class RAdam:
+    """`torch.optim.RAdam` (Liu et al. 2020): in its first steps the moment is not divided by √v̂."""
+
+    optimizer: type[torch.optim.Optimizer] = torch.optim.RAdam
+
+    def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
+        """Read one parameter's numbers."""
+        beta1, beta2 = map(float, group["betas"])
+        steps = float(state["step"])
+        longest, left = 2 / (1 - beta2) - 1, 1 - beta2**steps
+        length = longest - 2 * steps * beta2**steps / left
+        rate = _signed(group) * float(group["lr"]) / (1 - beta1**steps)
+        second = state["exp_avg_sq"]
+        if length > 5:
+            rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+            moment_step = rate * (rectified * left) ** 0.5 / _root(second, 1.0, group["eps"])
+        else:
+            moment_step = torch.full_like(second, rate)
+        decays = _decays(group, bool(group.get("decoupled_weight_decay")))
+        return LinearStep(beta1, 1 - beta1, moment_step, 0.0, **decays)
+
+
+class Adamax:
+    """`torch.optim.Adamax` (Kingma & Ba 2015): the infinity norm as recorded."""
+
+    optimizer: type[torch.optim.Optimizer] = torch.optim.Adamax
+
+    def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
+        """Read one parameter's numbers."""
+        beta1 = float(group["betas"][0])
+        rate = _signed(group) * float(group["lr"]) / (1 - beta1 ** float(state["step"]))
+        return LinearStep(beta1, 1 - beta1, rate / state["exp_inf"], 0.0, **_decays(group, False))
+
+
+class RMSprop:
+    """`torch.optim.RMSprop`: the gradient is divided before it enters the moment; `centered` as recorded."""
+
+    optimizer: type[torch.optim.Optimizer] = torch.optim.RMSprop
+
+    def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
+        """Read one parameter's numbers."""
+        second, rate, momentum = state["square_avg"], _signed(group) * float(group["lr"]), float(group["momentum"])
+        if group["centered"]:
+            second = second - state["grad_avg"].square()
+        inverse = 1 / _root(second, 1.0, group["eps"])
+        if momentum > 0:
+            return LinearStep(momentum, inverse, rate, 0.0, **_decays(group, False))
+        return LinearStep(0.0, 0.0, 0.0, rate * inverse, **_decays(group, False))
+
+
+class Adagrad:
+    """`torch.optim.Adagrad` (Duchi et al. 2011): the sum of squares as recorded."""
+
+    optimizer: type[torch.optim.Optimizer] = torch.optim.Adagrad
+
+    def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
+        """Read one parameter's numbers."""
+        rate = _signed(group) * float(group["lr"]) / (1 + (float(state["step"]) - 1) * float(group["lr_decay"]))
+        return LinearStep(0.0, 0.0, 0.0, rate / _root(state["sum"], 1.0, group["eps"]), **_decays(group, False))
+
+
+def _root(second: Tensor, correction: float, eps: float) -> Tensor:
+    """Compute √(v / correction) + ε."""
+    return (second.detach() / correction).sqrt_().add_(float(eps))
+
+
+_RULES: list[UpdateRule] = [SGD(), Adam(), AdamW(), NAdam(), RAdam(), Adamax(), RMSprop(), Adagrad()]
+
+
+def register_update_rule(rule: UpdateRule) -> None:
+    """Make an optimizer known to every `Recorder` of this process; a rule for the same class is replaced.
+
+    Where a rule makes another step than the optimizer, the difference is on the ledger's ``optimizer`` line. Try a new
+    one with every option switched on and ``lookahead="exact"``: what is left there should be rounding. A rule that
+    copies the step (``gradient_step`` as the quotient of step and gradient) makes any optimizer close and says nothing.
+
+    Args:
+        rule: An object with the attribute ``optimizer`` and the method ``read`` of `UpdateRule`.
+    """
+    _RULES[:] = [rule, *(known for known in _RULES if known.optimizer is not rule.optimizer)]
+
+
+def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Find the rule of an optimizer.
+
+    Raises:
+        UnsupportedOptimizerError: There is none; the message lists those that have one.
+    """
+    for rule in _RULES:
+        if type(optimizer) is rule.optimizer:
+            return rule
+    known = ", ".join(sorted(rule.optimizer.__name__ for rule in _RULES))
+    raise UnsupportedOptimizerError(
+        "recording an optimizer",
+        "it has no update rule, so its displacements would be wrong",
+        got=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        expected=known,
+        source="the optimizers that can be recorded",
+        fix="Train with one of these, or write its rule and hand it to pkexplain.register_update_rule",
+    )

@@ -1,0 +1,146 @@
+"""The account of an optimizer whose numbers are scalars: a batch is projected once, in its own backward pass.
+
+Only the batch of a step is touched when it happens; how far its gradients have moved the parameters is a number that
+is known when the segment closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pkexplain.gradients.factors import ExampleGradients
+from pkexplain.optimizers.base import Book, CapturedBatch, Factors, Setting, Target, Totals, reached
+from pkexplain.optimizers.displacement import MomentAccount, Reach, look_back
+from pkexplain.optimizers.rules import LinearStep
+from pkexplain.projection.maps import Projector
+
+__all__ = ["VisitBook"]
+
+
+class VisitBook(Book):
+    """Follows what the examples do, for optimizers whose numbers are scalars.
+
+    Args:
+        setting: What is recorded.
+        projector: The projection, where it is known.
+    """
+
+    def __init__(self, setting: Setting, projector: Projector | None = None) -> None:
+        """Begin the first segment."""
+        super().__init__(setting, projector)
+        self._full = MomentAccount(setting.spans, setting.like.new_zeros(setting.size))
+        self._held: list[tuple[int, CapturedBatch, Factors]] = []
+        self._visits: list[tuple[int, CapturedBatch, Tensor]] = []
+        self._steps: list[Mapping[int, LinearStep]] = []
+        self._waiting = 0
+
+    def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
+        """Take one block's gradients as the backward pass reaches them: project them, or keep them until it can."""
+        if self._target is None:
+            batch.pieces.append((position, gradients))
+        else:
+            self._project(self._target.projector, batch, position, gradients)
+
+    def step(
+        self, batches: Sequence[CapturedBatch], numbers: Mapping[int, LinearStep], scale: Factors, gradient: Tensor
+    ) -> Tensor | None:
+        """Follow one optimizer step."""
+        self._steps.append(numbers)
+        place, waited = len(self._steps) - 1, bool(self._held)
+        self._held += [(place, batch, scale) for batch in batches]
+        waiting = [batch for _, batch, _ in self._held]
+        if self._target is None and self._warm(waiting):
+            self._fix([batch.pieces for batch in waiting])
+        total = self._enter_held(self._target) if self._target is not None else None
+        self._full.step(numbers, {block: gradient[span] for block, span in self._setting.spans.items()})
+        if self._target is not None and self._waiting >= self._setting.num_examples:
+            self._fold(self._target)  # as many gradients wait as there are rows: folding them frees memory
+        return None if waited else total
+
+    def close(self) -> Totals:
+        """End the segment and begin the next."""
+        target = self._target or self._fix([batch.pieces for _, batch, _ in self._held])
+        self._enter_held(target)
+        self._fold(target)
+        rows, derivatives = target.rows.close()
+        audit_rows = self._setting.group.all_reduce(self._audit.rows.close()[0])
+        return Totals(rows, derivatives, audit_rows, self._full.close())
+
+    def in_flight(self) -> dict[str, Any]:
+        """Return what is in the moment between two segments."""
+        return super().in_flight() | {"moment": self._full.moment, "blocks": self._full.blocks}
+
+    def resume(self, in_flight: Mapping[str, Any]) -> None:
+        """Begin with what was in the moment."""
+        super().resume(in_flight)
+        self._full.resume(in_flight["moment"], in_flight["blocks"])
+
+    def _enter_held(self, target: Target) -> Tensor:
+        """Note the rows of the batches that wait; return their sum as captured, ``(columns,)``."""
+        like = self._setting.like
+        total = like.new_zeros(target.projector.columns)
+        for place, batch, scale in self._held:
+            for piece in batch.pieces:
+                self._project(target.projector, batch, *piece)
+            rows, batch.pieces = self._rows_of(target.projector, batch), []
+            total += rows.sum(0)
+            columns = {position: part.columns for position, part in enumerate(target.projector.maps)}
+            _scale(rows, columns, scale)
+            if batch.audit_rows is not None:
+                _scale(batch.audit_rows, self._setting.spans, scale)
+            self._visits.append((place, batch, batch.loss_derivatives(next(iter(scale.values())), like)))
+            self._waiting += batch.everywhere
+        self._held = []
+        return total
+
+    def _fold(self, target: Target) -> None:
+        """Turn the waiting gradients into displacements up to now, and moments."""
+        if not self._steps:
+            return
+        reaches = {block: {r.step: r for r in look_back([s[block] for s in self._steps])} for block in self._steps[0]}
+        earlier = _factors(reaches, -1)
+        for rows in (target.rows, self._audit.rows):
+            rows.pass_on(*earlier)
+        for place, batch, derivatives in self._visits:
+            factors = _factors(reaches, place)
+            reached(
+                self._setting, target.rows, batch.ids, self._rows_of(target.projector, batch), derivatives, *factors
+            )
+            if batch.audited is not None and batch.audit_rows is not None:
+                places = self._audit.places(batch.ids[batch.audited])
+                self._audit.rows.add(places, batch.audit_rows, derivatives[batch.audited], *factors)
+        self._visits, self._steps, self._waiting = [], [], 0
+
+    def _project(self, projector: Projector, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
+        """Add one block's gradients to a batch's rows, and to those of its audited examples."""
+        projector.add_displacements(self._rows_of(projector, batch), position, gradients)
+        if batch.audited is not None and batch.audit_rows is not None:
+            span = self._setting.blocks[position].span
+            batch.audit_rows[:, span] += gradients.select(batch.audited).dense()
+
+    def _rows_of(self, projector: Projector, batch: CapturedBatch) -> Tensor:
+        """Return a batch's rows in projection space, zero before the first block has come."""
+        if batch.rows is None:
+            like = self._setting.like
+            batch.rows = like.new_zeros(len(batch.ids), projector.columns)
+            chosen = self._audit.positions(batch.ids)
+            if len(chosen):
+                batch.audited, batch.audit_rows = chosen, like.new_zeros(len(chosen), self._setting.size)
+        return batch.rows
+
+
+def _factors(reaches: dict[int, dict[int, Reach]], place: int) -> tuple[Factors, Factors]:
+    moved = {block: float(by_step[place].moved) for block, by_step in reaches.items()}
+    return moved, {block: float(by_step[place].kept) for block, by_step in reaches.items()}
+
+
+def _scale(rows: Tensor, columns: dict[int, slice], scale: Factors) -> None:
+    values = set(scale.values())
+    if len(values) == 1:
+        rows *= values.pop()
+        return
+    for block, factor in scale.items():
+        rows[:, columns[block]] *= factor

@@ -1,0 +1,162 @@
+"""Principal directions of gradient matrices, and how many of them each layer deserves.
+
+For a layer with gradients G_i, ``(rows, columns)``, the two-sided map L G Rᵀ keeps most of Σ_i ‖G_i‖² where L and R
+hold the leading eigenvectors of Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i (the higher-order SVD). Both are estimated without
+forming G_i: for random signs Ω with E[Ω Ωᵀ] = I, (G_i Ω)(G_i Ω)ᵀ has expectation G_i G_iᵀ.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pkexplain.distributed import ProcessGroup
+from pkexplain.gradients.factors import MatrixGradient
+from pkexplain.gradients.layers import Block
+from pkexplain.projection.maps import Pieces, random_signs
+
+__all__ = ["principal_bases"]
+
+_WIDEST = 4096
+"""The widest side whose principal directions are computed; a wider one (a vocabulary) gets random signs."""
+_LEADING = 256
+"""How many directions of a wide side are looked for; no layer gets more of them."""
+_MOST_SKETCHES = 16
+_SAMPLES = 1
+"""Vectors that a covariance is estimated from, for each of its rows: examples times random combinations."""
+_ENOUGH = 2048
+"""Examples that are enough to estimate a narrow covariance; of more, every second or third batch is taken."""
+_RANDOM_WIDTH = 32
+"""How many random signs a side gets that is too wide, and at most one of a layer that has not been seen."""
+
+
+@dataclass
+class _Side:
+    """One side of a layer: an orthonormal basis, best direction first, and the share of energy its first n hold."""
+
+    basis: Tensor  # (directions, side)
+    shares: list[float]  # shares[n - 1]: energy in the first n directions
+
+    @classmethod
+    def principal(cls, gram: Tensor, seed: int) -> _Side:
+        gram = gram.double().cpu()
+        energies, vectors = _leading(gram, seed) if len(gram) > 2 * _LEADING else torch.linalg.eigh(gram)
+        energies, total = energies.flip(0).clamp_min(0), gram.trace()
+        shares = energies.cumsum(0) / total if total > 0 else torch.arange(1, len(energies) + 1) / len(energies)
+        return cls(vectors.flip(1).T.contiguous(), shares.tolist())
+
+    @classmethod
+    def random(cls, side: int, most: int, seed: int, stream: int) -> _Side:
+        width = _RANDOM_WIDTH if side > _WIDEST else min(_RANDOM_WIDTH, side, most)
+        return cls(random_signs(seed, stream, (width, side)), [])
+
+    def first(self, n: int) -> Tensor:
+        """Return the first n directions; all of them are as good as no rotation, which costs nothing."""
+        side = self.basis.shape[1]
+        return torch.eye(side, dtype=self.basis.dtype) if n == side else self.basis[:n]
+
+
+def _leading(gram: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Find the `_LEADING` largest eigenvalues, ascending, and eigenvectors of a wide matrix by subspace iteration."""
+    block = random_signs(seed, len(gram), (_LEADING, len(gram))).T
+    for _ in range(3):
+        block = torch.linalg.qr(gram @ block)[0]
+    energies, turn = torch.linalg.eigh(block.T @ gram @ block)
+    return energies, block @ turn
+
+
+def _gram(seen: Sequence[MatrixGradient], side: int, seed: int, stream: int, group: ProcessGroup) -> Tensor:
+    """Estimate Σ_i G_i G_iᵀ (side 0) or Σ_i G_iᵀ G_i (side 1) of one block."""
+    shape: tuple[int, int] = seen[0].matrix
+    enough = max(_ENOUGH, _SAMPLES * shape[side])
+    seen = seen[:: max(1, group.all_reduce_int(sum(map(len, seen))) // enough)]
+    examples = group.all_reduce_int(sum(map(len, seen)))
+    combinations = min(_MOST_SKETCHES, -(-_SAMPLES * shape[side] // examples))
+    like = seen[0].output_gradients
+    mixer = random_signs(seed, stream, (combinations, shape[1 - side])).to(like.device, like.dtype)
+    gram = like.new_zeros(shape[side], shape[side])
+    waiting: list[Tensor] = []
+    for gradients in seen:
+        mixed = gradients.sketch(None, mixer) if side == 0 else gradients.sketch(mixer, None).transpose(1, 2)
+        waiting.append(mixed.transpose(0, 1).flatten(1))
+        if gradients is seen[-1] or sum([part.shape[1] for part in waiting]) >= shape[side]:
+            vectors = torch.cat(waiting, dim=1)
+            gram.addmm_(vectors, vectors.T)
+            waiting = []
+    return group.all_reduce(gram)
+
+
+def _share_out(sides: dict[int, tuple[_Side, _Side]], weights: dict[int, float], k: int) -> dict[int, tuple[int, int]]:
+    """Give each layer (n_rows, n_columns) directions, Σ n_rows·n_columns ≤ k, adding what gains most for its cost."""
+    sizes: dict[int, tuple[int, int]] = {}
+    for position, pair in sides.items():
+        sizes[position] = tuple(1 if side.shares else len(side.basis) for side in pair)  # pyright: ignore
+    left = k - sum(a * b for a, b in sizes.values())
+
+    def held(position: int, size: tuple[int, int]) -> float:
+        shares = [side.shares[n - 1] if side.shares else 1.0 for side, n in zip(sides[position], size, strict=True)]
+        return weights[position] * shares[0] * shares[1]
+
+    def options(position: int) -> list[tuple[float, int, tuple[int, int], tuple[int, int]]]:
+        a, b = size = sizes[position]
+        first, second = sides[position]
+        grown = [((a + 1, b), b)] if first.shares and a < len(first.basis) else []
+        grown += [((a, b + 1), a)] if second.shares and b < len(second.basis) else []
+        now = held(position, size)
+        return [(-(held(position, new) - now) / cost, position, size, new) for new, cost in grown]
+
+    heap = [option for position in sides for option in options(position)]
+    heapq.heapify(heap)
+    while heap:
+        _, position, old, new = heapq.heappop(heap)
+        cost = new[0] * new[1] - old[0] * old[1]
+        if old != sizes[position] or cost > left:
+            continue
+        sizes[position], left = new, left - cost
+        for option in options(position):
+            heapq.heappush(heap, option)
+    return sizes
+
+
+def principal_bases(
+    blocks: Sequence[Block], seen: Sequence[Pieces], k: int, seed: int, group: ProcessGroup
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Find the bases L and R of every matrix block.
+
+    A layer's energy counts with its square root, so that a layer whose gradients are small at first is not starved.
+
+    Args:
+        blocks: The model's blocks.
+        seen: Batches of captured gradients.
+        k: Columns to give away over all blocks; each block gets one at least.
+        seed: Seed of the random combinations.
+        group: The processes that have seen them, each its own.
+
+    Returns:
+        For each matrix block's position, L ``(n_rows, rows)`` and R ``(n_columns, columns)``, rows orthonormal.
+    """
+    sides: dict[int, tuple[_Side, _Side]] = {}
+    weights: dict[int, float] = {}
+    most = max(1, math.isqrt(max(k, 0) // (2 * len(blocks))))  # a layer that has not been seen gets half an even share
+    for position, block in enumerate(blocks):
+        if block.matrix is None:
+            continue
+        mine = [g for pieces in seen for p, g in pieces if p == position and isinstance(g, MatrixGradient)]
+        pair, energy = [], 1.0
+        for side, width in enumerate(block.matrix):
+            stream = 4 * position + side
+            if mine and width <= _WIDEST:
+                gram = _gram(mine, side, seed, stream, group)
+                pair.append(_Side.principal(gram, seed))
+                energy = float(gram.trace())
+            else:
+                pair.append(_Side.random(width, most, seed, stream + 2))
+        sides[position] = (pair[0], pair[1])
+        weights[position] = energy**0.5
+    sizes = _share_out(sides, weights, k)
+    return {p: (sides[p][0].first(a), sides[p][1].first(b)) for p, (a, b) in sizes.items()}

@@ -1,0 +1,301 @@
+"""Seeded linear maps P: R^D → R^k that compress gradients, the same on every device.
+
+A projection is a small frozen description, bound to a model's blocks as a `pkexplain.projection.maps.Projector`. What
+is random comes from a seed (NumPy's Philox, drawn on the CPU); what depends on data (`Kronecker`'s principal
+directions) is stored with the run.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pkexplain.distributed import ProcessGroup
+from pkexplain.errors import ConfigurationError
+from pkexplain.gradients.layers import Block
+from pkexplain.projection._principal import principal_bases
+from pkexplain.projection.maps import IdentityMap, Map, Pieces, Projector, TwoSidedMap, hashed
+
+__all__ = ["Identity", "Kronecker", "Projection", "SparseSign", "projection_from_description"]
+
+_MOST_NONZEROS = 256
+"""More columns for a coordinate make a table that is larger, and a projection that is no better."""
+
+
+@dataclass(frozen=True)
+class Projection(ABC):
+    """A seeded linear map, described but not yet bound to a model."""
+
+    kind: ClassVar[str]
+
+    @property
+    def warm_up(self) -> int:
+        """Examples whose gradients must be seen before the map is fixed."""
+        return 0
+
+    def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the number format of stored rows, given that of the recorder."""
+        return torch.float16 if dtype == torch.float32 else dtype
+
+    @abstractmethod
+    def bind(
+        self,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        device: Any,
+        seen: Sequence[Pieces],
+        balance: Tensor | None = None,
+        group: ProcessGroup | None = None,
+    ) -> Projector:
+        """Make the map for a model's blocks.
+
+        Args:
+            blocks: The model's blocks.
+            dtype: Number format of the arithmetic.
+            device: Where the arithmetic happens.
+            seen: Batches of captured gradients, at least ``warm_up`` examples where there are so many.
+            balance: S, ``(parameters,)``, for a map P of S⁻¹ D and S φ; the gradients seen are balanced already.
+            group: The processes that saw gradients, each its own; by default this one alone.
+        """
+
+    @abstractmethod
+    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
+        """Count the columns of the map that `restore` makes."""
+
+    @abstractmethod
+    def restore(
+        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
+    ) -> Projector:
+        """Make the same map again from what `Projector.tensors` kept."""
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the projection in plain data: its kind and its parameters."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Identity(Projection):
+    """Keep every coordinate: exact, and as large as the model; for small models and for checking the others."""
+
+    kind: ClassVar[str] = "Identity"
+
+    def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the recorder's own number format: an exact row is not rounded."""
+        return dtype
+
+    def bind(
+        self,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        device: Any,
+        seen: Sequence[Pieces],
+        balance: Tensor | None = None,
+        group: ProcessGroup | None = None,
+    ) -> Projector:
+        """Make the map for a model's blocks; where nothing is lost there is nothing to balance."""
+        return Projector(blocks, [IdentityMap(block.span) for block in blocks], dtype, device)
+
+    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
+        """Count the columns: one for each number."""
+        return sum(block.numel for block in blocks)
+
+    def restore(
+        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
+    ) -> Projector:
+        """Make the same map again."""
+        return self.bind(blocks, dtype, device, ())
+
+
+@dataclass(frozen=True)
+class SparseSign(Projection):
+    """Sparse random signs (SJLT, Kane & Nelson 2014): unbiased inner products for any data, ⟨Pu, Pv⟩ ≈ ⟨u, v⟩.
+
+    Args:
+        k: Numbers a row and segment.
+        nonzeros: Columns that each coordinate is added to.
+        seed: Seed of the signs and positions.
+    """
+
+    k: int = 4096
+    nonzeros: int = 8
+    seed: int = 0
+    kind: ClassVar[str] = "SparseSign"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no map."""
+        _positive(self, k=self.k, nonzeros=self.nonzeros)
+        _check_seed(self, self.seed)
+        if self.nonzeros > _MOST_NONZEROS:
+            raise _no_map(self, "nonzeros", self.nonzeros, f"at most {_MOST_NONZEROS}")
+
+    def bind(
+        self,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        device: Any,
+        seen: Sequence[Pieces],
+        balance: Tensor | None = None,
+        group: ProcessGroup | None = None,
+    ) -> Projector:
+        """Make the map for a model's blocks; each gets columns in proportion to the root of its size, or all of it."""
+        maps: list[Map] = []
+        start = 0
+        for position, (block, width) in enumerate(zip(blocks, self._widths(blocks), strict=True)):
+            columns = slice(start, start + width)
+            whole = width == block.numel
+            maps.append(
+                IdentityMap(columns) if whole else hashed(columns, block.numel, self.nonzeros, self.seed, position)
+            )
+            start += width
+        return Projector(blocks, maps, dtype, device, balance)
+
+    def _widths(self, blocks: Sequence[Block]) -> list[int]:
+        """Share k out, the small blocks first: what they need less than their share is the others'."""
+        widths, left = [0] * len(blocks), self.k
+        rest = sum(math.sqrt(block.numel) for block in blocks)
+        for position in sorted(range(len(blocks)), key=lambda p: blocks[p].numel):
+            root = math.sqrt(blocks[position].numel)
+            widths[position] = min(blocks[position].numel, max(1, int(left * root / rest)))
+            left, rest = left - widths[position], rest - root
+        return widths
+
+    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
+        """Count the columns."""
+        return sum(self._widths(blocks))
+
+    def restore(
+        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
+    ) -> Projector:
+        """Make the same map again."""
+        return self.bind(blocks, dtype, device, (), kept.get("balance"))
+
+
+@dataclass(frozen=True)
+class Kronecker(Projection):
+    """Two-sided maps L G Rᵀ, one a layer, along the principal directions of the first gradients of the run.
+
+    L and R hold the leading eigenvectors of Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i over the first ``warm_up_examples`` examples
+    (each estimated from random combinations of columns and rows, without forming G_i); how many of each a layer gets is
+    chosen greedily by the energy they add for each number they cost. Inner products lose what lies outside these
+    directions (a bias that the projection gap and the audit measure) and have no random error inside them.
+    A side wider than 4,096 (a vocabulary) gets random signs, and so do parameters that are not a matrix.
+
+    Args:
+        k: Numbers a row and segment, at most.
+        warm_up_examples: Examples whose gradients wait in memory (1 GiB at most) until the directions are known; the
+            more of the training set they cover, the better the directions.
+        seed: Seed of the random combinations and signs.
+    """
+
+    k: int = 2048
+    warm_up_examples: int = 4096
+    seed: int = 0
+    kind: ClassVar[str] = "Kronecker"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no map."""
+        _positive(self, k=self.k, warm_up_examples=self.warm_up_examples)
+        _check_seed(self, self.seed)
+
+    @property
+    def warm_up(self) -> int:
+        """Examples whose gradients must be seen before the map is fixed."""
+        return self.warm_up_examples
+
+    def bind(
+        self,
+        blocks: Sequence[Block],
+        dtype: torch.dtype,
+        device: Any,
+        seen: Sequence[Pieces],
+        balance: Tensor | None = None,
+        group: ProcessGroup | None = None,
+    ) -> Projector:
+        """Find the principal directions of the gradients seen and make the map."""
+        loose = sum(width for width in self._loose_widths(blocks).values())
+        bases = principal_bases(blocks, seen, self.k - loose, self.seed, group or ProcessGroup())
+        kept = {}
+        for position, (left, right) in bases.items():
+            kept[f"{position}.left"], kept[f"{position}.right"] = left, right
+        if balance is not None:
+            kept["balance"] = balance
+        return self.restore(blocks, dtype, device, kept)
+
+    def _loose_widths(self, blocks: Sequence[Block]) -> dict[int, int]:
+        """Give the parameters that are not a matrix an eighth of the columns, in equal parts."""
+        loose = [position for position, block in enumerate(blocks) if block.matrix is None]
+        return {p: min(blocks[p].numel, max(1, self.k // (8 * len(loose)))) for p in loose}
+
+    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
+        """Count the columns."""
+        matrices = [position for position, block in enumerate(blocks) if block.matrix is not None]
+        sides = [len(kept[f"{p}.left"]) * len(kept[f"{p}.right"]) for p in matrices]
+        return sum(sides) + sum(self._loose_widths(blocks).values())
+
+    def restore(
+        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
+    ) -> Projector:
+        """Make the same map again from its stored bases."""
+        widths = self._loose_widths(blocks)
+        maps: list[Map] = []
+        start = 0
+        for position, block in enumerate(blocks):
+            if block.matrix is None:
+                columns = slice(start, start + widths[position])
+                whole = widths[position] == block.numel
+                maps.append(IdentityMap(columns) if whole else hashed(columns, block.numel, 8, self.seed, position))
+            else:
+                left, right = kept[f"{position}.left"], kept[f"{position}.right"]
+                columns = slice(start, start + len(left) * len(right))
+                maps.append(TwoSidedMap(columns, left, right, len(block.parameters) > 1))
+            start = columns.stop
+        return Projector(blocks, maps, dtype, device, kept.get("balance"))
+
+
+def _positive(projection: Projection, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise _no_map(projection, name, size, "a whole number from 1 up")
+
+
+def _check_seed(projection: Projection, seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise _no_map(projection, "seed", seed, "a whole number from 0 to 2⁶⁴ − 1")
+
+
+def _no_map(projection: Projection, name: str, size: object, expected: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{projection.kind}({name}=…)",
+        "the size makes no map",
+        got=repr(size),
+        expected=expected,
+        source="the projection's parameters",
+        fix=f"Leave {name} out for its default",
+    )
+
+
+def projection_from_description(described: Mapping[str, Any]) -> Projection:
+    """Make a projection again from what `Projection.describe` said.
+
+    Raises:
+        ConfigurationError: The kind is not known.
+    """
+    kinds: dict[str, type[Projection]] = {c.kind: c for c in (Identity, SparseSign, Kronecker)}
+    parameters = dict(described)
+    kind = parameters.pop("kind", None)
+    if kind not in kinds:
+        raise ConfigurationError(
+            "projection",
+            "this kind is not known here",
+            got=repr(kind),
+            expected=", ".join(kinds),
+            source="the run's manifest",
+            fix="Read the run with the version of pkexplain that wrote it",
+        )
+    return kinds[kind](**parameters)

@@ -1,0 +1,180 @@
+"""What a training loop and the arguments of a recorder must keep to, and what is said where they do not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pkexplain.errors import ConfigurationError, NonFiniteGradientError, RecordingError
+from pkexplain.optimizers.base import CapturedBatch
+
+__all__ = [
+    "broken",
+    "check_arguments",
+    "not_between_steps",
+    "not_finite",
+    "not_open",
+    "stepped_on_accumulated",
+    "stranger",
+    "used_by_hand",
+    "warn_of_missing",
+    "without_backward",
+    "without_step",
+]
+
+
+def check_arguments(model: nn.Module, **given: Any) -> None:
+    """Refuse what cannot be recorded, by argument.
+
+    Raises:
+        ConfigurationError: An argument cannot be.
+    """
+    n, segments, lookahead = given["num_examples"], given["segments"], given["lookahead"]
+    rules: list[tuple[str, bool, str, str]] = [
+        ("num_examples", _is_count(n), "a whole number from 1 up", "Give len(train)"),
+        ("segments", segments == "epoch" or _is_count(segments), '"epoch" or a number of steps', "Leave it out"),
+        ("lookahead", lookahead in ("auto", "exact") or _is_count(lookahead), '"auto" or steps', "Leave it out"),
+        ("dtype", given["dtype"] in (torch.float32, torch.float64), "float32 or float64", "Leave it out"),
+    ]
+    for name, fits, expected, fix in rules:
+        if not fits:
+            source = "the signature of Recorder"
+            wrong = "the value cannot be"
+            raise ConfigurationError(
+                f"Recorder({name}=…)", wrong, got=repr(given[name]), expected=expected, source=source, fix=fix
+            )
+    compiled = [name for name, part in model.named_modules() if getattr(part, "_compiled_call_impl", None) is not None]
+    wrapped = hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel)
+    if wrapped or compiled:
+        got = type(model).__name__ if wrapped else f"compile() was called on {compiled[0] or 'the model itself'!r}"
+        raise _not_this_model(
+            "hooks do not reach the layers of a wrapped or compiled model",
+            got,
+            "the model itself, or its DistributedDataParallel",
+            "Record the model without torch.compile and DataParallel",
+        )
+    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]
+    if sharded:
+        raise _not_this_model(
+            "its parameters are sharded over processes (FSDP2, tensor parallel); what is missing is the layers' inputs "
+            "and gradients in front of the reduce-scatter, and checkpoints by shard",
+            f"a DTensor, {sharded[0]!r}",
+            "a model that every process holds whole",
+            "Train with DistributedDataParallel, or freeze the body and record a head or an adapter",
+        )
+    mixed = [name for name, part in model.named_modules() if isinstance(part, nn.SyncBatchNorm)]
+    if mixed:
+        raise _not_this_model(
+            "SyncBatchNorm mixes the examples of several processes, and each process sees only its own",
+            f"{mixed[0]!r}",
+            "BatchNorm of each process's own batch",
+            "Leave convert_sync_batchnorm out, or use GroupNorm",
+        )
+
+
+def _not_this_model(wrong: str, got: str, expected: str, fix: str) -> ConfigurationError:
+    return ConfigurationError(
+        "Recorder(model=…)", wrong, got=got, expected=expected, source="pkexplain.gradients.capture", fix=fix
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def broken(wrong: str, got: str, fix: str) -> RecordingError:
+    """Say how the training loop broke the contract of `Recorder.step`."""
+    expected = "a forward pass, a backward pass and one optimizer step in each block"
+    return RecordingError("recorder.step(ids)", wrong, got=got, expected=expected, source="the training loop", fix=fix)
+
+
+def without_backward() -> RecordingError:
+    """Say that there is no gradient to record."""
+    fix = "Call loss.backward() inside the 'with recorder.step(ids):' block, before optimizer.step()"
+    return broken("backward was never called", "no gradient of a recorded parameter", fix)
+
+
+def not_open() -> RecordingError:
+    """Say that the recorder does not listen."""
+    fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"
+    return broken("the recorder is not open", "a step before it was entered or after it was closed", fix)
+
+
+def not_between_steps(recording: bool) -> RecordingError:
+    """Say that a run cannot be put down here."""
+    got = "a step that is not done" if recording else "a recorder that is not open"
+    fix = "Call it between two steps, after the optimizer has stepped"
+    return broken("recorder.save() was called where a run cannot be put down", got, fix)
+
+
+def without_step() -> RecordingError:
+    """Say that nothing came of a backward pass."""
+    fix = "Call optimizer.step() inside the block, or pass accumulate=True where a later batch steps"
+    return broken("the optimizer did not step", "a backward pass without optimizer.step()", fix)
+
+
+def stepped_on_accumulated() -> RecordingError:
+    """Say that the optimizer stepped where it was not to."""
+    fix = "Leave accumulate out for the batch that the optimizer steps on"
+    got = "optimizer.step() inside recorder.step(ids, accumulate=True)"
+    return broken("the optimizer stepped on a batch that was only to accumulate", got, fix)
+
+
+def stranger(name: str) -> RecordingError:
+    """Say that the optimizer moves a parameter which was not there, or frozen, when the recorder was made."""
+    return RecordingError(
+        f"recording parameter {name!r}",
+        "the optimizer moves it, and the recorder does not know it",
+        got="a parameter that was added or thawed after the recorder was made",
+        expected="the parameters that the optimizer held, with requires_grad=True, when the recorder was made",
+        source="optimizer.param_groups",
+        fix="Give it to the optimizer and leave it thawed until the recorder is made; frozen after that, it is "
+        "recorded from the step on which it is thawed",
+    )
+
+
+def used_by_hand(parameters: Sequence[str]) -> RecordingError:
+    """Say which parameters have a gradient that no layer captured."""
+    return RecordingError(
+        f"recording parameters {', '.join(parameters)}",
+        "the per-example gradients captured do not sum to the gradient",
+        got="none of it captured",
+        expected="all of it, from the layer's own forward pass",
+        source="the parameter's own gradient at the first step",
+        fix="Use these parameters only through their module's forward, never by hand "
+        "(F.linear(x, layer.weight)), or freeze them",
+    )
+
+
+def not_finite(batches: Sequence[CapturedBatch]) -> NonFiniteGradientError:
+    """Say which examples' loss derivatives are not finite, or whose batch it was."""
+    blamed = [
+        int(i)
+        for batch in batches
+        if batch.derivatives is not None
+        for i in batch.ids[~torch.isfinite(batch.derivatives)]
+    ]
+    ids = blamed or [int(i) for batch in batches for i in batch.ids]
+    return NonFiniteGradientError(
+        "recorder.step(ids)",
+        "the loss or a gradient is not finite; the optimizer has not stepped",
+        got=f"nan or infinity from example{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:8]))}",
+        expected="finite gradients",
+        source="the backward pass",
+        fix="Look at these examples and at the learning rate; skip the batch or lower the rate",
+    )
+
+
+def warn_of_missing(short: Mapping[str, float]) -> None:
+    """Warn that the examples give only a part of some parameters' gradients; which part is missing, by parameter."""
+    worst = max(short, key=lambda name: short[name])
+    warnings.warn(
+        f"pkexplain: the examples' gradients do not sum to the gradient of {len(short)} parameters, by up to "
+        f"{short[worst]:.1%} ({worst}). What is missing goes to the ledger's optimizer line. A penalty on the "
+        "weights is better given as weight_decay; a weight used outside its module's forward is not seen.",
+        stacklevel=7,
+    )

@@ -1,0 +1,86 @@
+"""Hooks on the model that a recording reads: the loss derivatives of the outputs and the shapes of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkexplain.ids import first_tensor
+
+__all__ = ["InputShapes", "LossDerivatives"]
+
+
+class LossDerivatives:
+    """Watches ∂(loss)/∂y of the model's output, of the loss as it was back-propagated (a mean's 1/batch included).
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Remember the model; nothing is watched yet."""
+        self._model = model
+
+    @contextmanager
+    def noting(self, batch: Any) -> Iterator[None]:
+        """Set ``batch.derivatives``, ``(batch,)``: each example's loss derivative along its unit direction u_i.
+
+        For an output of one number u_i is +1 and the derivative has a sign; for several, u_i is the direction in which
+        the loss falls fastest and the derivative is −‖∂ℓ_i/∂y_i‖.
+        """
+
+        def arrive(gradient: Tensor) -> None:
+            flat = gradient.detach().flatten(1) if gradient.ndim > 1 else gradient.detach()[:, None]
+            single = flat.shape[1] == 1
+            here = flat[:, 0] if single else -flat.norm(dim=1)
+            before = batch.derivatives
+            batch.derivatives = here if before is None else (before + here if single else -torch.hypot(before, here))
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = first_tensor(output)
+            if tensor is not None and tensor.requires_grad and tensor.ndim and len(tensor) == len(batch.ids):
+                tensor.register_hook(arrive)
+
+        handle = self._model.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class InputShapes:
+    """Notes the shapes and types of the model's tensor inputs, without the batch; a size that varies becomes None.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Remember the model; nothing is noted yet."""
+        self._model = model
+        self.seen: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def noting(self, examples: int) -> Iterator[None]:
+        """Note the inputs of every forward pass with ``examples`` rows."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+            for name, value in named.items():
+                if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != examples:
+                    continue
+                shape = list(value.shape[1:])
+                known = self.seen.get(name)
+                if known is not None and len(known["shape"]) == len(shape):
+                    shape = [a if a == b else None for a, b in zip(known["shape"], shape, strict=True)]
+                self.seen[name] = {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
+
+        handle = self._model.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()

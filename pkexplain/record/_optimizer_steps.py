@@ -1,0 +1,116 @@
+"""What the optimizer does in a step: the gradient it is given, the numbers it moves each block with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkexplain.gradients.layers import Block
+from pkexplain.optimizers.rules import LinearStep, UpdateRule
+from pkexplain.record._contract import broken, stranger
+
+__all__ = ["StepReader"]
+
+
+class StepReader:
+    """Reads an optimizer's steps.
+
+    Attributes:
+        applied: The gradient that the last step was given, ``(parameters,)``.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        rule: The optimizer's update rule.
+        blocks: The recorded parameters.
+        like: An empty tensor of the number format and device of what is read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rule: UpdateRule,
+        blocks: Sequence[Block],
+        like: Tensor,
+    ) -> None:
+        """Find the parameters."""
+        self._model, self._optimizer, self._blocks, self._like = model, optimizer, blocks, like
+        self._rule = rule
+        named = dict(model.named_parameters())
+        self._parameters = [named[name] for block in blocks for name in block.parameters]
+        self._known = {id(p) for p in self._parameters}
+        self._first: list[bool] = []
+        self.applied = like
+
+    def refuse_closure(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Refuse a loss that the optimizer evaluates by itself, as often as it likes.
+
+        Raises:
+            RecordingError: ``step`` was given a closure.
+        """
+        if any(value is not None for value in (*args[1:], *kwargs.values())):  # the first is the optimizer
+            raise broken(
+                "optimizer.step() was given a closure",
+                "a loss that the optimizer may evaluate several times",
+                "Call loss.backward() yourself, then optimizer.step() without arguments",
+            )
+
+    def refuse_strangers(self) -> None:
+        """Refuse a parameter that the optimizer moves and the recorder does not know.
+
+        Raises:
+            RecordingError: There is one, added or thawed since.
+        """
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and id(parameter) not in self._known:
+                    names = [name for name, p in self._model.named_parameters() if p is parameter]
+                    raise stranger(names[0] if names else f"of shape {tuple(parameter.shape)}")
+
+    @property
+    def skips(self) -> bool:
+        """Whether the step will leave everything as it is, a loss scaler having found a gradient that is not finite."""
+        found = getattr(self._optimizer, "found_inf", None)
+        return found is not None and bool(found)
+
+    def begin(self) -> None:
+        """Note, before a step, the gradient that it is given and which parameters have no state yet.
+
+        Raises:
+            RecordingError: A gradient is sparse.
+        """
+        self.applied = self._gradient()
+        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
+        self._first = [not any(isinstance(value, Tensor) for value in state.values()) for state in states]
+
+    def _gradient(self) -> Tensor:
+        """Return the gradient that the optimizer is given, ``(parameters,)``; a fused one may change it in place."""
+        if any(p.grad is not None and p.grad.is_sparse for p in self._parameters):
+            fix = "Make the embedding with sparse=False"
+            raise broken("a gradient is sparse", "a sparse gradient, which the update rules do not know", fix)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        applied = torch.cat([g.detach().flatten().to(self._like.dtype) for g in gradients])
+        scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer divides by it
+        return applied if scale is None else applied / scale.to(applied)
+
+    def numbers(self) -> dict[int, LinearStep]:
+        """Read the step that has just happened, for each block."""
+        group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        numbers: dict[int, LinearStep] = {}
+        index = 0
+        for position, block in enumerate(self._blocks):
+            steps = []
+            for _ in block.parameters:
+                parameter, group = self._parameters[index], group_of[id(self._parameters[index])]
+                if parameter.grad is None:
+                    steps.append(LinearStep.skipped(float(group["lr"])))
+                else:
+                    steps.append(self._rule.read(group, self._optimizer.state[parameter], self._first[index]))
+                index += 1
+            numbers[position] = LinearStep.joined(steps, [math.prod(shape) for shape in block.shapes], self._like)
+        return numbers

@@ -1,0 +1,91 @@
+"""What is said, once, of what a recorded segment could not give to the examples."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pkexplain.optimizers.base import CapturedBatch
+from pkexplain.record._gradient_check import CAPTURE_TOLERANCE
+from pkexplain.store.trajectory import SegmentSummary
+
+__all__ = ["SegmentWarnings"]
+
+_UNEXPLAINED = 0.2
+"""Largest share of a parameter's displacement that may be on the optimizer line without a word."""
+_BEND = 1e-3
+"""Largest share of the applied gradient that is no multiple of the captured one and passes for rounding."""
+
+
+class SegmentWarnings:
+    """Warns of what a recording finds, of each kind once.
+
+    Args:
+        names: Names of the parameters, in the order of the flat vector.
+        sizes: Their sizes.
+    """
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int]) -> None:
+        """Begin with nothing said."""
+        self._names, self._sizes = names, list(sizes)
+        self._warned, self._named = False, False
+
+    def of(self, segment: int, summary: SegmentSummary, left: Tensor, moved: Tensor, apart: bool) -> None:
+        """Say what a finished segment could not give to the examples, and why.
+
+        Args:
+            segment: Which segment.
+            summary: Its numbers.
+            left: What is on the optimizer line, ``(parameters,)``.
+            moved: Δθ, ``(parameters,)``.
+            apart: Whether a penalty in the loss is known, which was warned of already.
+        """
+        if not self._warned and not apart and summary.bent <= _BEND:
+            self._of_unexplained(segment, left, moved)
+        if summary.bent > _BEND and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"pkexplain: in segment {segment} the gradient that the optimizer was given is not a multiple of the "
+                f"one that backward made, by up to {summary.bent:.1%}. Clipping by value, gradient noise and a "
+                "forgotten zero_grad() do that: they change each coordinate by itself, which belongs to no single "
+                "example, and the difference goes to the ledger's optimizer line. Clipping by norm "
+                "(clip_grad_norm_) is exact.",
+                stacklevel=5,
+            )
+        if summary.capture_gap > CAPTURE_TOLERANCE:
+            warnings.warn(
+                f"pkexplain: in segment {segment} the captured gradients missed up to {summary.capture_gap:.0%} of a "
+                "step's gradient: the loss gained a penalty, or a weight was used outside its module's forward. "
+                "From the step where this was seen on, what is missing goes to the ledger's optimizer line; until "
+                "then the displacement gap shows it.",
+                stacklevel=5,
+            )
+
+    def _of_unexplained(self, segment: int, left: Tensor, moved: Tensor) -> None:
+        floor = 0.01 * float(moved.norm())  # a parameter that hardly moved is nobody's concern
+        pairs = zip(left.split(self._sizes), moved.split(self._sizes), strict=True)
+        shares = [float(a.norm()) / max(float(b.norm()), floor, 1e-30) for a, b in pairs]
+        share = max(shares)
+        if share > _UNEXPLAINED:
+            self._warned, parameter = True, self._names[shares.index(share)]
+            warnings.warn(
+                f"pkexplain: {share:.0%} of what moved {parameter} in segment {segment} came from no "
+                "example and no weight decay; it is on the ledger's optimizer line. Was the parameter changed "
+                "outside optimizer.step(), or is an update rule of your own wrong? A bias in front of a BatchNorm "
+                "is moved by rounding alone (bias=False). Otherwise, give the recorder a longer lookahead.",
+                stacklevel=6,
+            )
+
+    def of_skipped(self, batches: Sequence[CapturedBatch]) -> None:
+        """Name single examples without a loss in a step that was not taken; whole batches overflow together."""
+        seen = [(batch.ids, batch.derivatives.isnan()) for batch in batches if batch.derivatives is not None]
+        ids = [int(i) for examples, odd in seen if not odd.all() for i in examples[odd]]
+        if ids and not self._named:
+            self._named = True
+            warnings.warn(
+                "pkexplain: the loss scaler skipped a step in which the loss derivative of some examples alone is nan: "
+                f"{', '.join(map(str, ids[:8]))}. Scaling overflows for whole batches, so look at these.",
+                stacklevel=6,
+            )

@@ -1,7 +1,0 @@
-"""The report: an explanation as one self-contained HTML file. `data` says what is in it, `html` how it looks."""
-
-from __future__ import annotations
-
-from pkexplain.report.html import write_report
-
-__all__ = ["write_report"]

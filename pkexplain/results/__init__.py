@@ -1,0 +1,5 @@
+"""What comes back: plain data, and how it is shown as text, plots and an HTML report."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

@@ -1,0 +1,139 @@
+"""Methods side by side as frozen data, and how their rankings of the training examples agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = ["Comparison", "LeftOut", "Method", "rank_correlation", "top_overlap"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one method said, and what it took.
+
+    Attributes:
+        name: The method.
+        scores: Higher is a proponent of minus the query's loss, ``(queries, num_examples)``.
+        gap: The completeness gap relative to the change of minus the loss, median over the queries: what the scores'
+            sum leaves unexplained. nan where they are not meant to sum to it.
+        overlap: Share of the first ``k`` examples that are also the path reading's, mean over the queries.
+        rank_correlation: Spearman's, of all scores with the path reading's, mean over the queries.
+        setup_seconds: Wall time of what is done once.
+        query_seconds: Wall time of a query, in one batch of them all.
+        peak_bytes: Memory beside what was there before, at its highest; coarse (see `pkexplain.baselines._measuring`),
+            and nan where the system does not say.
+        yardsticks: What each yardstick said of the scores.
+    """
+
+    name: str
+    scores: np.ndarray = field(repr=False, compare=False)
+    gap: float
+    overlap: float
+    rank_correlation: float
+    setup_seconds: float
+    query_seconds: float
+    peak_bytes: float
+    yardsticks: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A method that could not be used here.
+
+    Attributes:
+        name: The method.
+        reason: Why, in one line.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several methods on one run, asked the same: how did each training example move minus the loss of each query?
+
+    Attributes:
+        methods: The methods; the first is the path reading.
+        left_out: Those that could not be used here.
+        changes: Change of minus the loss of each query over training, in output units, ``(queries,)``.
+        k: How many examples of each ranking the overlaps are of.
+        overlaps: Share of the first ``k`` examples that two methods have in common, mean over the queries,
+            ``(methods, methods)``.
+        rank_correlations: Spearman's correlation of the scores of two methods, mean over the queries,
+            ``(methods, methods)``; nan where the scores of one are all the same.
+    """
+
+    methods: tuple[Method, ...]
+    left_out: tuple[LeftOut, ...]
+    changes: np.ndarray = field(repr=False, compare=False)
+    k: int
+    overlaps: np.ndarray = field(repr=False, compare=False)
+    rank_correlations: np.ndarray = field(repr=False, compare=False)
+
+    def __getitem__(self, name: str) -> Method:
+        """Find a method by its name."""
+        found = next((method for method in self.methods if method.name == name), None)
+        if found is None:
+            raise KeyError(f"{name!r}; there are {', '.join(repr(method.name) for method in self.methods)}")
+        return found
+
+    @property
+    def num_queries(self) -> int:
+        """How many queries were asked."""
+        return len(self.changes)
+
+    @property
+    def num_examples(self) -> int:
+        """How many training examples were scored."""
+        return self.methods[0].scores.shape[1]
+
+    def __str__(self) -> str:
+        """Show the comparison as a table of plain text."""
+        from pkexplain.results.text import render_comparison
+
+        return render_comparison(self)
+
+
+def top_overlap(scores: Sequence[np.ndarray], k: int) -> np.ndarray:
+    """Compute the share of the first k examples that two methods have in common, mean over the queries.
+
+    Args:
+        scores: Scores of each method, ``(queries, num_examples)``.
+        k: How many.
+
+    Returns:
+        Shares from 0 to 1, ``(methods, methods)``. By chance it is k / num_examples.
+    """
+    among = []
+    for each in scores:
+        first = np.argsort(-each, axis=1, kind="stable")[:, :k]
+        chosen = np.zeros(each.shape)
+        np.put_along_axis(chosen, first, 1.0, axis=1)
+        among.append(chosen)
+    stacked = np.stack(among)
+    return np.einsum("aqn,bqn->ab", stacked, stacked) / (stacked.shape[1] * min(k, stacked.shape[2]))
+
+
+def rank_correlation(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Compute Spearman's rank correlation between methods, mean over the queries; ties share their mean rank.
+
+    Args:
+        scores: Scores of each method, ``(queries, num_examples)``.
+
+    Returns:
+        Correlations, ``(methods, methods)``; nan where the scores of one are all the same for a query.
+    """
+    ranks = np.stack([[_ranks(row) for row in each] for each in scores])
+    ranks -= ranks.mean(axis=2, keepdims=True)
+    norms = np.linalg.norm(ranks, axis=2, keepdims=True)
+    unit = np.divide(ranks, norms, out=np.full_like(ranks, np.nan), where=norms > 0)
+    return np.einsum("aqn,bqn->ab", unit, unit) / ranks.shape[1]
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts + 1) / 2)[places]

@@ -1,0 +1,253 @@
+"""Write explanations as one self-contained HTML file: no script, no request to anywhere, every text escaped."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import math
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pkexplain.errors import ConfigurationError
+from pkexplain.results.comparison import Comparison
+from pkexplain.results.explanation import Explanation
+from pkexplain.results.numbers import clean, decimals, fixed, percent, significant, size, wall_time
+from pkexplain.results.report.data import Section, build_section
+from pkexplain.results.report.items import TrainingSet, name_label
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+__all__ = ["Axis", "png_uri", "render_page", "typeset", "write_report"]
+
+_SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "+")
+_BARS = 48
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear scale from output units to percent of a drawing's width or height.
+
+    Attributes:
+        low: The value at ``start``.
+        high: The value at ``stop``.
+        start: Percent.
+        stop: Percent.
+    """
+
+    low: float
+    high: float
+    start: float = 1.0
+    stop: float = 99.0
+
+    @classmethod
+    def over(cls, values: Iterable[float], start: float = 1.0, stop: float = 99.0, zero: bool = False) -> Axis:
+        """Fit a scale to values; what is not finite is left out of account.
+
+        Args:
+            values: Values that must lie on the scale.
+            start: Percent at the smallest.
+            stop: Percent at the largest.
+            zero: Whether zero must lie on the scale too.
+
+        Returns:
+            The scale.
+        """
+        finite = [v for v in values if math.isfinite(v)] + ([0.0] if zero else [])
+        low, high = min(finite, default=0.0), max(finite, default=1.0)
+        return cls(low, high, start, stop) if high > low else cls(low - 0.5, low + 0.5, start, stop)
+
+    def at(self, value: float) -> float:
+        """Place a value.
+
+        Args:
+            value: In output units.
+
+        Returns:
+            Percent, three decimals; the value nearest to zero on the scale stands in for one that is not finite.
+        """
+        known = value if math.isfinite(value) else min(max(0.0, self.low), self.high)
+        return round(self.start + (self.stop - self.start) * (known - self.low) / (self.high - self.low), 3)
+
+    def bar(self, start: float, end: float) -> tuple[float, float]:
+        """Place a bar.
+
+        Args:
+            start: One end, in output units.
+            end: The other end.
+
+        Returns:
+            Its near end and its length, in percent.
+        """
+        a, b = sorted((self.at(start), self.at(end)))
+        return a, round(b - a, 3)
+
+    def ticks(self, count: int = 3) -> list[float]:
+        """Choose round values on the scale.
+
+        Args:
+            count: About how many.
+
+        Returns:
+            Values at multiples of 1, 2 or 5 times a power of ten.
+        """
+        rough = (self.high - self.low) / count
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        return [i * step for i in range(first, last + 1)]
+
+
+def typeset(number: str) -> str:
+    """Set a number as in print: a real minus, and powers of ten for exponents.
+
+    Args:
+        number: As Python writes it.
+
+    Returns:
+        For example ``"4.0 × 10⁻¹⁵"``.
+    """
+    power = re.sub(r"e([+-])0*(\d+)", lambda m: "\u202f×\u202f10" + (m[1] + m[2]).translate(_SUPERSCRIPTS), number)
+    return power.replace("-", "−")
+
+
+def png_uri(picture: np.ndarray) -> str:
+    """Encode a picture as a PNG in a data: URI.
+
+    Args:
+        picture: Grey ``(height, width)`` or colour ``(height, width, 3 or 4)``, uint8.
+
+    Returns:
+        The URI.
+    """
+    height, width = picture.shape[:2]
+    kind = {1: 0, 3: 2, 4: 6}[picture.shape[2] if picture.ndim == 3 else 1]
+    rows = np.ascontiguousarray(picture).reshape(height, -1)
+    pixels = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1).tobytes()
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(pixels, 9)), chunk(b"IEND", b""))
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode("ascii")
+
+
+def _bins(values: Sequence[float]) -> list[tuple[int, int, float]]:
+    """Sum neighbouring segments until they fit a small drawing: first segment, last segment, sum."""
+    size = -(-len(values) // _BARS) or 1
+    starts = range(0, len(values), size)
+    return [(i, min(i + size, len(values)) - 1, math.fsum(values[i : i + size])) for i in starts]
+
+
+@functools.cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("pkexplain.results.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "fixed": lambda value, places: typeset(fixed(value, places)),
+        "change": lambda value, places: typeset(fixed(value, places, sign=True)),
+        "significant": lambda value: typeset(significant(value)),
+        "plain": lambda value: typeset(f"{value:g}"),
+        "percent": lambda share: typeset(percent(share)),
+        "duration": wall_time,
+        "memory": size,
+        "correlation": lambda value: typeset("–" if math.isnan(value) else f"{value:.2f}"),
+        "count": lambda value: f"{value:,}",
+        "uri": png_uri,
+        "clean": lambda text: clean(str(text)),
+        "shorten": lambda text, size: text if len(text) <= size else text[: size - 1].rstrip() + "…",
+    }
+    environment.globals |= {"axis": Axis.over, "bins": _bins, "decimals": decimals}
+    return environment
+
+
+def render_page(sections: Sequence[Section], title: str | None = None, comparison: Comparison | None = None) -> str:
+    """Render a page.
+
+    Args:
+        sections: One for each explanation, at least one.
+        title: The page's title; the question where it is None and there is one section.
+        comparison: Other methods on the same run, shown behind the explanations.
+
+    Returns:
+        The HTML.
+    """
+    alone = title is None and len(sections) == 1
+    heading = sections[0].question if alone else title or f"{len(sections)} explanations"
+    template = _environment().get_template("report.html.j2")
+    return template.render(sections=sections, heading=clean(heading), alone=alone, comparison=comparison).lstrip()
+
+
+def write_report(
+    explanation: Explanation | Sequence[Explanation],
+    path: str | os.PathLike[str],
+    *,
+    dataset: Any = None,
+    label_names: Sequence[str] | Mapping[Any, str] | None = None,
+    title: str | None = None,
+    comparison: Comparison | None = None,
+) -> Path:
+    """Write explanations as one self-contained HTML file.
+
+    The file is written beside its place, flushed to disk and renamed, so a reader sees the old one or the new one.
+
+    Args:
+        explanation: One explanation, or several for one page.
+        path: Where to write; missing directories are made.
+        dataset: The whole training set in the order of the recorded ids, to show pictures or texts and to sum by label:
+            a torch or Hugging Face data set, or a list, of ``(x, y)``, ``(id, x, y)``, mappings, pictures or strings.
+        label_names: Name of each label, a sequence or a mapping; by default the data set's own, if it has any.
+        title: The page's title; by default the question.
+        comparison: What `pkexplain.compare` returned, to show behind the explanations.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        ConfigurationError: There is no explanation, or the data set is not the one that was recorded.
+        MissingDependencyError: jinja2 is not installed.
+    """
+    explanations = [explanation] if isinstance(explanation, Explanation) else list(explanation)
+    if not explanations:
+        raise ConfigurationError(
+            "write_report(explanation)",
+            "there is nothing to report",
+            got="an empty list",
+            expected="at least one explanation",
+            source="the page's sections",
+            fix="Pass what Explainer.explain returned",
+        )
+    training_set = None if dataset is None else TrainingSet(dataset, label_names)
+    name = functools.partial(name_label, label_names) if training_set is None else training_set.name
+    sections = [build_section(each, training_set, name=name) for each in explanations]
+    return _write(Path(path), render_page(sections, title, comparison))
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,236 @@
+"""What a report shows, as plain data: built from explanations and, where there is one, their training set.
+
+`build_section` turns an explanation into the numbers, names and words of one section. No HTML anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pkexplain.errors import ConfigurationError
+from pkexplain.results.explanation import Contribution, Explanation, GroupSum
+from pkexplain.results.numbers import clean, decimals, fixed
+from pkexplain.results.report.items import Item, TrainingSet, read_item
+
+__all__ = ["Balance", "Example", "Section", "Step", "build_section"]
+
+_LINE_NAMES = {"decay": "Weight decay", "optimizer": "Optimizer remainder", "buffers": "Running statistics"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training example beside what it contributed.
+
+    Attributes:
+        entry: Its contribution, in output units.
+        share: |c_i| / Σ_j |c_j|, its share of the gross contribution.
+        item: How it looks; None where no data set was given.
+        label: The name of its label; None where there is none.
+    """
+
+    entry: Contribution
+    share: float
+    item: Item | None
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the ledger as a step from one level of the output to the next.
+
+    Attributes:
+        name: What the line is.
+        kind: ``"level"`` (initial, final), ``"examples"``, ``"remainder"`` or ``"gap"``.
+        start: The level before, in output units; equals ``end`` for a level.
+        end: The level after, in output units.
+    """
+
+    name: str
+    kind: str
+    start: float
+    end: float
+
+    @property
+    def value(self) -> float:
+        """The level of a level, the change of a step, in output units."""
+        return self.end if self.kind == "level" else self.end - self.start
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Gross against net, and how the gross is spread over the examples.
+
+    Attributes:
+        positive: Σ of the positive contributions, in output units.
+        negative: Σ of the negative contributions, in output units.
+        num_positive: How many contributions are positive.
+        num_negative: How many contributions are negative.
+        num_examples: How many training examples there are.
+        shown: How many of them the section shows.
+        shown_share: Their share of the gross contribution, 0 to 1.
+        half: The fewest examples that hold half of the gross contribution.
+    """
+
+    positive: float
+    negative: float
+    num_positive: int
+    num_negative: int
+    num_examples: int
+    shown: int
+    shown_share: float
+    half: int
+
+    @property
+    def net(self) -> float:
+        """Σ c_i, in output units."""
+        return self.positive + self.negative
+
+    @property
+    def gross(self) -> float:
+        """Σ |c_i|, in output units."""
+        return self.positive - self.negative
+
+    @property
+    def ratio(self) -> float:
+        """Gross over |net|: 1 where nothing cancels, inf where everything does."""
+        return self.gross / abs(self.net) if self.net else math.inf
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything the report says about one explanation.
+
+    Attributes:
+        question: The question in words.
+        explanation: The explanation, for its ledger, checks, cost and checkpoints.
+        query: How the query looks; None where the explanation holds none.
+        steps: The ledger from initial to final.
+        proponents: Examples with positive contributions, largest first.
+        opponents: Examples with negative contributions, most negative first.
+        balance: Gross against net.
+        groups: Sums by training label, with the label's name as group; empty where there are no labels.
+        places: Decimals that suit the ledger.
+        example_places: Decimals that suit the contributions of the examples shown.
+    """
+
+    question: str
+    explanation: Explanation
+    query: Item | None
+    steps: tuple[Step, ...]
+    proponents: tuple[Example, ...]
+    opponents: tuple[Example, ...]
+    balance: Balance
+    groups: tuple[GroupSum, ...]
+    places: int
+    example_places: int
+
+
+def build_section(
+    explanation: Explanation, training_set: TrainingSet | None = None, *, name: Callable[[object], str] = str
+) -> Section:
+    """Gather what the report says about one explanation.
+
+    Args:
+        explanation: The explanation. Its rows are scanned once.
+        training_set: The training examples; None to show numbers only.
+        name: Names a label, for the class in the question and for the labels of examples.
+
+    Returns:
+        The section's data; every number in output units.
+
+    Raises:
+        ConfigurationError: The training set does not have one example per contribution.
+    """
+    contributions = np.asarray(explanation.contributions, np.float64)
+    if training_set is not None and len(training_set.dataset) != len(contributions):
+        raise ConfigurationError(
+            "write_report(dataset)",
+            "the data set is not the one that was recorded",
+            got=f"{len(training_set.dataset)} examples",
+            expected=f"{len(contributions)}",
+            source="num_examples of the run",
+            fix="Pass the whole training set, in the order of the recorded ids",
+        )
+    gross = float(np.abs(contributions).sum())
+    shown = (*explanation.proponents, *explanation.opponents)
+    ledger = explanation.ledger
+    labels = training_set.labels if training_set is not None else ()
+    sums = explanation.by_group(labels) if labels else ()
+    return Section(
+        question=_question(explanation, name),
+        explanation=explanation,
+        query=None if explanation.query is None else read_item(explanation.query),
+        steps=tuple(_steps(explanation)),
+        proponents=tuple(_example(c, gross, training_set, name) for c in explanation.proponents),
+        opponents=tuple(_example(c, gross, training_set, name) for c in explanation.opponents),
+        balance=_balance(contributions, explanation),
+        groups=tuple(GroupSum(name(g.group), g.count, g.net, g.gross) for g in sums),
+        places=decimals([ledger.final - ledger.initial, ledger.initial, ledger.final]),
+        example_places=decimals((c.contribution for c in shown), 3),
+    )
+
+
+def _example(
+    entry: Contribution, gross: float, training_set: TrainingSet | None, name: Callable[[object], str]
+) -> Example:
+    item = training_set.item(entry.id) if training_set is not None else None
+    label = name(item.label) if item is not None and item.label is not None else None
+    return Example(entry, abs(entry.contribution) / gross if gross else 0.0, item, label)
+
+
+def _balance(contributions: np.ndarray, explanation: Explanation) -> Balance:
+    sizes = np.sort(np.abs(contributions))[::-1].cumsum()
+    shown = {c.id for c in (*explanation.proponents, *explanation.opponents)}
+    return Balance(
+        positive=float(contributions[contributions > 0].sum()),
+        negative=float(contributions[contributions < 0].sum()),
+        num_positive=int((contributions > 0).sum()),
+        num_negative=int((contributions < 0).sum()),
+        num_examples=len(contributions),
+        shown=len(shown),
+        shown_share=explanation.shown_share,
+        half=int(np.searchsorted(sizes, 0.5 * sizes[-1])) + 1 if len(sizes) else 0,
+    )
+
+
+def _steps(explanation: Explanation) -> Iterator[Step]:
+    ledger = explanation.ledger
+    pro, con = (sum(c.contribution for c in side) for side in (explanation.proponents, explanation.opponents))
+    num_pro, num_con = len(explanation.proponents), len(explanation.opponents)
+    num_rest = explanation.num_examples - num_pro - num_con
+    changes = [
+        (f"Strongest proponents ({num_pro:,})", "examples", pro if num_pro else None),
+        (f"Strongest opponents ({num_con:,})", "examples", con if num_con else None),
+        (f"All other examples ({num_rest:,})", "examples", ledger.examples - pro - con if num_rest else None),
+        *((clean(_LINE_NAMES.get(name, name)), "remainder", value) for name, value in ledger.remainders.items()),
+        ("Completeness gap", "gap", ledger.gap),
+    ]
+    yield Step("Before training", "level", ledger.initial, ledger.initial)
+    level = ledger.initial
+    for name, kind, value in changes:
+        if value is not None:
+            yield Step(name, kind, level, level + value)
+            level += value
+    yield Step("After training", "level", ledger.final, ledger.final)
+
+
+def _question(explanation: Explanation, name: Callable[[object], str]) -> str:
+    """Put the output into words, claiming no more than it says: a logit alone does not tell which class won."""
+    found = re.fullmatch(r"\W*([A-Za-z_ ]+?)\W*\[\s*(\d+)\s*\]", explanation.output)
+    kind = re.sub("[^a-z]", "", (found[1] if found else explanation.output).lower())
+    final = explanation.final
+    value = fixed(final, decimals([final], 3)).replace("-", "−")
+    if kind.startswith("loss"):
+        return f"Why is the loss here {value}?"
+    if found is None or kind not in ("logit", "logprobability", "margin"):
+        return f"Why did the model answer {clean(explanation.output)} = {value}?"
+    answer = f"“{name(int(found[2]))}”"
+    if kind == "logit":
+        return f"Why did the model give {answer} a score of {value}?"
+    said = final > 0.0 if kind == "margin" else final > math.log(0.5)
+    return f"Why did the model {'say' if said else 'not say'} {answer}?"

@@ -1,0 +1,257 @@
+"""An explanation as plain text: what `print(explanation)` shows.
+
+The ledger comes first, because a contribution is read against what it adds up to; then how much cancelled; then the
+examples; then what was checked. The number formats are shared with the report.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from pkexplain.results.comparison import Comparison, Method
+    from pkexplain.results.explanation import Contribution, Explanation
+
+from pkexplain.results.numbers import WIDTH, decimals, fixed, percent, significant, size, wall_time
+
+__all__ = ["plain_text", "render", "render_comparison", "tabulate"]
+
+
+_READINGS = {
+    "path": "the contributions add up to the change of the output",
+    "removal": "contributions predict what leaving an example out takes away; they do not add up",
+}
+
+
+def render(explanation: Explanation) -> str:
+    """Render an explanation as plain text.
+
+    Args:
+        explanation: What to show. Its rows are scanned once, for the gross contribution, unless an index that does not
+            search all of them was asked for.
+
+    Returns:
+        Lines of at most ``WIDTH`` columns, without colour codes.
+    """
+    from rich.padding import Padding
+
+    places = decimals([explanation.final - explanation.initial, explanation.initial, explanation.final])
+    parts: list[RenderableType] = [
+        f"{explanation.output}: {fixed(explanation.initial, places)} before training, "
+        f"{fixed(explanation.final, places)} after",
+        f"{explanation.reading} reading: {_READINGS.get(explanation.reading, 'see the documentation')}",
+        "",
+        Padding(_ledger(explanation, places), (0, 0, 0, 2)),
+        "",
+        *_balance(explanation, places),
+        "",
+        _examples(explanation),
+        "",
+        _checks(explanation),
+        _cost(explanation),
+    ]
+    return plain_text(*parts)
+
+
+def plain_text(*parts: RenderableType, extra: int = 0) -> str:
+    """Render parts under each other, without colour codes.
+
+    Args:
+        parts: Texts and rich's tables.
+        extra: Columns beside the usual ones.
+
+    Returns:
+        Lines of at most ``WIDTH + extra`` columns.
+    """
+    from rich.console import Console, Group
+
+    buffer = io.StringIO()
+    console = Console(
+        file=buffer,
+        width=WIDTH + extra,
+        color_system=None,
+        force_terminal=False,
+        force_jupyter=False,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        _environ={},
+    )
+    console.print(Group(*parts))
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
+
+
+def _ledger(explanation: Explanation, places: int) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(max_width=40)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_row("", "initial", fixed(explanation.initial, places))
+    count = f"{explanation.num_examples:,}"
+    table.add_row("+", f"examples ({count})", fixed(explanation.total, places, sign=True))
+    for name, value in explanation.ledger.remainders.items():
+        table.add_row("+", name, fixed(value, places, sign=True))
+    final = fixed(explanation.final, places)
+    table.add_row("+", "gap", fixed(explanation.gap, places, sign=True))
+    table.add_row("", "", "─" * max(len(final), 8))
+    table.add_row("=", "final", final)
+    return table
+
+
+def _balance(explanation: Explanation, places: int) -> list[str]:
+    net, rest = explanation.total, explanation.remainder
+    shown = len({c.id for c in (*explanation.proponents, *explanation.opponents)})
+    held, others, bound = (fixed(value, places, sign=True) for value in (rest.shown, rest.rest, rest.bound))
+    parts = f"The {shown:,} examples below hold {held} of it, the other {rest.num_rest:,} {others}"
+    if not rest.exact:
+        return [
+            f"Net {fixed(net, places, sign=True)}. An index proposed the examples; their own rows ranked them.",
+            f"{parts};",
+            f"by the norms of their rows, none of those contributes more than {bound.removeprefix('+')} either way.",
+        ]
+    gross = explanation.gross
+    ratio = f", {gross / abs(net):,.1f} times as much" if net and math.isfinite(gross / net) else ""
+    return [
+        f"Net {fixed(net, places, sign=True)}; gross {fixed(gross, places)}{ratio}: the difference cancelled.",
+        f"The {shown:,} examples below hold {percent(explanation.shown_share)} of the gross.",
+    ]
+
+
+def _examples(explanation: Explanation) -> Table:
+    from rich.table import Table
+
+    shown = (*explanation.proponents, *explanation.opponents)
+    places = decimals((c.contribution for c in shown), 3)
+    grid = Table.grid(expand=True)
+    grid.add_column(ratio=1)
+    grid.add_column(ratio=1)
+    grid.add_row(_side("Proponents", explanation.proponents, places), _side("Opponents", explanation.opponents, places))
+    return grid
+
+
+def _side(title: str, contributions: Sequence[Contribution], places: int) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, title_style="none")
+    for heading in ("id", "contribution", "a_i", "K"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for c in contributions:
+        table.add_row(str(c.id), fixed(c.contribution, places, sign=True), significant(c.weight), significant(c.kernel))
+    if not contributions:
+        table.add_row("none", "", "", "")
+    return table
+
+
+def _checks(explanation: Explanation) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    title = "Checks: all passed" if explanation.passed else "Checks: NOT all passed"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, title_style="none")
+    table.add_column("check", max_width=24)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("tolerance", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    wrong = [check for check in explanation.checks if not check.passed]
+    if wrong:
+        table.add_column("what to look at")
+    for check in explanation.checks:
+        verdict = "pass" if check.passed else "FAIL"
+        row = [check.name, significant(check.value), f"{check.tolerance:g}", verdict]
+        table.add_row(*row, *([check.meaning if check in wrong else ""] if wrong else []))
+    return table
+
+
+def _cost(explanation: Explanation) -> str:
+    cost = explanation.cost
+    spent = ", which ran out" if cost.exhausted else ""
+    return (
+        f"Cost: {cost.forward_passes:,} forward and {cost.backward_passes:,} backward passes; "
+        f"budget {cost.budget:,}{spent}."
+    )
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Render a comparison as plain text.
+
+    Args:
+        comparison: What to show.
+
+    Returns:
+        Lines of at most 100 columns; more where there are yardsticks.
+    """
+    from rich import box
+    from rich.table import Table
+
+    k, queries, examples = comparison.k, comparison.num_queries, comparison.num_examples
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("method", no_wrap=True)
+    yardsticks = list(comparison.methods[0].yardsticks)
+    for heading in ("gap", f"top {k}", "rank corr.", "a query", "once", "memory", *yardsticks):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for method in comparison.methods:
+        table.add_row(*_row(method), *(f"{value:.3f}" for value in method.yardsticks.values()))
+    parts = [
+        f"{len(comparison.methods)} methods on one run, asked how {examples:,} training examples moved minus the loss "
+        f"of {queries:,} {'query' if queries == 1 else 'queries'}.",
+        "",
+        table,
+        "",
+        "gap: what the sum of the scores leaves of the change of minus the loss; the path reading's is made to close. "
+        f"top {k}, rank corr.: agreement with the path reading; by chance {percent(min(k, examples) / examples)} and "
+        "0. memory: peak beside what was there, coarse.",
+    ]
+    if comparison.left_out:
+        parts += ["", "Left out:", *(f"  {each.name}: {each.reason}" for each in comparison.left_out)]
+    return plain_text(*parts, extra=12 * len(yardsticks))
+
+
+def _row(method: Method) -> tuple[str, ...]:
+    correlation = "–" if math.isnan(method.rank_correlation) else f"{method.rank_correlation:.3f}"
+    measures = percent(method.gap), percent(method.overlap), correlation
+    times = wall_time(method.query_seconds), wall_time(method.setup_seconds)
+    return method.name, *measures, *times, size(method.peak_bytes)
+
+
+def tabulate(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """Lay out a table of plain text.
+
+    Args:
+        title: The line above it.
+        headings: One for each column; the first column is to the left, all others to the right.
+        rows: The cells of each row.
+        notes: Lines below it.
+
+    Returns:
+        Lines of at most ``WIDTH`` columns, without colour codes.
+
+    Example:
+        >>> print(tabulate("Ages", ["name", "years"], [["Ada", "36"]]))
+        Ages
+        <BLANKLINE>
+         name   years
+         ──────────────
+         Ada       36
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for position, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if position else "left", no_wrap=position > 0)
+    for row in rows:
+        table.add_row(*row)
+    stream = io.StringIO()
+    console = Console(file=stream, width=WIDTH, no_color=True, highlight=False, markup=False, emoji=False)
+    console.print(title, "", table, *(("", *notes) if notes else ()), sep="\n")
+    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip("\n").split("\n"))

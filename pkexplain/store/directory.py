@@ -1,0 +1,237 @@
+"""The run on disk, or in memory with the same interface.
+
+A run is a manifest and tensors in safetensors files; nothing is ever unpickled. A file is written beside its place,
+flushed to disk and renamed; the manifest, with the size and SHA-256 of every file and of itself, comes last. So a
+killed run keeps every finished segment, and a file that is missing, truncated, altered or of another run is found
+before a number is made of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from pkexplain.errors import RunDamagedError, RunError
+from pkexplain.files import checksum_file, checksum_json, flush_and_rename
+from pkexplain.store._validation import FILE_NAME
+from pkexplain.store.base import FORMAT_VERSION, Store, busy, damaged, exists, not_found
+
+__all__ = ["DirectoryStore", "open_store"]
+
+_LARGEST_MANIFEST = 1 << 26
+"""Bytes, of some 80,000 segments; JSON can take twenty times its size once it is read."""
+
+
+class DirectoryStore(Store):
+    """A run in a directory.
+
+    Args:
+        path: The directory; it is made when a run starts.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Point at a directory, without touching it."""
+        self.path = Path(path)
+        self._files: dict[str, dict[str, Any]] = {}
+        self._dropped: set[str] = set()
+        self._read: dict[str, Mapping[str, Tensor]] = {}
+        self._known: dict[str, Any] | None = None
+
+    def __str__(self) -> str:
+        """Name the place."""
+        return str(self.path)
+
+    def create(self, manifest: Mapping[str, Any]) -> None:
+        """Start a run."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable("manifest.json", error) from error
+        if (self.path / "manifest.json").exists():
+            raise exists(self)
+        self._files, self._read, self._dropped = {}, {}, set()  # of a run that was here before
+        self._sweep()
+        self.commit(manifest)
+
+    def reopen(self) -> dict[str, Any]:
+        """Take up the run that is there, and sweep out what a killed writer has left."""
+        manifest = self.manifest()
+        self._files, self._dropped = dict(manifest["files"]), set()
+        self._sweep()
+        return manifest
+
+    def _sweep(self) -> None:
+        """Remove the files of this kind that the manifest does not name: a killed writer's, which count for nothing."""
+        for folder in ("checkpoints", "segments", "rows", "states", "."):
+            self._keep_inside(folder)
+            for file in (self.path / folder).glob("*"):
+                name = file.relative_to(self.path).as_posix()
+                ours = FILE_NAME.fullmatch(name) and name not in self._files
+                if ours or (file.suffix == ".tmp" and not file.is_dir()):
+                    file.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[object]:
+        """Keep every other writer out, by a lock that the system takes back from a process that dies."""
+        self._keep_inside("lock")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / "lock", timeout=0, thread_local=False)
+            lock.acquire()
+        except Timeout as error:
+            raise busy(self) from error
+        except (OSError, NotImplementedError) as error:
+            raise self._unwritable("lock", error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Write a file of tensors beside its place, flush it and rename it."""
+        import safetensors.torch
+
+        content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        target = self.path / name
+        self._keep_inside(name)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_suffix(".tmp")
+            safetensors.torch.save_file(content, temporary)
+            with contextlib.suppress(FileNotFoundError):  # on another machine than the first process
+                mode = (self.path / "manifest.json").stat().st_mode
+                temporary.chmod(mode)  # safetensors makes files for the owner alone
+            self._read.pop(name, None)
+            self._dropped.discard(name)
+            self._files[name] = {"bytes": temporary.stat().st_size, "sha256": checksum_file(temporary)}
+            flush_and_rename(temporary, target)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise self._unwritable(name, error) from error
+        return self._files[name]
+
+    def note(self, name: str, description: dict[str, Any]) -> None:
+        """Take a file into the next manifest that another process has put."""
+        self._files[name] = description
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Leave files out of the next manifest; they are removed once it is there."""
+        for name in names:
+            self._files.pop(name, None)
+            self._read.pop(name, None)
+            self._dropped.add(name)
+
+    def commit(self, manifest: Mapping[str, Any]) -> None:
+        """Replace the manifest, in one step."""
+        content = {**manifest, "format_version": FORMAT_VERSION, "files": self._files}
+        content["sha256"] = checksum_json(content)
+        temporary = self.path / "manifest.tmp"
+        try:
+            text = json.dumps(content)
+            if len(text) > _LARGEST_MANIFEST:
+                raise OSError(f"{len(text)} bytes, more than any reader takes: record fewer, longer segments")
+            temporary.write_text(text, encoding="utf-8")
+            flush_and_rename(temporary, self.path / "manifest.json")
+            self._known = None
+        except OSError as error:
+            raise self._unwritable("manifest.json", error) from error
+        for name in self._dropped:
+            (self.path / name).unlink(missing_ok=True)
+        self._dropped = set()
+
+    def manifest(self) -> dict[str, Any]:
+        """Read the manifest and check it against its own checksum."""
+        file = self.path / "manifest.json"
+        if not file.is_file():
+            raise not_found(self)
+        self._keep_inside("manifest.json")
+        size = file.stat().st_size
+        if size > _LARGEST_MANIFEST:
+            raise self._damaged(
+                "manifest.json", "it is absurdly large", f"{size} bytes", f"{_LARGEST_MANIFEST} at most"
+            )
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            stated = content.pop("sha256")
+            found = checksum_json(content)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, MemoryError) as error:
+            raise self._damaged("manifest.json", "it cannot be read", f"{error}", "JSON with a checksum") from error
+        if stated != found:
+            raise self._damaged("manifest.json", "it was altered", f"sha256 {found}", f"sha256 {stated}")
+        version, files = content.get("format_version"), content.get("files")
+        if version != FORMAT_VERSION:
+            raise self._damaged("manifest.json", "its format is not known here", version, FORMAT_VERSION)
+        if not isinstance(files, dict) or not isinstance(content.get("segments"), list):
+            raise self._damaged("manifest.json", "it names no files and segments", files, "a mapping, and a list")
+        for name, described in files.items():
+            if not FILE_NAME.fullmatch(name):
+                raise self._damaged("manifest.json", "it names a file that no run has", name, "checkpoints/00000…")
+            kinds = {key: type(value) for key, value in described.items()} if isinstance(described, dict) else {}
+            if kinds != {"bytes": int, "sha256": str}:
+                raise self._damaged("manifest.json", f"it does not describe {name}", described, "bytes and sha256")
+        self._known = content
+        return content
+
+    def read(self, name: str) -> Mapping[str, Tensor]:
+        """Read a file of tensors, mapped into memory, after one check of its size and checksum."""
+        if name not in self._read:
+            self.verify(name)
+            import safetensors.torch
+
+            try:
+                self._read[name] = safetensors.torch.load_file(self.path / name)
+            except (OSError, safetensors.SafetensorError) as error:
+                raise self._damaged(name, "it cannot be read", f"{error}", "a safetensors file") from error
+        return self._read[name]
+
+    def verify(self, name: str) -> None:
+        """Check one file's size and checksum against the manifest.
+
+        Raises:
+            RunDamagedError: The file is missing, truncated or altered.
+        """
+        stated = (self._known or self.manifest())["files"].get(name)
+        if stated is None:
+            raise self._damaged(name, "the manifest does not name it", "no entry", "an entry")
+        file = self.path / name
+        self._keep_inside(name)
+        if not file.is_file():
+            raise self._damaged(name, "it is missing", "no file", f"sha256 {stated['sha256']}")
+        size, found = file.stat().st_size, checksum_file(file)
+        if size != stated["bytes"]:
+            wrong = "it was truncated" if size < stated["bytes"] else "it has grown"
+            got = f"{size} bytes, sha256 {found}"
+            raise self._damaged(name, wrong, got, f"{stated['bytes']} bytes, sha256 {stated['sha256']}")
+        if found != stated["sha256"]:
+            raise self._damaged(name, "it was altered", f"sha256 {found}", f"sha256 {stated['sha256']}")
+
+    def _keep_inside(self, name: str) -> None:
+        """Refuse a link that leads out of the run: what is read, written or swept out there is not the run's."""
+        place, home = (self.path / name).resolve(), self.path.resolve()
+        if place != home and home not in place.parents:
+            raise self._damaged(name, "it is a link that leaves the run", place, "a file of its own")
+
+    def _damaged(self, name: str, wrong: str, got: Any, expected: Any) -> RunDamagedError:
+        return damaged(self, name, wrong, got, expected)
+
+    def _unwritable(self, name: str, error: Exception) -> RunError:
+        return RunError(
+            f"writing {name} of the run in {self}",
+            "the file could not be written; what was finished before is still there",
+            got=str(error),
+            expected="a directory with room that can be written to",
+            source="the operating system",
+            fix="Free some space or choose another directory",
+        )
+
+
+def open_store(run: str | os.PathLike[str] | Store) -> Store:
+    """Take a path or a store for a store."""
+    return run if isinstance(run, Store) else DirectoryStore(run)

@@ -1,0 +1,167 @@
+"""Changing a run that is there: merging its shards, withdrawing examples.
+
+New files are written beside the old ones and count from the manifest on that names them; only then the old ones are
+removed. A kill leaves one run or the other, never half of each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkexplain.errors import ConfigurationError
+from pkexplain.ids import check_ids
+from pkexplain.store.base import Store
+from pkexplain.store.directory import DirectoryStore, open_store
+from pkexplain.store.rows import Rows
+from pkexplain.store.scratch import empty_on_disk
+from pkexplain.store.trajectory import Segment, SegmentFiles
+
+__all__ = ["merge", "withdraw"]
+
+_ROWS_AT_ONCE = 4096
+
+Progress = Callable[[str, int, int], None]
+
+
+def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Progress | None = None) -> None:
+    """Lay the rows of a run out in another number of files a segment; no number changes.
+
+    A run that several processes recorded has one file of rows for each of them. Where they wrote to disks of their own,
+    copy all files into one directory first.
+
+    Args:
+        run: The run.
+        shards: How many files of rows a segment gets.
+        progress: Told how far it is.
+
+    Raises:
+        ConfigurationError: There cannot be so many.
+        RunBusyError: The run is being written to.
+        RunDamagedError: A file of the run is missing, truncated or altered.
+    """
+    store = open_store(run)
+    if not isinstance(shards, int) or shards < 1:
+        raise ConfigurationError(
+            "merge(shards=…)",
+            "the rows cannot be laid out in so many files",
+            got=repr(shards),
+            expected="a whole number from 1 up",
+            source="the signature of merge",
+            fix="Leave it out for one",
+        )
+
+    def dealt(segment: Segment) -> Segment:
+        count = sum(map(len, segment.shards))
+        edges = [count * s // shards for s in range(shards + 1)]
+        parts = [_copy(store, segment.part(slice(a, b)).shards) for a, b in itertools.pairwise(edges)]
+        return replace(segment, shards=tuple(parts))
+
+    _rewrite(store, "merging", dealt, {}, progress)
+
+
+def withdraw(
+    run: str | os.PathLike[str] | Store, ids: Sequence[int] | Tensor, *, progress: Progress | None = None
+) -> None:
+    """Take examples out of a run: their rows are gone from every file, their sum stays on the ledger.
+
+    The contributions of all others do not change, and the ledger gains the line ``withdrawn``. What is left of them is
+    that sum, segment by segment, and their part in the checkpoints, which training alone could take out. Withdraw
+    several at once: in a segment in which one of them alone was seen, the sum is its row. What is in flight is dropped:
+    the run can be trained on with a new optimizer only, and without them.
+
+    Args:
+        run: The run.
+        ids: Row numbers of the examples, ``(examples,)``.
+        progress: Told how far it is.
+
+    Raises:
+        ExampleIdError: The ids are out of range, repeated or no whole numbers.
+        RunBusyError: The run is being written to.
+        RunDamagedError: A file of the run is missing, truncated or altered.
+    """
+    store = open_store(run)
+    trajectory = store.trajectory()
+    chosen = check_ids(ids, trajectory.num_examples, "withdraw(ids)")
+    before = trajectory.details.get("withdrawn", [])
+
+    def without(segment: Segment) -> Segment:
+        known = chosen[chosen < sum(map(len, segment.shards))]
+        gone = segment.read_rows(known, torch.float64).sum(0)
+        parts, start = [], 0
+        for shard in segment.shards:
+            here = known[(known >= start) & (known < start + len(shard))] - start
+            parts.append(_without(_copy(store, (shard,)), here) if len(here) else shard)
+            start += len(shard)
+        kept = ~torch.isin(segment.audit_ids, chosen)
+        return replace(
+            segment,
+            shards=tuple(parts),
+            withdrawn=segment.withdrawn + gone,
+            audit_ids=segment.audit_ids[kept],
+            audit_rows=segment.audit_rows[kept],
+        )
+
+    _rewrite(store, "withdrawing", without, {"withdrawn": sorted({*before, *chosen.tolist()})}, progress)
+
+
+def _without(rows: Rows, places: Tensor) -> Rows:
+    for value in (rows.rows, rows.loss_derivatives, rows.norms):
+        value[places] = 0
+    rows.scale[places] = 1
+    return rows
+
+
+def _copy(store: Store, shards: Sequence[Rows]) -> Rows:
+    """Join some rows as they are stored, in blocks, in a file if they are many."""
+    directory = store.path if isinstance(store, DirectoryStore) else None
+    shards = [shard for shard in shards if len(shard)] or shards[:1]
+    first, count = shards[0], sum(map(len, shards))
+    rows = empty_on_disk((count, first.rows.shape[1]), first.rows.dtype, directory)
+    start = 0
+    for shard in shards:
+        for some in shard.rows.split(_ROWS_AT_ONCE):
+            rows[start : start + len(some)] = some
+            start += len(some)
+    others = [torch.cat([vars(shard)[name] for shard in shards]) for name in ("scale", "loss_derivatives", "norms")]
+    return Rows(rows, *others)
+
+
+def _rewrite(
+    store: Store, what: str, change: Callable[[Segment], Segment], about: dict[str, Any], progress: Progress | None
+) -> None:
+    """Write every segment anew, beside what is there, and change over in one step."""
+    with store.lock():
+        manifest, trajectory = store.reopen(), store.trajectory()
+        revision, entries, total = manifest["revision"] + 1, [], len(trajectory)
+        for t, old in enumerate(trajectory.files):
+            segment = trajectory.segment(t)
+            changed = change(segment)
+            new = SegmentFiles.named(t, [len(shard) for shard in changed.shards], revision)
+            names = list(new.rows)
+            for place, shard in enumerate(changed.shards):
+                if len(names) == len(old.rows) and shard is segment.shards[place]:
+                    names[place] = old.rows[place]
+                else:
+                    store.put(names[place], shard.tensors())
+            store.put(new.vectors, changed.tensors())
+            store.drop([old.vectors, *(name for name in old.rows if name not in names)])
+            files = replace(new, rows=tuple(names), checkpoint=old.checkpoint)
+            entries.append({"summary": manifest["segments"][t]["summary"], "files": vars(files)})
+            if progress is not None:
+                progress(what, t + 1, total)
+        states = [] if about else manifest["states"]
+        if about:
+            store.drop(name for state in manifest["states"] for name in state["files"])
+            if isinstance(store, DirectoryStore):
+                shutil.rmtree(Path(store.path) / "index", ignore_errors=True)  # it holds the rows, too
+        plain = {name: value for name, value in manifest.items() if name not in ("files", "format_version")}
+        store.commit({**plain, **about, "segments": entries, "states": states, "revision": revision})

@@ -1,0 +1,311 @@
+"""A recorded run as frozen data: checkpoints, the segments between them, and what is needed to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkexplain.projection.kinds import Projection, projection_from_description
+from pkexplain.projection.maps import Projector
+from pkexplain.store.fingerprint import ModelFingerprint
+from pkexplain.store.rows import Rows
+
+__all__ = [
+    "FIRST_CHECKPOINT",
+    "Checkpoint",
+    "Segment",
+    "SegmentFiles",
+    "SegmentSummary",
+    "Trajectory",
+]
+
+_VECTORS = ("row_sum", "decay", "optimizer", "audit_ids", "audit_rows", "withdrawn", "rate_sums")
+FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """θ_t, the trainable parameters at a segment boundary, and the buffers that were there.
+
+    Attributes:
+        parameters: Flat vector, ``(parameters,)``, in the order of the run's blocks.
+        buffers: Floating-point and integer buffers by name.
+    """
+
+    parameters: Tensor
+    buffers: Mapping[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors to store."""
+        return {"parameters": self.parameters, **{f"buffer.{name}": value for name, value in self.buffers.items()}}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Checkpoint:
+        """Make the checkpoint again from stored tensors."""
+        buffers = {n.removeprefix("buffer."): v for n, v in tensors.items() if n.startswith("buffer.")}
+        return cls(tensors["parameters"], buffers)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The optimizer steps between two checkpoints: Δθ_t = Σ_i D_i,t + decay_t + optimizer_t.
+
+    Attributes:
+        shards: The rows, in parts of consecutive examples.
+        row_sum: Σ_i of the rows as stored, in float64, ``(k,)``; rows that were withdrawn since are in it.
+        decay: What weight decay did, ``(parameters,)``.
+        optimizer: What is left of Δθ_t, ``(parameters,)``.
+        audit_ids: Examples whose displacements were kept without projection, ``(audited,)``.
+        audit_rows: Their displacements D_i,t, ``(audited, parameters)``.
+        withdrawn: Sum of the rows that were withdrawn, in float64, ``(k,)``.
+        rate_sums: The learning rate summed over its steps as each block feels it, in float64, ``(blocks,)``; see
+            `pkexplain.optimizers._learning_rates`.
+        examples: How many examples the run has; those that came after this segment have rows of zeros in it.
+    """
+
+    shards: tuple[Rows, ...]
+    row_sum: Tensor
+    decay: Tensor
+    optimizer: Tensor
+    audit_ids: Tensor
+    audit_rows: Tensor
+    withdrawn: Tensor
+    rate_sums: Tensor
+    examples: int = 0
+
+    def __post_init__(self) -> None:
+        """Count the examples."""
+        object.__setattr__(self, "examples", self.examples or sum(map(len, self.shards)))
+
+    @property
+    def loss_derivatives(self) -> Tensor:
+        """The loss derivatives of all rows, ``(examples,)``."""
+        known = [shard.loss_derivatives for shard in self.shards]
+        return torch.cat([*known, known[0].new_zeros(self.examples - sum(map(len, known)))])
+
+    @property
+    def norms(self) -> Tensor:
+        """The norms of all rows, rounded up, ``(examples,)``."""
+        known = [shard.norms for shard in self.shards]
+        return torch.cat([*known, known[0].new_zeros(self.examples - sum(map(len, known)))])
+
+    def part(self, some: slice) -> Segment:
+        """Return the segment with the rows of some of the examples, without a copy."""
+        parts, start = [], 0
+        for shard in self.shards:
+            parts.append(shard.part(slice(max(some.start - start, 0), max(min(some.stop - start, len(shard)), 0))))
+            start += len(shard)
+        return replace(self, shards=tuple(parts), examples=some.stop - some.start)
+
+    def read_rows(self, ids: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Read rows as stored, ``(ids, k)``, in parameter units of the projection space.
+
+        Args:
+            ids: Examples, or a slice of them.
+            dtype: Number format to read them in.
+        """
+        if isinstance(ids, slice):
+            return self._read_range(*ids.indices(self.examples)[:2], dtype)
+        return self._pick(ids, lambda shard, mine: shard.read(mine, dtype))
+
+    def read_loss_derivatives(self, ids: Tensor) -> Tensor:
+        """Read the loss derivatives of some rows, ``(ids,)``."""
+        return self._pick(ids, lambda shard, mine: shard.loss_derivatives[mine])
+
+    def _pick(self, ids: Tensor, read: Callable[[Rows, Tensor], Tensor]) -> Tensor:
+        """Read something of some rows, wherever they lie; zeros for examples that came later."""
+        none, start = read(self.shards[0], ids[:0]), 0
+        found = none.new_zeros(len(ids), *none.shape[1:])
+        for shard in self.shards:
+            mine = (ids >= start) & (ids < start + len(shard))
+            if mine.all():
+                return read(shard, ids - start)
+            found[mine] = read(shard, ids[mine] - start)
+            start += len(shard)
+        return found
+
+    def _read_range(self, first: int, stop: int, dtype: torch.dtype) -> Tensor:
+        parts, start = [], 0
+        for shard in self.shards:
+            here = slice(max(first - start, 0), min(stop - start, len(shard)))
+            if here.stop > here.start:
+                parts.append(shard.read(here, dtype))
+            start += len(shard)
+        later = max(0, stop - max(first, start))
+        if later or not parts:
+            parts.append(torch.zeros(later, self.shards[0].rows.shape[1], dtype=dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors to store beside the rows."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shards: Iterable[Mapping[str, Tensor]], examples: int
+    ) -> Segment:
+        """Make the segment again from stored tensors."""
+        named = {name: tensors[name] for name in _VECTORS}
+        return cls(tuple(Rows.from_tensors(shard) for shard in shards), examples=examples, **named)
+
+
+@dataclass(frozen=True)
+class SegmentFiles:
+    """Where a segment is kept.
+
+    Attributes:
+        vectors: The file of what is not rows.
+        rows: The files of the rows, in order of the examples.
+        counts: How many rows each of them holds.
+        checkpoint: The file of the checkpoint at its end.
+    """
+
+    vectors: str
+    rows: tuple[str, ...]
+    counts: tuple[int, ...]
+    checkpoint: str
+
+    @classmethod
+    def named(cls, segment: int, counts: Sequence[int], revision: int = 0) -> SegmentFiles:
+        """Name the files of a segment; a revision of the run writes beside what it replaces."""
+        end = f"-{revision}.safetensors" if revision else ".safetensors"
+        return cls(
+            vectors=f"segments/{segment:05d}{end}",
+            rows=tuple(f"rows/{segment:05d}.{shard:03d}{end}" for shard in range(len(counts))),
+            counts=tuple(counts),
+            checkpoint=f"checkpoints/{segment + 1:05d}{end}",
+        )
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> SegmentFiles:
+        """Make them again from plain data."""
+        return cls(described["vectors"], tuple(described["rows"]), tuple(described["counts"]), described["checkpoint"])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all of them."""
+        return (self.vectors, *self.rows, self.checkpoint)
+
+
+@dataclass(frozen=True)
+class SegmentSummary:
+    """The numbers of a segment that fit in the manifest.
+
+    Attributes:
+        last_step: Optimizer steps done when it ended.
+        visits: Examples seen in it, repeats included.
+        learning_rate_sum: The learning rate summed over its steps, for each parameter group.
+        displacement_gap: ‖P(Δθ − decay − optimizer) − Σ_i rows‖ / ‖P Δθ‖.
+        optimizer_share: ‖optimizer‖ / ‖Δθ‖.
+        capture_gap: The largest ‖Σ_i captured − gradient‖ / ‖gradient‖ of its first and every 16th step.
+        rescaled: The smallest and largest factor found between the captured and the applied gradient.
+        bent: The largest share of a step's applied gradient that is no multiple of the captured one.
+        skipped_steps: Steps that were not taken because a gradient was not finite (a loss scaler does that).
+    """
+
+    last_step: int
+    visits: int
+    learning_rate_sum: tuple[float, ...]
+    displacement_gap: float
+    optimizer_share: float
+    capture_gap: float
+    rescaled: tuple[float, float]
+    bent: float
+    skipped_steps: int
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> SegmentSummary:
+        """Make the summary again from plain data."""
+        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in described.items()}
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """All checkpoints and segments of a run.
+
+    Attributes:
+        run_id: A name no other run has.
+        num_examples: How many training examples there are.
+        dtype: Number format of the checkpoints and of the arithmetic.
+        projection: The projection of the rows.
+        fingerprint: What the model must be.
+        inputs: Shape (without the batch, None where it varied) and type of the model's inputs, or an empty mapping.
+        summaries: One for each segment.
+        files: Where each segment is kept.
+        details: Everything else the manifest says, for people.
+        read: Reads the tensors of a file of the run, by name.
+        first: The first example; more than 0 in a part of a run.
+    """
+
+    run_id: str
+    num_examples: int
+    dtype: torch.dtype
+    projection: Projection
+    fingerprint: ModelFingerprint
+    inputs: Mapping[str, Any]
+    summaries: tuple[SegmentSummary, ...]
+    files: tuple[SegmentFiles, ...]
+    details: Mapping[str, Any]
+    read: Callable[[str], Mapping[str, Tensor]]
+    first: int = 0
+
+    def __len__(self) -> int:
+        """Return the number of segments."""
+        return len(self.summaries)
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Optimizer steps done at each checkpoint, ``(segments + 1,)``."""
+        return (0, *(summary.last_step for summary in self.summaries))
+
+    def checkpoint(self, t: int) -> Checkpoint:
+        """Read checkpoint θ_t, 0 ≤ t ≤ T."""
+        return Checkpoint.from_tensors(self.read(self.files[t - 1].checkpoint if t else FIRST_CHECKPOINT))
+
+    def segment(self, t: int) -> Segment:
+        """Read segment t, 0 ≤ t < T."""
+        files = self.files[t]
+        whole = Segment.from_tensors(
+            self.read(files.vectors), map(self.read, files.rows), max(sum(files.counts), self.first + self.num_examples)
+        )
+        if self.first or whole.examples > self.num_examples:
+            return whole.part(slice(self.first, self.first + self.num_examples))
+        return whole
+
+    def part(self, some: slice) -> Trajectory:
+        """Return the run with the rows of some of the examples, which count from 0 again."""
+        return replace(self, first=self.first + some.start, num_examples=some.stop - some.start)
+
+    @property
+    def rows_id(self) -> str:
+        """Name these rows as no others are named: of this run, after these segments, withdrawals and merges."""
+        names = " ".join(name for files in self.files for name in files.rows)
+        return f"{self.run_id} {names} {self.first} {self.num_examples}"
+
+    def projector(self, device: torch.device) -> Projector:
+        """Make the run's projection again, as it was recorded."""
+        self.checkpoint(0)  # θ is as large as the manifest says, and P's tables may be
+        kept = self.read("projection.safetensors")
+        return self.projection.restore(self.fingerprint.blocks, self.dtype, device, kept)
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], read: Callable[[str], Mapping[str, Tensor]]) -> Trajectory:
+        """Make the trajectory from a run's manifest and a function that reads its files."""
+        known = ("run_id", "num_examples", "dtype", "projection", "model", "inputs", "segments", "files")
+        return cls(
+            run_id=manifest["run_id"],
+            num_examples=manifest["num_examples"],
+            dtype={"float32": torch.float32, "float64": torch.float64}[manifest["dtype"]],
+            projection=projection_from_description(manifest["projection"]),
+            fingerprint=ModelFingerprint.from_description(manifest["model"]),
+            inputs=manifest["inputs"],
+            summaries=tuple(SegmentSummary.from_description(s["summary"]) for s in manifest["segments"]),
+            files=tuple(SegmentFiles.from_description(s["files"]) for s in manifest["segments"]),
+            details={name: value for name, value in manifest.items() if name not in known},
+            read=read,
+        )
