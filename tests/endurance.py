@@ -91,7 +91,7 @@ def look(run: Path, last: int = 100) -> int:
     for t in range(max(0, len(trajectory) - last), len(trajectory)):
         segment = trajectory.segment(t)
         moved = trajectory.checkpoint(t + 1).parameters - trajectory.checkpoint(t).parameters
-        explained = projector.project_displacements((moved - segment.decay - segment.optimizer)[None])[0]
+        explained = projector.project_displacements((moved - segment.weight_decay - segment.optimizer)[None])[0]
         rows = segment.read_rows(slice(None), torch.float64).sum(0)
         scale = float(moved.norm())
         assert torch.allclose(rows, segment.row_sum, rtol=0, atol=1e-9 * scale)

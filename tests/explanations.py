@@ -72,7 +72,7 @@ def make_explanation(
             float(outputs[0]),
             float(outputs[-1]),
             float(contributions.sum()),
-            {"decay": float(decay.sum()), "optimizer": float(remainder.sum())},
+            {"weight_decay": float(decay.sum()), "optimizer": float(remainder.sum())},
         ),
         proponents=proponents,
         opponents=opponents,

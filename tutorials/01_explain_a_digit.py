@@ -115,7 +115,7 @@ lines = [ledger.initial, ledger.examples, *ledger.remainders.values(), ledger.ga
 assert np.isclose(sum(lines), ledger.final)
 assert abs(ledger.gap) < 1e-4 * abs(ledger.final - ledger.initial)
 assert np.isclose(explanation.contributions.sum(), ledger.examples, rtol=1e-3)
-assert ledger.remainders["decay"] == 0.0
+assert ledger.remainders["weight_decay"] == 0.0
 plots.plot_ledger(explanation).figure
 
 # %% [markdown]

@@ -118,7 +118,7 @@ else:
 # %% [markdown]
 # A rule is a class with the optimizer's type and one method, which reads the numbers of a step that has just happened:
 #
-#     m ← decay · m + gain · g,        Δθ = −(moment_step · m + gradient_step · g)
+#     m ← momentum · m + gain · g,        Δθ = −(buffer_step · m + gradient_step · g)
 
 
 # %%
@@ -127,9 +127,9 @@ class LayerScaledRule:
 
     def read(self, group, state, first):
         return pk.LinearStep(
-            decay=group["momentum"],
+            momentum=group["momentum"],
             gain=1 / (state["second"].sqrt() + group["eps"]),
-            moment_step=group["lr"],
+            buffer_step=group["lr"],
         )
 
 
@@ -140,7 +140,7 @@ assert right.value < 1e-9
 
 # %% [markdown]
 # Every number here is a scalar, so nothing has to wait: the account is exact, and as cheap as that of SGD. A number may
-# also be a tensor of the parameter's shape, as AdamW's `moment_step` is; then gradients wait.
+# also be a tensor of the parameter's shape, as AdamW's `buffer_step` is; then gradients wait.
 #
 # ## A wrong rule shows
 #
@@ -151,7 +151,7 @@ assert right.value < 1e-9
 class WrongRule(LayerScaledRule):
     def read(self, group, state, first):
         step = super().read(group, state, first)
-        return pk.LinearStep(step.decay, step.gain * (1 - group["momentum"]), step.moment_step)
+        return pk.LinearStep(step.weight_decay, step.gain * (1 - group["momentum"]), step.buffer_step)
 
 
 pk.register_update_rule(WrongRule())
@@ -169,8 +169,8 @@ pk.register_update_rule(LayerScaledRule())
 #
 # ## What a rule can say, and what it cannot
 #
-# - `decay`, `gain`, `moment_step`, `gradient_step`: scalars, or tensors of the parameter's shape.
-# - `coupled_decay`: the multiple of θ that is added to the gradient; `decoupled_decay`: the multiple that is subtracted
+# - `momentum`, `gain`, `buffer_step`, `gradient_step`: scalars, or tensors of the parameter's shape.
+# - `weight_decay`: the multiple of θ that is added to the gradient; `decoupled_weight_decay`: the multiple that is subtracted
 #   from θ itself.
 # - `first` tells whether the parameter had no state before the step, for optimizers that begin differently.
 # - State that depends on the gradient (a second moment) is taken as recorded, after the step.

@@ -29,7 +29,7 @@ class CorrectedCovectors:
     Attributes:
         covectors: What the quadrature gave.
         projected: q'_t, ``(queries, segments, k)``.
-        explained: E_t = f(θ_{t+1}) − f(θ_t) − ⟨φ_t, decay_t + optimizer_t⟩ − buffers_t, in output units,
+        explained: E_t = f(θ_{t+1}) − f(θ_t) − ⟨φ_t, weight_decay_t + optimizer_t⟩ − buffers_t, in output units,
             ``(queries, segments)``.
         uncorrected: ⟨q_t, s_t⟩, what the examples add up to before, in output units, ``(queries, segments)``.
         corrected: ⟨q'_t, s_t⟩, what they add up to after, in output units, ``(queries, segments)``.
@@ -56,7 +56,7 @@ def correct(covectors: Covectors, row_sums: Tensor, withdrawn: Tensor) -> Correc
         The covectors before and after.
     """
     changes = covectors.outputs.diff(dim=1)
-    explained = changes - covectors.decay - covectors.optimizer - covectors.buffers
+    explained = changes - covectors.weight_decay - covectors.optimizer - covectors.buffers
     q = covectors.projected.double()
     s = row_sums.to(q.device)
     uncorrected = torch.einsum("qtk,tk->qt", q, s)

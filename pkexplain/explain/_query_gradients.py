@@ -34,7 +34,7 @@ class Covectors:
     Attributes:
         projected: P φ_t, ``(queries, segments, k)``.
         displacement: ⟨φ_t, Δθ_t⟩ by the quadrature, in output units, ``(queries, segments)``.
-        decay: ⟨φ_t, decay_t⟩, in output units, ``(queries, segments)``.
+        weight_decay: ⟨φ_t, weight_decay_t⟩, in output units, ``(queries, segments)``.
         optimizer: ⟨φ_t, optimizer_t⟩, in output units, ``(queries, segments)``.
         buffers: The same of running statistics: ⟨∫ ∂f/∂b, Δb_t⟩, in output units, ``(queries, segments)``.
         audit: ⟨φ_t, D_i,t⟩ of the audited examples, in output units, ``(queries, segments, audited)``.
@@ -46,7 +46,7 @@ class Covectors:
 
     projected: Tensor
     displacement: Tensor
-    decay: Tensor
+    weight_decay: Tensor
     optimizer: Tensor
     buffers: Tensor
     audit: Tensor
@@ -104,11 +104,11 @@ class OutputField:
         return bool(self._norms)
 
     def _ledger_vectors(self, t: int) -> Tensor:
-        """Stack Δθ_t, decay_t, optimizer_t and the audited displacements, ``(3 + audited, parameters)``."""
+        """Stack Δθ_t, weight_decay_t, optimizer_t and the audited displacements, ``(3 + audited, parameters)``."""
         if t not in self._vectors:
             segment = self._trajectory.segment(t)
             moved = self._checkpoint(t + 1) - self._checkpoint(t)
-            named = torch.stack([moved, segment.decay.to(self.device), segment.optimizer.to(self.device)])
+            named = torch.stack([moved, segment.weight_decay.to(self.device), segment.optimizer.to(self.device)])
             self._vectors[t] = torch.cat([named, segment.audit_rows.to(self.device)])
         return self._vectors[t]
 
@@ -302,7 +302,7 @@ def _gather(field_: OutputField, progress: list[_Progress], outputs: Tensor) -> 
         projected=whole[:, :, named:],
         buffers=products[:, :, 0],
         displacement=products[:, :, 1],
-        decay=products[:, :, 2],
+        weight_decay=products[:, :, 2],
         optimizer=products[:, :, 3],
         audit=products[:, :, 4:],
         outputs=outputs,

@@ -165,7 +165,7 @@ class RunExplainer:
         covectors, every = corrected.covectors, range(len(queries))
         audited = self._audited(corrected)
         budget = self.quadrature.budget * len(self.trajectory)
-        lines = {"decay": covectors.decay, "optimizer": covectors.optimizer}
+        lines = {"weight_decay": covectors.weight_decay, "optimizer": covectors.optimizer}
         lines |= {"buffers": covectors.buffers} if self.field.has_statistics else {}
         lines |= {"withdrawn": corrected.withdrawn} if self._withdrawn.any() else {}
         sums = corrected.corrected - corrected.withdrawn

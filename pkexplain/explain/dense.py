@@ -36,7 +36,7 @@ class ExactAccount:
     Attributes:
         contributions: c_i(x), in output units, ``(queries, num_examples)``.
         kernels: K(x, x_i), ``(queries, num_examples)``; a_i is ``contributions / kernels``.
-        decay: What weight decay did, in output units, ``(queries,)``.
+        weight_decay: What weight decay did, in output units, ``(queries,)``.
         optimizer: What is no example's and no decay's, in output units, ``(queries,)``.
         initial: f_0(x), in output units, ``(queries,)``.
         final: f_T(x), in output units, ``(queries,)``.
@@ -44,7 +44,7 @@ class ExactAccount:
 
     contributions: np.ndarray
     kernels: np.ndarray
-    decay: np.ndarray
+    weight_decay: np.ndarray
     optimizer: np.ndarray
     initial: np.ndarray
     final: np.ndarray
@@ -52,7 +52,7 @@ class ExactAccount:
     @property
     def gap(self) -> np.ndarray:
         """What quadrature and rounding leave: f_T − f_0 − Σ_i c_i − decay − optimizer, in output units."""
-        return self.final - self.initial - self.contributions.sum(1) - self.decay - self.optimizer
+        return self.final - self.initial - self.contributions.sum(1) - self.weight_decay - self.optimizer
 
 
 def path_kernel(
@@ -123,7 +123,7 @@ def path_kernel(
             derivatives = segment.loss_derivatives.double()
             contributions[q] += moved
             kernels[q] -= torch.where(derivatives == 0, 0.0, moved / derivatives)
-            remainders[0, q] += segment.decay.double() @ covector
+            remainders[0, q] += segment.weight_decay.double() @ covector
             remainders[1, q] += segment.optimizer.double() @ covector
     numbers = [contributions, kernels, *remainders, *ends]
     return ExactAccount(*(number.numpy() for number in numbers))

@@ -47,8 +47,8 @@ class Tail:
             if size == 0:
                 self._kept[block] = 0.0
                 continue
-            moment.mul_(numbers[block].decay)
-            true = numbers[block].moment_step * moment
+            moment.mul_(numbers[block].momentum)
+            true = numbers[block].buffer_step * moment
             self._kept[block] = float(true.dot(moving)) / size
             self._moved[block] += self._kept[block]
 
@@ -62,11 +62,11 @@ class Tail:
             self._moving[span] *= self._kept[block]
         self._restart()
 
-    def add(self, block: int, moved: Tensor, kept: Tensor, moment_step: Number) -> float:
+    def add(self, block: int, moved: Tensor, kept: Tensor, buffer_step: Number) -> float:
         """Add a projected batch's sum; return which multiple of what it moved it goes on moving in a step."""
         span = self._spans[block]
         size = float(moved.dot(moved))
-        factor = float((moment_step * kept).dot(moved)) / size if size > 0 else 0.0
+        factor = float((buffer_step * kept).dot(moved)) / size if size > 0 else 0.0
         self._sizes.pop(block, None)
         self._moment[span] += kept
         self._moving[span].add_(moved, alpha=factor)
@@ -78,11 +78,11 @@ class Tail:
         return examples
 
     @property
-    def in_flight(self) -> tuple[Tensor, Tensor]:
+    def state_dict(self) -> tuple[Tensor, Tensor]:
         """What is in the moment between two segments, and what it moves in a step, ``(parameters,)`` each."""
         return self._moment, self._moving
 
-    def resume(self, moment: Tensor, moving: Tensor) -> None:
+    def load_state_dict(self, moment: Tensor, moving: Tensor) -> None:
         """Begin with what was in the moment."""
         copy_exactly(self._moment, moment)
         copy_exactly(self._moving, moving)

@@ -18,7 +18,7 @@ class RateSums:
 
     It is what a gradient of one, the same at every step, would have moved: with SGD and momentum μ, soon
     learning rate / (1 − μ) a step. Where the optimizer multiplies elementwise with A, the rows and covectors of the run
-    see S⁻¹ A S⁻¹ in place of A, with the run's balance S; of that the mean is taken, weighted with the squared
+    see S⁻¹ A S⁻¹ in place of A, with the run's preconditioner S; of that the mean is taken, weighted with the squared
     gradient in the same coordinates:
 
         Σ_p (Σ_s A_p) g_p² / Σ_p S_p² g_p²
@@ -42,7 +42,7 @@ class RateSums:
         """What the unit gradient has left in the moment of each block."""
         return self._moment
 
-    def resume(self, moment: Mapping[int, Any]) -> None:
+    def load_state_dict(self, moment: Mapping[int, Any]) -> None:
         """Begin with what was in the moment.
 
         Raises:
@@ -65,18 +65,18 @@ class RateSums:
         """
         for block, span in self._spans.items():
             n = numbers[block]
-            moment = self._moment[block] = n.decay * self._moment[block] + n.gain
-            moved = self._moved[block] = _add(self._moved[block], n.moment_step, moment)
+            moment = self._moment[block] = n.momentum * self._moment[block] + n.gain
+            moved = self._moved[block] = _add(self._moved[block], n.buffer_step, moment)
             moved = self._moved[block] = _add(moved, n.gradient_step, 1.0)
             if isinstance(moved, Tensor):
                 g = gradient[span]
                 self._energy[block] = _add(self._energy.get(block, 0.0), g, g)
 
-    def close(self, balance: Tensor | None) -> Tensor:
+    def close(self, preconditioner: Tensor | None) -> Tensor:
         """End the segment and start the next.
 
         Args:
-            balance: S of the run's projection, ``(parameters,)``; None for ones.
+            preconditioner: S of the run's projection, ``(parameters,)``; None for ones.
 
         Returns:
             One sum for each block, in float64, ``(blocks,)``.
@@ -86,7 +86,7 @@ class RateSums:
             moved = self._moved[block]
             if isinstance(moved, Tensor):
                 energy = torch.as_tensor(self._energy[block]).double()
-                scale = 1.0 if balance is None else balance[self._spans[block]].double().square()
+                scale = 1.0 if preconditioner is None else preconditioner[self._spans[block]].double().square()
                 size = float((energy * scale).sum())
                 moved = float((energy * moved.double()).sum()) / size if size > 0 else 0.0
             sums.append(moved)

@@ -3,7 +3,7 @@
 How far a gradient moves each coordinate depends on v̂ of later steps too, so a batch's gradients wait, in factors, until
 most of that is known; then they are multiplied elementwise with what the steps did and projected:
 
-    row_i = P S⁻¹ (C_r ⊙ g_i),    C_r = gradient_step_r + gain_r Σ_{s ≥ r} decay_{r+1} ⋯ decay_s moment_step_s
+    row_i = P S⁻¹ (C_r ⊙ g_i),    C_r = gradient_step_r + gain_r Σ_{s ≥ r} momentum_{r+1} ⋯ momentum_s moment_step_s
 
 What a batch leaves in the moment after that is passed on with one factor for each block and step, the one that fits the
 batches' sum best. The misfit is in full space, exact, on the ledger's ``optimizer`` line.
@@ -32,7 +32,7 @@ __all__ = ["Lookahead", "LookaheadBook", "Pending"]
 _ROUNDING = 32
 """Multiples of a number format's ε, of the terms of a sum, up to which the sum is rounding."""
 _DAMPING = 0.1
-"""Part of a block's mean √v̂ that is added to every coordinate's in the balance."""
+"""Part of a block's mean √v̂ that is added to every coordinate's in the preconditioner."""
 
 
 @dataclass(frozen=True)
@@ -160,15 +160,15 @@ class LookaheadBook(Book):
         audit_rows = self._setting.group.all_reduce(self._audit.rows.close()[0])
         return Totals(rows, derivatives, audit_rows, self._tail.close())
 
-    def in_flight(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what is in the moment between two segments, and the gradients that wait on."""
-        return super().in_flight() | {"tail": self._tail.in_flight, "pending": self._pending}
+        return super().state_dict() | {"tail": self._tail.state_dict, "pending": self._pending}
 
-    def resume(self, in_flight: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin with what was in the moment."""
-        super().resume(in_flight)
-        self._tail.resume(*in_flight["tail"])
-        self._pending = list(in_flight["pending"])
+        super().load_state_dict(state)
+        self._tail.load_state_dict(*state["tail"])
+        self._pending = list(state["pending"])
 
     def _settle_visits(self, target: Target) -> None:
         """Add the projected batches to the rows, with what they passed on up to now; the tail was just folded."""
@@ -189,23 +189,23 @@ class LookaheadBook(Book):
         return [batch for pending in self._pending for batch in pending.batches]
 
     def _bind(self) -> Target:
-        """Fix the balance and the projection from the gradients that wait, as the last step would apply them.
+        """Fix the preconditioner and the projection from the gradients that wait, as the last step would apply them.
 
         Not as the steps did apply them: the first divide by a v̂ of one batch, and their few outliers would take the
         directions from everyone else.
         """
         last, like = self._steps[-1], self._setting.like
-        parts = [(n.gradient_step + n.gain * n.moment_step, self._setting.blocks[b].numel) for b, n in last.items()]
+        parts = [(n.gradient_step + n.gain * n.buffer_step, self._setting.blocks[b].numel) for b, n in last.items()]
         operator = torch.cat([_spread(number, numel, like) for number, numel in parts]).abs_()
-        balance = _balance(operator, list(self._setting.spans.values()))
-        ratio = operator / balance
+        preconditioner = _preconditioner(operator, list(self._setting.spans.values()))
+        ratio = operator / preconditioner
         spans = self._setting.spans
         seen = [
             [(b, g.scaled(ratio[spans[b]] * pending.still.get(b, 1.0))) for b, g in batch.pieces]
             for pending in self._pending
             for batch in pending.batches
         ]
-        return self._fix(seen, balance)
+        return self._fix(seen, preconditioner)
 
     def _settled(self) -> int:
         """How many of the oldest steps need not wait any longer; some at a time, as each time costs a look back."""
@@ -223,7 +223,7 @@ class LookaheadBook(Book):
         remains, by_place = 1.0, {}
         for place in range(len(self._steps) - 1, -1, -1):
             by_place[place] = remains
-            remains *= max((_largest(n.decay) for n in self._steps[place].values() if _moves(n)), default=1.0)
+            remains *= max((_largest(n.momentum) for n in self._steps[place].values() if _moves(n)), default=1.0)
         return [by_place.get(pending.place, remains) for pending in self._pending]
 
     def _forget_steps(self) -> None:
@@ -264,7 +264,7 @@ class LookaheadBook(Book):
                 self._tail.examples[block.span] -= by_all
                 passed[i][b], left[i][b] = 0.0, kept
                 if not on[i]:
-                    passed[i][b] = self._tail.add(b, by_all, kept * gradient, self._steps[-1][b].moment_step)
+                    passed[i][b] = self._tail.add(b, by_all, kept * gradient, self._steps[-1][b].buffer_step)
         for i, pending in enumerate(pendings):
             for batch, entry in zip(pending.batches, entries[i], strict=True):
                 derivatives = batch.loss_derivatives(next(iter(pending.scale.values())), self._setting.like)
@@ -313,18 +313,18 @@ def _spread(number: Number, numel: int, like: Tensor) -> Tensor:
     return number if isinstance(number, Tensor) else like.new_full((numel,), number)
 
 
-def _balance(operator: Tensor, spans: Sequence[slice]) -> Tensor:
+def _preconditioner(operator: Tensor, spans: Sequence[slice]) -> Tensor:
     """Choose S near the root of the operator; a coordinate that has hardly had a gradient gets no more than its block.
 
     Args:
         operator: How far each coordinate's gradient moves it, ``(parameters,)``.
         spans: Where the blocks lie.
     """
-    balance = torch.ones_like(operator)
+    preconditioner = torch.ones_like(operator)
     for span in spans:
         inverse = 1 / operator[span]
         usable = torch.isfinite(inverse)
         if usable.any():
             inverse = inverse + _DAMPING * inverse[usable].mean()
-            balance[span] = torch.where(usable, inverse.rsqrt(), inverse[usable].rsqrt().mean())
-    return balance
+            preconditioner[span] = torch.where(usable, inverse.rsqrt(), inverse[usable].rsqrt().mean())
+    return preconditioner

@@ -234,16 +234,16 @@ class Book(ABC):
     def close(self) -> Totals:
         """End the segment and begin the next."""
 
-    def in_flight(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what is in the moment between two segments: tensors, numbers and dataclasses of them."""
         rows = self._target.rows.moment if self._target else None
         return {"rows": rows, "audit": self._audit.rows.moment}
 
-    def resume(self, in_flight: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin with what was in the moment."""
         if self._target is not None:
-            self._target.rows.resume(in_flight["rows"])
-        self._audit.rows.resume(in_flight["audit"])
+            self._target.rows.load_state_dict(state["rows"])
+        self._audit.rows.load_state_dict(state["audit"])
 
     def _warm(self, waiting: Sequence[CapturedBatch]) -> bool:
         """Whether enough gradients wait for the projection to be fixed."""
@@ -251,11 +251,13 @@ class Book(ABC):
         held = self._setting.group.all_reduce_max(sum(batch.nbytes for batch in waiting))
         return examples >= self._setting.projection.warm_up or held >= HELD_BYTES
 
-    def _fix(self, seen: Sequence[Sequence[tuple[int, ExampleGradients]]], balance: Tensor | None = None) -> Target:
+    def _fix(
+        self, seen: Sequence[Sequence[tuple[int, ExampleGradients]]], preconditioner: Tensor | None = None
+    ) -> Target:
         """Fix the projection from the gradients that have been seen."""
         setting, group = self._setting, self._setting.group
         like = setting.like
-        projector = setting.projection.bind(setting.blocks, like.dtype, like.device, seen, balance, group)
+        projector = setting.projection.bind(setting.blocks, like.dtype, like.device, seen, preconditioner, group)
         if group.world_size > 1:  # the same to the last bit
             kept = group.broadcast(projector.tensors())
             projector = setting.projection.restore(setting.blocks, like.dtype, like.device, kept)

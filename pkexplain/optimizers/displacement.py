@@ -2,9 +2,9 @@
 
 For the recursion of `pkexplain.optimizers.rules`, a gradient g of step r moves the parameters, up to step e, by
 
-    −(gradient_step_r + gain_r W_r) g,    W_r = moment_step_r + decay_{r+1} W_{r+1},   W_{e+1} = 0,
+    −(gradient_step_r + gain_r W_r) g,    W_r = moment_step_r + momentum_{r+1} W_{r+1},   W_{e+1} = 0,
 
-and leaves gain_r · decay_{r+1} ⋯ decay_e · g in the moment, which goes on moving them in the next segment.
+and leaves gain_r · momentum_{r+1} ⋯ momentum_e · g in the moment, which goes on moving them in the next segment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pkexplain.optimizers.rules import LinearStep, Number
 
-__all__ = ["MomentAccount", "Reach", "RowAccumulator", "RowSum", "copy_exactly", "look_back"]
+__all__ = ["MomentumAccount", "Reach", "RowAccumulator", "RowSum", "copy_exactly", "look_back"]
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ def look_back(steps: Sequence[LinearStep], wanted: Sequence[int] | None = None) 
         wanted: Places to say it for; None for all. −1, a moment from before the first step, is always the last.
     """
     chosen = None if wanted is None else set(wanted)
-    reach: Number = 0.0  # decay_{r+1} W_{r+1}
-    remains: Number = 1.0  # decay_{r+1} ⋯ decay_e
+    reach: Number = 0.0  # momentum_{r+1} W_{r+1}
+    remains: Number = 1.0  # momentum_{r+1} ⋯ momentum_e
     for place in range(len(steps) - 1, -1, -1):
         step = steps[place]
-        reach = reach + step.moment_step
+        reach = reach + step.buffer_step
         if chosen is None or place in chosen:
             yield Reach(place, step.gradient_step + step.gain * reach, step.gain * remains)
-        reach, remains = reach * step.decay, remains * step.decay
+        reach, remains = reach * step.momentum, remains * step.momentum
     yield Reach(-1, reach, remains)
 
 
@@ -87,7 +87,7 @@ class RowAccumulator:
         """What is still in the moment, between two segments; None for nothing."""
         return self._moment
 
-    def resume(self, moment: RowSum | None) -> None:
+    def load_state_dict(self, moment: RowSum | None) -> None:
         """Begin with what was in the moment."""
         if moment is not None:
             self._moment, count = self._new_sum(), len(moment.rows)  # there may be more examples now
@@ -204,7 +204,7 @@ def _times(weight: Tensor, derivatives: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * derivatives)
 
 
-class MomentAccount:
+class MomentumAccount:
     """What one source of gradients (all examples together, or weight decay) did to the parameters of a segment.
 
     Args:
@@ -227,24 +227,24 @@ class MomentAccount:
         for block in self._used.union(sources):
             n, span = numbers[block], self._spans[block]
             moment, moved = self._moment[span], self._moved[span]
-            moment.mul_(n.decay)
+            moment.mul_(n.momentum)
             if block in sources:
                 _add(moment, n.gain, sources[block])
                 _add(moved, n.gradient_step, sources[block], -1)
-            _add(moved, n.moment_step, moment, -1)
+            _add(moved, n.buffer_step, moment, -1)
         self._used.update(sources)
 
     def shrink(self, numbers: Mapping[int, LinearStep], parameters: Tensor) -> None:
         """Follow one step's decoupled weight decay from the parameters before it, ``(parameters,)``."""
         for block, span in self._spans.items():
-            _add(self._moved[span], numbers[block].decoupled_decay, parameters[span], -1)
+            _add(self._moved[span], numbers[block].decoupled_weight_decay, parameters[span], -1)
 
     @property
     def moment(self) -> Tensor:
         """What is still in the moment, ``(parameters,)``."""
         return self._moment
 
-    def resume(self, moment: Tensor, blocks: Iterable[int]) -> None:
+    def load_state_dict(self, moment: Tensor, blocks: Iterable[int]) -> None:
         """Begin with what was in the moment of some blocks."""
         copy_exactly(self._moment, moment)
         self._used.update(blocks)

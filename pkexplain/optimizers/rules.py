@@ -2,7 +2,7 @@
 
 Every rule here is a linear recursion on a moment m that a gradient g feeds, with the step's numbers taken as recorded:
 
-    m ← decay · m + gain · g,        Δθ = −(moment_step · m + gradient_step · g)
+    m ← momentum · m + gain · g,        Δθ = −(buffer_step · m + gradient_step · g)
 
 A number is a scalar, or one for each coordinate where the optimizer divides by a second moment; that moment is taken as
 it was, so credit through it is not split among examples. A new optimizer is a class with one method that reads these
@@ -45,21 +45,21 @@ class LinearStep:
     """One optimizer step of one parameter, linear in the gradient.
 
     Attributes:
-        decay: What the moment keeps, 0 where there is none.
+        momentum: The momentum coefficient: what the momentum buffer keeps, 0 where there is none.
         gain: How much of the gradient enters the moment.
-        moment_step: How far the moment moves the parameter, in learning-rate units.
+        buffer_step: How far the moment moves the parameter, in learning-rate units.
         gradient_step: How far the gradient itself moves it.
-        coupled_decay: Multiple of θ that is added to the gradient (L2 weight decay).
-        decoupled_decay: Multiple of θ that is subtracted from θ (decoupled weight decay).
+        weight_decay: Multiple of θ that is added to the gradient (L2 weight decay).
+        decoupled_weight_decay: Multiple of θ that is subtracted from θ (decoupled weight decay).
         learning_rate: The learning rate, for the record.
     """
 
-    decay: Number = 0.0
+    momentum: Number = 0.0
     gain: Number = 0.0
-    moment_step: Number = 0.0
+    buffer_step: Number = 0.0
     gradient_step: Number = 0.0
-    coupled_decay: Number = 0.0
-    decoupled_decay: Number = 0.0
+    weight_decay: Number = 0.0
+    decoupled_weight_decay: Number = 0.0
     learning_rate: float = 0.0
 
     @property
@@ -141,8 +141,8 @@ def _decays(group: Mapping[str, Any], decoupled: bool) -> dict[str, float]:
     """Read the weight decay; a maximized gradient is negated before an L2 decay is added to it."""
     rate, decay = float(group["lr"]), float(group["weight_decay"])
     if decoupled:
-        return {"decoupled_decay": rate * decay, "learning_rate": rate}
-    return {"coupled_decay": _signed(group) * decay, "learning_rate": rate}
+        return {"decoupled_weight_decay": rate * decay, "learning_rate": rate}
+    return {"weight_decay": _signed(group) * decay, "learning_rate": rate}
 
 
 class SGD:
@@ -171,8 +171,8 @@ class Adam:
         steps = float(state["step"])
         second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         rate = _signed(group) * float(group["lr"]) / (1 - beta1**steps)
-        moment_step = rate / _root(second, 1 - beta2**steps, group["eps"])
-        return LinearStep(beta1, 1 - beta1, moment_step, 0.0, **_decays(group, self._decoupled(group)))
+        buffer_step = rate / _root(second, 1 - beta2**steps, group["eps"])
+        return LinearStep(beta1, 1 - beta1, buffer_step, 0.0, **_decays(group, self._decoupled(group)))
 
     def _decoupled(self, group: Mapping[str, Any]) -> bool:
         return bool(group.get("decoupled_weight_decay"))
@@ -198,9 +198,9 @@ class NAdam:
         steps, product = float(state["step"]), float(state["mu_product"])
         now, following = (beta1 * (1 - 0.5 * 0.96 ** (s * float(group["momentum_decay"]))) for s in (steps, steps + 1))
         rate = _signed(group) * float(group["lr"]) / _root(state["exp_avg_sq"], 1 - beta2**steps, group["eps"])
-        moment_step, gradient_step = rate * following / (1 - product * following), rate * (1 - now) / (1 - product)
+        buffer_step, gradient_step = rate * following / (1 - product * following), rate * (1 - now) / (1 - product)
         decays = _decays(group, bool(group.get("decoupled_weight_decay")))
-        return LinearStep(beta1, 1 - beta1, moment_step, gradient_step, **decays)
+        return LinearStep(beta1, 1 - beta1, buffer_step, gradient_step, **decays)
 
 
 class RAdam:
@@ -218,11 +218,11 @@ class RAdam:
         second = state["exp_avg_sq"]
         if length > 5:
             rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-            moment_step = rate * (rectified * left) ** 0.5 / _root(second, 1.0, group["eps"])
+            buffer_step = rate * (rectified * left) ** 0.5 / _root(second, 1.0, group["eps"])
         else:
-            moment_step = torch.full_like(second, rate)
+            buffer_step = torch.full_like(second, rate)
         decays = _decays(group, bool(group.get("decoupled_weight_decay")))
-        return LinearStep(beta1, 1 - beta1, moment_step, 0.0, **decays)
+        return LinearStep(beta1, 1 - beta1, buffer_step, 0.0, **decays)
 
 
 class Adamax:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers.base import Book, CapturedBatch, Factors, Setting, Target, Totals, reached
-from pkexplain.optimizers.displacement import MomentAccount, Reach, look_back
+from pkexplain.optimizers.displacement import MomentumAccount, Reach, look_back
 from pkexplain.optimizers.rules import LinearStep
 from pkexplain.projection.maps import Projector
 
@@ -31,7 +31,7 @@ class VisitBook(Book):
     def __init__(self, setting: Setting, projector: Projector | None = None) -> None:
         """Begin the first segment."""
         super().__init__(setting, projector)
-        self._full = MomentAccount(setting.spans, setting.like.new_zeros(setting.size))
+        self._full = MomentumAccount(setting.spans, setting.like.new_zeros(setting.size))
         self._held: list[tuple[int, CapturedBatch, Factors]] = []
         self._visits: list[tuple[int, CapturedBatch, Tensor]] = []
         self._steps: list[Mapping[int, LinearStep]] = []
@@ -69,14 +69,14 @@ class VisitBook(Book):
         audit_rows = self._setting.group.all_reduce(self._audit.rows.close()[0])
         return Totals(rows, derivatives, audit_rows, self._full.close())
 
-    def in_flight(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what is in the moment between two segments."""
-        return super().in_flight() | {"moment": self._full.moment, "blocks": self._full.blocks}
+        return super().state_dict() | {"moment": self._full.moment, "blocks": self._full.blocks}
 
-    def resume(self, in_flight: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin with what was in the moment."""
-        super().resume(in_flight)
-        self._full.resume(in_flight["moment"], in_flight["blocks"])
+        super().load_state_dict(state)
+        self._full.load_state_dict(state["moment"], state["blocks"])
 
     def _enter_held(self, target: Target) -> Tensor:
         """Note the rows of the batches that wait; return their sum as captured, ``(columns,)``."""

@@ -13,7 +13,7 @@ from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers._learning_rates import RateSums
 from pkexplain.optimizers.adaptive import Lookahead, LookaheadBook
 from pkexplain.optimizers.base import Book, CapturedBatch, Setting
-from pkexplain.optimizers.displacement import MomentAccount
+from pkexplain.optimizers.displacement import MomentumAccount
 from pkexplain.optimizers.rules import LinearStep
 from pkexplain.optimizers.scalar import VisitBook
 from pkexplain.projection.maps import Projector
@@ -43,7 +43,7 @@ class SegmentAccountant:
         """Begin a segment."""
         self._setting, self._lookahead, self._projector = setting, lookahead, projector
         self._book: Book | None = None  # which one, the first step tells
-        self._decay = MomentAccount(setting.spans, setting.like.new_zeros(setting.size))
+        self._decay = MomentumAccount(setting.spans, setting.like.new_zeros(setting.size))
         self._rate_sums = RateSums(setting.spans)
         groups: dict[int, slice] = {}
         for block in setting.blocks:
@@ -119,22 +119,22 @@ class SegmentAccountant:
             return LookaheadBook(self._setting, self._lookahead, self._projector)
         return VisitBook(self._setting, self._projector)
 
-    def in_flight(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what the next segments need of those before: what is in the optimizer's moment."""
         return {
-            "decay": (self._decay.moment, self._decay.blocks),
+            "weight_decay": (self._decay.moment, self._decay.blocks),
             "rates": self._rate_sums.moment,
             "elementwise": isinstance(self._book, LookaheadBook),
-            "book": self._book.in_flight() if self._book else None,
+            "book": self._book.state_dict() if self._book else None,
         }
 
-    def resume(self, in_flight: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin with what was in the optimizer's moment."""
-        self._decay.resume(*in_flight["decay"])
-        self._rate_sums.resume(in_flight["rates"])
-        if in_flight["book"] is not None:
-            self._book = self._open(in_flight["elementwise"])
-            self._book.resume(in_flight["book"])
+        self._decay.load_state_dict(*state["weight_decay"])
+        self._rate_sums.load_state_dict(state["rates"])
+        if state["book"] is not None:
+            self._book = self._open(state["elementwise"])
+            self._book.load_state_dict(state["book"])
 
     def skip(self, batches: Sequence[CapturedBatch]) -> None:
         """Count a step that was not taken."""
@@ -157,9 +157,9 @@ class SegmentAccountant:
 
     def _follow_decay(self, numbers: Mapping[int, LinearStep], parameters: Tensor) -> None:
         coupled = {
-            b: n.coupled_decay * parameters[self._setting.blocks[b].span]
+            b: n.weight_decay * parameters[self._setting.blocks[b].span]
             for b, n in numbers.items()
-            if isinstance(n.coupled_decay, Tensor) or n.coupled_decay
+            if isinstance(n.weight_decay, Tensor) or n.weight_decay
         }
         self._decay.step(numbers, coupled)
         self._decay.shrink(numbers, parameters)
@@ -182,12 +182,12 @@ class SegmentAccountant:
         segment = Segment(
             shards=(rows,),
             row_sum=self._setting.group.all_reduce(rows.sum().to(left.device)),
-            decay=decay,
+            weight_decay=decay,
             optimizer=left,
             audit_ids=book.audit_ids,
             audit_rows=totals.audit_rows,
             withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64),
-            rate_sums=self._rate_sums.close(None if book.projector is None else book.projector.balance),
+            rate_sums=self._rate_sums.close(None if book.projector is None else book.projector.preconditioner),
         )
         both = torch.stack([displacement, displacement - decay - left])
         projector = book.projector

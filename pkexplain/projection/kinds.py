@@ -50,7 +50,7 @@ class Projection(ABC):
         dtype: torch.dtype,
         device: Any,
         seen: Sequence[Pieces],
-        balance: Tensor | None = None,
+        preconditioner: Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> Projector:
         """Make the map for a model's blocks.
@@ -60,7 +60,8 @@ class Projection(ABC):
             dtype: Number format of the arithmetic.
             device: Where the arithmetic happens.
             seen: Batches of captured gradients, at least ``warm_up`` examples where there are so many.
-            balance: S, ``(parameters,)``, for a map P of S⁻¹ D and S φ; the gradients seen are balanced already.
+            preconditioner: S, ``(parameters,)``, for a map P of S⁻¹ D and S φ; the gradients seen are
+                preconditioned already.
             group: The processes that saw gradients, each its own; by default this one alone.
         """
 
@@ -95,10 +96,10 @@ class Identity(Projection):
         dtype: torch.dtype,
         device: Any,
         seen: Sequence[Pieces],
-        balance: Tensor | None = None,
+        preconditioner: Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> Projector:
-        """Make the map for a model's blocks; where nothing is lost there is nothing to balance."""
+        """Make the map for a model's blocks; where nothing is lost there is nothing to preconditioner."""
         return Projector(blocks, [IdentityMap(block.span) for block in blocks], dtype, device)
 
     def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
@@ -140,7 +141,7 @@ class SparseSign(Projection):
         dtype: torch.dtype,
         device: Any,
         seen: Sequence[Pieces],
-        balance: Tensor | None = None,
+        preconditioner: Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> Projector:
         """Make the map for a model's blocks; each gets columns in proportion to the root of its size, or all of it."""
@@ -153,7 +154,7 @@ class SparseSign(Projection):
                 IdentityMap(columns) if whole else hashed(columns, block.numel, self.nonzeros, self.seed, position)
             )
             start += width
-        return Projector(blocks, maps, dtype, device, balance)
+        return Projector(blocks, maps, dtype, device, preconditioner)
 
     def _widths(self, blocks: Sequence[Block]) -> list[int]:
         """Share k out, the small blocks first: what they need less than their share is the others'."""
@@ -173,7 +174,7 @@ class SparseSign(Projection):
         self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
     ) -> Projector:
         """Make the same map again."""
-        return self.bind(blocks, dtype, device, (), kept.get("balance"))
+        return self.bind(blocks, dtype, device, (), kept.get("preconditioner"))
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class Kronecker(Projection):
         dtype: torch.dtype,
         device: Any,
         seen: Sequence[Pieces],
-        balance: Tensor | None = None,
+        preconditioner: Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> Projector:
         """Find the principal directions of the gradients seen and make the map."""
@@ -223,8 +224,8 @@ class Kronecker(Projection):
         kept = {}
         for position, (left, right) in bases.items():
             kept[f"{position}.left"], kept[f"{position}.right"] = left, right
-        if balance is not None:
-            kept["balance"] = balance
+        if preconditioner is not None:
+            kept["preconditioner"] = preconditioner
         return self.restore(blocks, dtype, device, kept)
 
     def _loose_widths(self, blocks: Sequence[Block]) -> dict[int, int]:
@@ -255,7 +256,7 @@ class Kronecker(Projection):
                 columns = slice(start, start + len(left) * len(right))
                 maps.append(TwoSidedMap(columns, left, right, len(block.parameters) > 1))
             start = columns.stop
-        return Projector(blocks, maps, dtype, device, kept.get("balance"))
+        return Projector(blocks, maps, dtype, device, kept.get("preconditioner"))
 
 
 def _positive(projection: Projection, **sizes: int) -> None:

@@ -132,7 +132,7 @@ class Projector:
 
     Attributes:
         columns: k, the number of columns of a row.
-        balance: S, ``(parameters,)``; None for the identity.
+        preconditioner: S, ``(parameters,)``; None for the identity.
     """
 
     def __init__(
@@ -141,13 +141,13 @@ class Projector:
         maps: Sequence[Map],
         dtype: torch.dtype,
         device: Any,
-        balance: Tensor | None = None,
+        preconditioner: Tensor | None = None,
     ) -> None:
         """Gather the maps and move their tables."""
         self.blocks, self.dtype, self.device = tuple(blocks), dtype, device
         self.maps = tuple(maps)
         self.columns = max(m.columns.stop for m in maps)
-        self.balance = None if balance is None else balance.to(device=device, dtype=dtype)
+        self.preconditioner = None if preconditioner is None else preconditioner.to(device=device, dtype=dtype)
         for part in maps:
             for name, value in vars(part).items():
                 if isinstance(value, Tensor):
@@ -160,7 +160,7 @@ class Projector:
     def add_displacements(
         self, rows: Tensor, position: int, gradients: ExampleGradients, factors: Tensor | None = None
     ) -> None:
-        """Multiply one block's gradients elementwise, balance and project them, and add them to ``rows``, in place.
+        """Multiply one block's gradients elementwise, precondition and project them, and add them to ``rows``.
 
         Args:
             rows: ``(examples, columns)``.
@@ -168,13 +168,13 @@ class Projector:
             gradients: Its gradients.
             factors: ``(numel,)``; None for ones.
         """
-        if self.balance is not None:
-            balance = self.balance[self.blocks[position].span]
-            factors = balance.reciprocal() if factors is None else factors / balance
+        if self.preconditioner is not None:
+            preconditioner = self.preconditioner[self.blocks[position].span]
+            factors = preconditioner.reciprocal() if factors is None else factors / preconditioner
         self.add(rows, position, gradients if factors is None else gradients.scaled(factors))
 
     def project(self, pieces: Pieces, examples: int) -> Tensor:
-        """Project the captured gradients of a batch, without a balance.
+        """Project the captured gradients of a batch, without a preconditioner.
 
         Args:
             pieces: Block positions with gradients; a block may come several times, its parts are added, or not at all.
@@ -192,24 +192,24 @@ class Projector:
         """Compute P S⁻¹ D of plain vectors ``(n, parameters)``, ``(n, columns)``."""
         rows = vectors.new_zeros(len(vectors), self.columns)
         for block, part in zip(self.blocks, self.maps, strict=True):
-            balanced = vectors[:, block.span]
-            if self.balance is not None:
-                balanced = balanced / self.balance[block.span]
-            rows[:, part.columns] += part.vectors(balanced)
+            preconditioned = vectors[:, block.span]
+            if self.preconditioner is not None:
+                preconditioned = preconditioned / self.preconditioner[block.span]
+            rows[:, part.columns] += part.vectors(preconditioned)
         return rows
 
     def add_covectors(self, rows: Tensor, position: int, gradients: ExampleGradients) -> None:
         """Balance and project one block's output gradients, P S φ, and add them to ``rows``, in place."""
-        if self.balance is not None:
-            gradients = gradients.scaled(self.balance[self.blocks[position].span])
+        if self.preconditioner is not None:
+            gradients = gradients.scaled(self.preconditioner[self.blocks[position].span])
         self.add(rows, position, gradients)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what must be stored because a seed does not give it again: bases of two-sided maps, the balance."""
+        """Return what must be stored because no seed gives it again: bases of two-sided maps, the preconditioner."""
         kept = {}
         for position, part in enumerate(self.maps):
             if isinstance(part, TwoSidedMap):
                 kept[f"{position}.left"], kept[f"{position}.right"] = part.left, part.right
-        if self.balance is not None:
-            kept["balance"] = self.balance
+        if self.preconditioner is not None:
+            kept["preconditioner"] = self.preconditioner
         return {name: value.detach().cpu().contiguous() for name, value in kept.items()}

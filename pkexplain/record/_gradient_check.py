@@ -48,7 +48,7 @@ class GradientSums:
         """The part that the examples gave, ``(parameters,)``; the same vector where it is the whole."""
         return self.captured if self._attributed is None else self._attributed
 
-    def resume(self, apart: bool) -> None:
+    def load_state_dict(self, apart: bool) -> None:
         """Begin as a recorder that has checked the first step already."""
         self._checked = True
         if apart:

@@ -19,7 +19,7 @@ from pkexplain.optimizers.adaptive import Pending
 from pkexplain.optimizers.base import CapturedBatch, Setting
 from pkexplain.optimizers.displacement import RowSum
 from pkexplain.optimizers.segment import SegmentAccountant
-from pkexplain.record._state import thaw
+from pkexplain.record._state import deserialise
 from pkexplain.store.base import Store, damaged
 from pkexplain.store.fingerprint import checksum_tensor
 from pkexplain.store.trajectory import Trajectory
@@ -78,12 +78,12 @@ class Standpoint:
 
     Attributes:
         segments: Finished segments that stay.
-        in_flight: What is in the optimizer's moment there; None where the optimizer starts anew.
+        state: What is in the optimizer's moment there; None where the optimizer starts anew.
         file: The file that says so.
     """
 
     segments: int
-    in_flight: Mapping[str, Any] | None
+    state: Mapping[str, Any] | None
     file: str = ""
 
 
@@ -133,7 +133,7 @@ def find_standpoint(
     device = point.device
     tensors = {key: value.to(device, copy=True) for key, value in store.read(name).items()}
     try:
-        found = thaw(tensors, [RowSum, Pending, CapturedBatch, *_kinds(ExampleGradients)])
+        found = deserialise(tensors, [RowSum, Pending, CapturedBatch, *_kinds(ExampleGradients)])
     except ValueError as error:
         raise _no_state(store, name, error) from error
     return Standpoint(fitting, found, name)
@@ -192,15 +192,15 @@ def take_up(store: Store, standpoint: Standpoint, setting: Setting, accountant: 
         RunDamagedError: What was in flight does not fit the run.
     """
     try:
-        in_flight = dict(standpoint.in_flight or {})
-        accounts = in_flight["accounts"]
+        state = dict(standpoint.state or {})
+        accounts = state["accounts"]
         book = accounts["book"] or {}
-        if {*accounts["decay"][1], *book.get("blocks", ())} - setting.spans.keys():
+        if {*accounts["weight_decay"][1], *book.get("blocks", ())} - setting.spans.keys():
             raise ValueError("blocks that the model does not have")
         for pending in book.get("pending", ()):
             _check_pending(pending, setting)
-        accountant.resume(accounts)
-        return bool(in_flight["attributed"])
+        accountant.load_state_dict(accounts)
+        return bool(state["attributed"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise _no_state(store, standpoint.file, error) from error
 

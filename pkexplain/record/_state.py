@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["freeze", "thaw"]
+__all__ = ["deserialise", "serialise"]
 
 _PLAN = "plan"
 
 
-def freeze(value: Any) -> dict[str, Tensor]:
+def serialise(value: Any) -> dict[str, Tensor]:
     """Take an object of tensors, numbers, strings, lists, tuples, mappings and dataclasses apart.
 
     Args:
@@ -28,8 +28,8 @@ def freeze(value: Any) -> dict[str, Tensor]:
         Tensors by name; the one named ``"plan"`` holds the rest, as JSON in bytes.
 
     Example:
-        >>> found = freeze({"moment": torch.ones(2), "blocks": [0, 3]})
-        >>> thaw(found, ())
+        >>> found = serialise({"moment": torch.ones(2), "blocks": [0, 3]})
+        >>> deserialise(found, ())
         {'moment': tensor([1., 1.]), 'blocks': [0, 3]}
     """
     tensors: dict[str, Tensor] = {}
@@ -37,11 +37,11 @@ def freeze(value: Any) -> dict[str, Tensor]:
     return {**tensors, _PLAN: torch.frombuffer(bytearray(plan.encode()), dtype=torch.uint8)}
 
 
-def thaw(tensors: Mapping[str, Tensor], kinds: Iterable[type]) -> Any:
+def deserialise(tensors: Mapping[str, Tensor], kinds: Iterable[type]) -> Any:
     """Make an object again.
 
     Args:
-        tensors: What `freeze` returned.
+        tensors: What `serialise` returned.
         kinds: The dataclasses that may be in it.
 
     Raises:

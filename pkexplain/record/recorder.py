@@ -36,7 +36,7 @@ from pkexplain.record._gradient_check import ROUNDING, GradientSums
 from pkexplain.record._observers import InputShapes, LossDerivatives
 from pkexplain.record._optimizer_steps import StepReader
 from pkexplain.record._resume import checksum_optimizer, find_standpoint, recorded_arguments, take_up
-from pkexplain.record._state import freeze
+from pkexplain.record._state import serialise
 from pkexplain.record._warnings import SegmentWarnings
 from pkexplain.store.base import Store
 from pkexplain.store.directory import DirectoryStore, open_store
@@ -201,8 +201,8 @@ class Recorder:
         self._sums = GradientSums(setting, self._parameters)
         self._inputs.seen.update(trajectory.inputs)
         self._gone = manifest.get("withdrawn", [])
-        if standpoint.in_flight is not None:
-            self._sums.resume(take_up(self._store, standpoint, setting, self._accountant))
+        if standpoint.state is not None:
+            self._sums.load_state_dict(take_up(self._store, standpoint, setting, self._accountant))
         self._writer.resume(manifest, {"ended": self._ended}, standpoint.segments)  # last: a refusal drops nothing
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -233,9 +233,9 @@ class Recorder:
         self._end_segment()
         if not len(self._writer):
             return
-        in_flight = {"attributed": self._sums.apart, "accounts": self._accountant.in_flight()}
+        state = {"attributed": self._sums.apart, "accounts": self._accountant.state_dict()}
         optimizer = checksum_optimizer(self._optimizer, self._parameters)
-        self._writer.state(freeze(in_flight), optimizer or "")
+        self._writer.state(serialise(state), optimizer or "")
 
     @contextmanager
     def step(self, ids: Sequence[int] | Tensor, *, accumulate: bool = False) -> Iterator[None]:

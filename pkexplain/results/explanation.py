@@ -45,8 +45,8 @@ class Ledger:
         initial: f_0(x), the output before the first recorded step, in output units.
         final: f_T(x), the output after the last recorded step, in output units.
         examples: Σ_i c_i(x) over all training examples, in output units.
-        remainders: What moved the output and is no example's, by name, in output units: ``"decay"``, ``"optimizer"``
-            and, where the model holds BatchNorms, ``"buffers"`` (their running statistics).
+        remainders: What moved the output and is no example's, by name, in output units: ``"weight_decay"``,
+            ``"optimizer"`` and, where the model holds BatchNorms, ``"buffers"`` (their running statistics).
     """
 
     initial: float

@@ -107,7 +107,7 @@ class Layout:
     def _check_vectors(self, tensors: Mapping[str, Tensor]) -> None:
         audited = _length(tensors.get("audit_ids"))
         vector, row = ((self.parameters,), (self.trajectory.dtype,)), ((self.columns,), (torch.float64,))
-        wanted: dict[str, Format] = {"row_sum": row, "withdrawn": row, "decay": vector, "optimizer": vector}
+        wanted: dict[str, Format] = {"row_sum": row, "withdrawn": row, "weight_decay": vector, "optimizer": vector}
         wanted["rate_sums"] = ((len(self.trajectory.fingerprint.blocks),), (torch.float64,))
         wanted["audit_ids"] = ((min(audited, _MOST_AUDITED),), (torch.int64,))
         wanted["audit_rows"] = ((audited, self.parameters), (self.trajectory.dtype,))
@@ -134,8 +134,10 @@ class Layout:
             shape: tuple[int, ...] = (self.parameters,)
             if name in sizes:
                 shape = max(1, min(_length(tensor), sizes[name])), sizes[name]
-            elif name != "balance":
-                raise MisfitError("it holds a tensor that the projection has no use for", name, [*sizes, "balance"][:8])
+            elif name != "preconditioner":
+                raise MisfitError(
+                    "it holds a tensor that the projection has no use for", name, [*sizes, "preconditioner"][:8]
+                )
             _check_tensors(tensors, {name: (shape, (self.trajectory.dtype,))})
         try:
             found = self.trajectory.projection.columns(blocks, tensors)

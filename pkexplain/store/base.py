@@ -16,7 +16,7 @@ from pkexplain.store.trajectory import Trajectory
 
 __all__ = ["FORMAT_VERSION", "Store", "busy", "damaged", "exists", "not_found"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 class Store(ABC):

@@ -23,7 +23,7 @@ __all__ = [
     "Trajectory",
 ]
 
-_VECTORS = ("row_sum", "decay", "optimizer", "audit_ids", "audit_rows", "withdrawn", "rate_sums")
+_VECTORS = ("row_sum", "weight_decay", "optimizer", "audit_ids", "audit_rows", "withdrawn", "rate_sums")
 FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
 
 
@@ -52,12 +52,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Segment:
-    """The optimizer steps between two checkpoints: Δθ_t = Σ_i D_i,t + decay_t + optimizer_t.
+    """The optimizer steps between two checkpoints: Δθ_t = Σ_i D_i,t + weight_decay_t + optimizer_t.
 
     Attributes:
         shards: The rows, in parts of consecutive examples.
         row_sum: Σ_i of the rows as stored, in float64, ``(k,)``; rows that were withdrawn since are in it.
-        decay: What weight decay did, ``(parameters,)``.
+        weight_decay: What weight decay did, ``(parameters,)``.
         optimizer: What is left of Δθ_t, ``(parameters,)``.
         audit_ids: Examples whose displacements were kept without projection, ``(audited,)``.
         audit_rows: Their displacements D_i,t, ``(audited, parameters)``.
@@ -69,7 +69,7 @@ class Segment:
 
     shards: tuple[Rows, ...]
     row_sum: Tensor
-    decay: Tensor
+    weight_decay: Tensor
     optimizer: Tensor
     audit_ids: Tensor
     audit_rows: Tensor

@@ -38,7 +38,7 @@ OPTIMIZERS = {
 }
 HABITS = {
     "plain": {},
-    "decay": {"weight_decay": 0.01},
+    "weight_decay": {"weight_decay": 0.01},
     "clipping": {"clip_norm": 0.5},
     "schedule": {"halved": True},
     "all": {"weight_decay": 0.01, "clip_norm": 0.5, "halved": True},
@@ -129,7 +129,7 @@ def test_kernels_weights_and_named_lines_are_the_oracles(options):
     decay = torch.einsum("tqp,tp->q", phi, oracle.decay(truth))
     explainer = pk.Explainer(store, model, tolerance=1e-8, quadrature=fine())
     for q, explanation in enumerate(explainer.explain(queries, output=pk.Logit(0), k=5)):
-        assert explanation.ledger.remainders["decay"] == pytest.approx(float(decay[q]), rel=1e-6, abs=1e-12)
+        assert explanation.ledger.remainders["weight_decay"] == pytest.approx(float(decay[q]), rel=1e-6, abs=1e-12)
         assert explanation.ledger.remainders["optimizer"] == pytest.approx(0, abs=1e-9)
         for c in (*explanation.proponents, *explanation.opponents):
             assert c.kernel == pytest.approx(float(kernel[q, c.id]), rel=1e-5)

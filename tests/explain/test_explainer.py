@@ -120,7 +120,7 @@ def test_contributions_add_up_to_the_change_of_the_output(which, request):
         ledger = explanation.ledger
         change = explanation.final - explanation.initial
         named = sum(ledger.remainders.values())
-        assert set(ledger.remainders) == {"decay", "optimizer"}
+        assert set(ledger.remainders) == {"weight_decay", "optimizer"}
         assert abs(explanation.contributions.sum() + named - change) < 1e-4 * abs(change)
         assert explanation.contributions.sum() == pytest.approx(explanation.total, rel=1e-4)
         assert sum(explanation.segment_sums) == pytest.approx(explanation.total, rel=1e-9)
@@ -204,7 +204,7 @@ def test_the_exact_path_kernel_agrees(identity_run):
         assert np.abs(explanation.contributions - account.contributions[q]).max() < 0.02 * scale
         assert explanation.initial == pytest.approx(account.initial[q], rel=1e-5)
         assert explanation.final == pytest.approx(account.final[q], rel=1e-5)
-        assert explanation.ledger.remainders["decay"] == pytest.approx(account.decay[q], rel=2e-2)
+        assert explanation.ledger.remainders["weight_decay"] == pytest.approx(account.weight_decay[q], rel=2e-2)
         kernel = np.abs(account.kernels[q]).max()
         for shown in (*explanation.proponents, *explanation.opponents):
             assert shown.kernel == pytest.approx(account.kernels[q, shown.id], abs=0.02 * kernel)

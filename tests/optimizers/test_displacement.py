@@ -15,7 +15,7 @@ COLUMNS = {0: slice(0, 3), 1: slice(3, 4)}
 WIDTH = 4
 
 numbers = st.integers(-15, 15).map(lambda tenths: tenths / 10)
-linear_steps = st.builds(LinearStep, decay=numbers, gain=numbers, moment_step=numbers, gradient_step=numbers)
+linear_steps = st.builds(LinearStep, momentum=numbers, gain=numbers, buffer_step=numbers, gradient_step=numbers)
 plain_steps = numbers.map(lambda gradient_step: LinearStep(0.0, 0.0, 0.0, gradient_step))
 steps = st.fixed_dictionaries({0: linear_steps | plain_steps, 1: linear_steps | plain_steps})
 batch = st.lists(st.integers(0, EXAMPLES - 1), unique=True, min_size=1)
@@ -96,8 +96,8 @@ def simulate(run):
                     fed[i] += row
             for group, columns in COLUMNS.items():
                 n = taken[group]
-                moment[:, columns] = n.decay * moment[:, columns] + n.gain * fed[:, columns]
-                moved[:, columns] -= n.moment_step * moment[:, columns] + n.gradient_step * fed[:, columns]
+                moment[:, columns] = n.momentum * moment[:, columns] + n.gain * fed[:, columns]
+                moved[:, columns] -= n.buffer_step * moment[:, columns] + n.gradient_step * fed[:, columns]
         found.append(moved)
     return found
 
@@ -137,8 +137,8 @@ def test_a_loss_derivative_that_is_always_the_same_is_that_of_every_row_that_mov
         torch.testing.assert_close(moved, torch.full_like(moved, -0.5))
 
 
-def step(decay=0.0, gain=0.0, moment_step=0.0, gradient_step=0.0):
-    return {group: LinearStep(decay, gain, moment_step, gradient_step) for group in COLUMNS}
+def step(momentum=0.0, gain=0.0, buffer_step=0.0, gradient_step=0.0):
+    return {group: LinearStep(momentum, gain, buffer_step, gradient_step) for group in COLUMNS}
 
 
 def one(rows, place, i, value, derivative=-1.0):
@@ -147,7 +147,7 @@ def one(rows, place, i, value, derivative=-1.0):
 
 
 def test_a_momentum_tail_belongs_to_the_next_segments():
-    rows, momentum = accumulator(), step(decay=0.5, gain=1.0, moment_step=0.1)
+    rows, momentum = accumulator(), step(momentum=0.5, gain=1.0, buffer_step=0.1)
     one(rows, 0, 2, 8.0)
     sizes = [rows.close([momentum])[0][2, 0].item() for _ in range(4)]
     assert sizes == pytest.approx([-0.8, -0.4, -0.2, -0.1])

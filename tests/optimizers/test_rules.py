@@ -9,7 +9,7 @@ import torch
 
 from pkexplain.errors import UnsupportedOptimizerError
 from pkexplain.optimizers import rules as update_rules
-from pkexplain.optimizers.displacement import MomentAccount
+from pkexplain.optimizers.displacement import MomentumAccount
 from pkexplain.optimizers.rules import SGD, LinearStep, register_update_rule, rule_for
 
 SIZE = 7
@@ -26,8 +26,8 @@ STARTED = {"momentum_buffer": torch.zeros(1)}
         ({"momentum": 0.9, "dampening": 0.25}, {"momentum_buffer": None}, LinearStep(0.9, 1, 0.1, 0)),
         ({"momentum": 0.9, "dampening": 0.25}, STARTED, LinearStep(0.9, 0.75, 0.1, 0)),
         ({"momentum": 0.5, "nesterov": True}, STARTED, LinearStep(0.5, 1, 0.05, 0.1)),
-        ({"weight_decay": 0.01}, {}, LinearStep(0, 0, 0, 0.1, coupled_decay=0.01)),
-        ({"weight_decay": 0.01, "maximize": True}, {}, LinearStep(0, 0, 0, -0.1, coupled_decay=-0.01)),
+        ({"weight_decay": 0.01}, {}, LinearStep(0, 0, 0, 0.1, weight_decay=0.01)),
+        ({"weight_decay": 0.01, "maximize": True}, {}, LinearStep(0, 0, 0, -0.1, weight_decay=-0.01)),
         ({"momentum": 0.0}, STARTED, LinearStep(1, 0, 0, 0.1)),
         ({"lr": torch.tensor(0.5, dtype=torch.float64)}, {}, LinearStep(0, 0, 0, 0.5)),
     ],
@@ -46,7 +46,7 @@ def follow(options, steps=12, changes=lambda step, group: None, close_every=5, k
     parameter = torch.nn.Parameter(torch.randn(SIZE, generator=generator, dtype=torch.float64))
     optimizer = kind([parameter], **{"lr": 0.1, **options})
     rule, like = rule_for(optimizer), torch.zeros(SIZE, dtype=torch.float64)
-    of_examples, of_decay = (MomentAccount({0: slice(0, SIZE)}, like) for _ in range(2))
+    of_examples, of_decay = (MomentumAccount({0: slice(0, SIZE)}, like) for _ in range(2))
     start, segments = parameter.detach().clone(), []
     for step in range(1, steps + 1):
         changes(step, optimizer.param_groups[0])
@@ -56,7 +56,7 @@ def follow(options, steps=12, changes=lambda step, group: None, close_every=5, k
         optimizer.step()
         numbers = {0: rule.read(optimizer.param_groups[0], optimizer.state.get(parameter, {}), first)}
         of_examples.step(numbers, {0: parameter.grad})
-        of_decay.step(numbers, {0: numbers[0].coupled_decay * before} if numbers[0].coupled_decay else {})
+        of_decay.step(numbers, {0: numbers[0].weight_decay * before} if numbers[0].weight_decay else {})
         of_decay.shrink(numbers, before)
         if step % close_every == 0 or step == steps:
             segments.append((parameter.detach() - start, of_examples.close(), of_decay.close()))
@@ -115,8 +115,8 @@ def test_decay_that_starts_and_stops():
 
 
 def test_decoupled_decay_shrinks_the_parameters_alone():
-    account = MomentAccount({0: slice(0, 2)}, torch.zeros(2, dtype=torch.float64))
-    step = {0: LinearStep(0.5, 1.0, 0.1, 0.0, decoupled_decay=0.01)}
+    account = MomentumAccount({0: slice(0, 2)}, torch.zeros(2, dtype=torch.float64))
+    step = {0: LinearStep(0.5, 1.0, 0.1, 0.0, decoupled_weight_decay=0.01)}
     account.step(step, {})
     account.shrink(step, torch.tensor([10.0, -10.0]).double())
     torch.testing.assert_close(account.close(), torch.tensor([-0.1, 0.1]).double())
@@ -198,7 +198,7 @@ def test_steps_of_neighbours_are_joined():
     assert LinearStep.joined([same, same], [2, 1], like) == same
     other = LinearStep(0.9, torch.tensor([[5.0], [6.0]]), 0.1, 0.0)
     joined = LinearStep.joined([LinearStep.skipped(), other], [1, 2], like)
-    assert joined.decay.tolist() == [1.0, 0.9, 0.9]
+    assert joined.momentum.tolist() == [1.0, 0.9, 0.9]
     assert joined.gain.tolist() == [0.0, 5.0, 6.0]
     assert joined.gradient_step == 0.0
     assert joined.elementwise

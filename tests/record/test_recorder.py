@@ -535,7 +535,7 @@ def test_what_belongs_to_no_example_is_on_the_optimizer_line_and_fails_its_check
                     loop.model[2].weight += 0.01
     (segment,), trajectory = account(loop)
     moved = trajectory.checkpoint(1).parameters - trajectory.checkpoint(0).parameters
-    whole = segment.read_rows(ALL, torch.float64).sum(0) + segment.decay + segment.optimizer
+    whole = segment.read_rows(ALL, torch.float64).sum(0) + segment.weight_decay + segment.optimizer
     torch.testing.assert_close(whole, moved)
     assert trajectory.summaries[0].optimizer_share > 0.01
     explanation = loop.explain()
@@ -752,7 +752,7 @@ def test_a_penalty_in_the_loss_goes_to_the_optimizer_line(strength):
         assert gaps["capture gap"] < 1e-9  # what is missing is on its line
         assert not [w for w in caught if "captured gradients missed" in str(w.message)]
     (with_penalty, these), (with_decay, those) = lines
-    assert with_penalty["optimizer"] == pytest.approx(with_decay["decay"], rel=1e-6)
+    assert with_penalty["optimizer"] == pytest.approx(with_decay["weight_decay"], rel=1e-6)
     assert abs(with_penalty["optimizer"]) > 1e-6
     np.testing.assert_allclose(these, those, rtol=1e-6, atol=1e-12)
 

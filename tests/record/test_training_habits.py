@@ -173,7 +173,7 @@ def test_a_balanced_projection_with_room_for_everything_is_exact():
         for run in (roomy, exact)
     )
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=1e-9)
-    assert "balance" in roomy.store.read("projection.safetensors")
+    assert "preconditioner" in roomy.store.read("projection.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------------ low precision

@@ -20,7 +20,7 @@ def explanation():
 
 
 def test_a_ledger_adds_up():
-    ledger = pk.Ledger(initial=1.0, final=4.0, examples=2.5, remainders={"decay": -0.25, "optimizer": 0.5})
+    ledger = pk.Ledger(initial=1.0, final=4.0, examples=2.5, remainders={"weight_decay": -0.25, "optimizer": 0.5})
     assert ledger.gap == 0.25
 
 
@@ -107,6 +107,6 @@ def test_results_are_frozen(explanation):
 
 def test_an_explanation_prints_as_a_table(explanation):
     text = str(explanation)
-    for part in ("logit[3]", "decay", "optimizer", "quadrature gap", f"{explanation.proponents[0].id}"):
+    for part in ("logit[3]", "weight_decay", "optimizer", "quadrature gap", f"{explanation.proponents[0].id}"):
         assert part in text
     assert "scan" not in repr(explanation)

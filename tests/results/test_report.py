@@ -88,7 +88,7 @@ def test_steps_lead_from_initial_to_final_without_a_jump() -> None:
     rest = by_name["All other examples (192)"]
     shown = sum(c.contribution for c in (*explanation.proponents, *explanation.opponents))
     assert shown + rest == pytest.approx(explanation.total)
-    assert by_name["Weight decay"] == pytest.approx(explanation.ledger.remainders["decay"])
+    assert by_name["Weight decay"] == pytest.approx(explanation.ledger.remainders["weight_decay"])
     assert by_name["Completeness gap"] == pytest.approx(1e-6, abs=1e-9)
 
 

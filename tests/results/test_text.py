@@ -24,7 +24,7 @@ def numbers(text: str, line: str) -> list[float]:
 def test_ledger_lines_as_printed_add_up() -> None:
     text = str(make_explanation(num_examples=1234))
     assert "examples (1,234)" in text
-    parts = [numbers(text, name)[-1] for name in ("initial", "examples", "decay", "optimizer", "gap")]
+    parts = [numbers(text, name)[-1] for name in ("initial", "examples", "weight_decay", "optimizer", "gap")]
     assert sum(parts) == pytest.approx(numbers(text, "final")[-1], abs=3e-3)
     assert numbers(text, "gap") == [pytest.approx(1e-6, rel=0.06)]
 

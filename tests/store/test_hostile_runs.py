@@ -273,12 +273,13 @@ TENSORS = [
     (ROWS, lambda t: {**t, "self": t["scale"].clone()}),
     *((SEGMENT, put("row_sum", f)) for f in (lambda s: s[:-1], lambda s: s.float(), poke(nan), lambda s: s[0])),
     *((SEGMENT, put("withdrawn", f)) for f in (lambda s: s[:-1], poke(inf))),
-    *((SEGMENT, put("decay", f)) for f in (lambda d: d[:-1], lambda d: d[:1], lambda d: d.float(), poke(nan))),
+    *((SEGMENT, put("weight_decay", f)) for f in (lambda d: d[:-1], lambda d: d[:1], lambda d: d.float(), poke(nan))),
     *((SEGMENT, put("optimizer", f)) for f in (lambda d: d[None], lambda d: d[:0], poke(-inf))),
     *((SEGMENT, put("audit_ids", f)) for f in (poke(-1), poke(EXAMPLES), poke(2**62), lambda a: a.double(),
                                                lambda a: a[:-1], lambda a: a[0], lambda a: torch.zeros_like(a))),
     *((SEGMENT, put("audit_rows", f)) for f in (lambda a: a[:-1], lambda a: a[:, 1:], poke(nan), lambda a: a.half())),
-    *((SEGMENT, without(name)) for name in ("row_sum", "withdrawn", "decay", "optimizer", "audit_ids", "audit_rows")),
+    *((SEGMENT, without(name)) for name in ("row_sum", "withdrawn", "weight_decay", "optimizer", "audit_ids",
+                                            "audit_rows")),
     *((CHECKPOINT, put("parameters", f)) for f in (lambda p: p[:-1], lambda p: p.float(), lambda p: p[None], poke(nan),
                                                    poke(inf), lambda p: p[0])),
     (CHECKPOINT, without("parameters")),
@@ -290,7 +291,7 @@ TENSORS = [
     (PROJECTION, without("1.right")),
     (PROJECTION, lambda t: {**t, "9.left": t["0.left"].clone()}),
     (PROJECTION, lambda t: {**t, "-1.left": t["0.left"].clone()}),
-    (PROJECTION, lambda t: {**t, "balance": torch.ones(3, dtype=torch.float64)}),
+    (PROJECTION, lambda t: {**t, "preconditioner": torch.ones(3, dtype=torch.float64)}),
     (PROJECTION, lambda t: {**t, "code": torch.ones(3)}),
 ]  # fmt: skip
 
@@ -410,14 +411,16 @@ PLANS = {
     "no accounts": {"mapping": [["attributed", True]]},
     "accounts that are a list": {"mapping": [["attributed", True], ["accounts", {"list": [1]}]]},
     "empty accounts": accounts(),
-    "blocks that are none": accounts(decay={"list": [{"tensor": "0"}, {"list": [77]}]}, elementwise=False, book=None),
-    "a moment of one number": accounts(
-        decay={"list": [{"tensor": "plan"}, {"list": []}]}, elementwise=False, book=None
+    "blocks that are none": accounts(
+        weight_decay={"list": [{"tensor": "0"}, {"list": [77]}]}, elementwise=False, book=None
     ),
-    "a moment that is none": accounts(decay={"list": [3, {"list": []}]}, elementwise=False, book=None),
-    "a book of words": accounts(decay={"list": [{"tensor": "0"}, {"list": []}]}, elementwise=False, book="book"),
+    "a moment of one number": accounts(
+        weight_decay={"list": [{"tensor": "plan"}, {"list": []}]}, elementwise=False, book=None
+    ),
+    "a moment that is none": accounts(weight_decay={"list": [3, {"list": []}]}, elementwise=False, book=None),
+    "a book of words": accounts(weight_decay={"list": [{"tensor": "0"}, {"list": []}]}, elementwise=False, book="book"),
     "a book of nothing": accounts(
-        decay={"list": [{"tensor": "0"}, {"list": []}]}, elementwise=True, book={"mapping": [["rows", 1]]}
+        weight_decay={"list": [{"tensor": "0"}, {"list": []}]}, elementwise=True, book={"mapping": [["rows", 1]]}
     ),
 }
 

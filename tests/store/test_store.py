@@ -15,6 +15,7 @@ import torch
 import pkexplain as pk
 from pkexplain.errors import RunDamagedError, RunError, RunExistsError, RunNotFoundError
 from pkexplain.files import checksum_file
+from pkexplain.store.base import FORMAT_VERSION
 from pkexplain.store.directory import DirectoryStore, open_store
 from pkexplain.store.memory import MemoryStore
 from tests.conftest import Run, digits, mlp
@@ -77,7 +78,7 @@ def test_a_manifest_comes_back(store):
     found = reopened(store).manifest()
     assert {name: found[name] for name in MANIFEST} == MANIFEST
     assert found["more"] == 1
-    assert found["format_version"] == 4
+    assert found["format_version"] == FORMAT_VERSION
     assert set(found["files"]) == {"projection.safetensors"}
 
 
@@ -337,7 +338,7 @@ def test_a_missing_manifest_is_no_run(damaged):
 def test_a_manifest_of_another_format_is_refused(damaged):
     path, run = damaged
     reseal(path, lambda manifest: manifest.update(format_version=1))
-    refused(path, run, "manifest.json", "its format is not known here", "Got 1; expected 4 ")
+    refused(path, run, "manifest.json", "its format is not known here", f"Got 1; expected {FORMAT_VERSION} ")
 
 
 @pytest.mark.parametrize(

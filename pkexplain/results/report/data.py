@@ -19,7 +19,7 @@ from pkexplain.results.report.items import Item, TrainingSet, read_item
 
 __all__ = ["Balance", "Example", "Section", "Step", "build_section"]
 
-_LINE_NAMES = {"decay": "Weight decay", "optimizer": "Optimizer remainder", "buffers": "Running statistics"}
+_LINE_NAMES = {"weight_decay": "Weight decay", "optimizer": "Optimizer remainder", "buffers": "Running statistics"}
 
 
 @dataclass(frozen=True)
