@@ -89,7 +89,7 @@ def make_explanation(
         segment_sums=tuple(map(float, rows.sum(0))),
         checkpoint_outputs=tuple(map(float, outputs)),
         query=rng.uniform(-1.0, 2.0, (1, 8, 8)) if query is None else query,
-        scan=lambda: contributions,
+        all_contributions=contributions,
     )
 
 

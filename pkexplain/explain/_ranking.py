@@ -1,29 +1,34 @@
-"""From covectors to contributions: candidates of the index, ranked by the stored rows, over one process or several.
+"""From covectors to contributions: the strongest at both ends, a bound for the rest, over one process or several.
 
-What the search has left out is bounded: no row contributes more than Σ_t ‖q'_t‖ ‖row_t‖, by Cauchy and Schwarz.
+Exact search scans all rows once, which gives every contribution. A compressed index only proposes rows; they are ranked
+by their stored values, and the others are bounded: none contributes more than Σ_t ‖q'_t‖ ‖row_t‖ (Cauchy and Schwarz).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pkexplain.distributed import ProcessGroup
+from pkexplain.index.exact import ExactSearch, RunRows
 from pkexplain.index.row_index import RowIndex
 from pkexplain.results.explanation import Contribution, Remainder
 from pkexplain.store.trajectory import Trajectory
 
-__all__ = ["Ranked", "Ranking", "Scan"]
+__all__ = ["DeferredContributions", "Ranked", "Ranking", "mean_scan", "rank"]
 
-_ROWS_AT_ONCE = 4096
 _BOUNDS_AT_ONCE = 1 << 16
 _ROUNDING = 1 + 1e-5
 """What the bound is multiplied with, for the float32 numbers it is made of."""
+
+_Best = tuple[list[Contribution], float]
+"""The strongest contributions that one process found for one query, and a bound on the size of its others."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,17 @@ class Ranked:
         proponents: The largest, largest first.
         opponents: The most negative, most negative first.
         remainder: What is known of all others.
+        contributions: All of them, ``(num_examples,)``, or what computes them when they are first asked for.
     """
 
     proponents: tuple[Contribution, ...]
     opponents: tuple[Contribution, ...]
     remainder: Remainder
+    contributions: np.ndarray | DeferredContributions
 
 
 class Ranking:
-    """The rows of a run, or the part of them that this process searches.
+    """The rows of a run, or the share of them that this process searches.
 
     Args:
         trajectory: The run.
@@ -56,12 +63,13 @@ class Ranking:
         self, trajectory: Trajectory, factory: str, directory: Path | None, device: torch.device, group: ProcessGroup
     ) -> None:
         """Open the segments; nothing is built yet."""
-        self._examples = trajectory.num_examples - len(trajectory.details.get("withdrawn", ()))
-        self._group = group
-        share = group.shard(trajectory.num_examples)
-        self._first = share.start
-        self._trajectory = trajectory.part(share) if group.world_size > 1 else trajectory
+        self.num_examples = trajectory.num_examples - len(trajectory.details.get("withdrawn", ()))
+        self.group = group
+        shard = group.shard(trajectory.num_examples)
+        self.first = shard.start
+        self._trajectory = trajectory.part(shard) if group.world_size > 1 else trajectory
         self._segments = [self._trajectory.segment(t) for t in range(len(trajectory))]
+        self._rows = ExactSearch(RunRows(self._trajectory), device)
         self._index: RowIndex | None = None
         if directory is not None and group.world_size > 1:
             directory = directory / f"part-{group.rank}-of-{group.world_size}"
@@ -80,113 +88,173 @@ class Ranking:
             self._index = self._make()
         return self._index
 
-    def rank(self, projected: Tensor, totals: Sequence[float], k: int) -> list[Ranked]:
-        """Find the strongest contributions of a batch of queries.
+    def scan(self, projected: Tensor) -> Tensor:
+        """Compute the contributions of all rows here, ``(queries, rows)``, in float64."""
+        return self._rows.scan(projected.unbind(1))
+
+    def bound(self, ids: Sequence[Tensor], projected: Tensor) -> list[float]:
+        """Bound the contributions of all rows but some: Σ_t ‖q'_t‖ ‖row_t‖, the largest for each query.
 
         Args:
+            ids: The rows to leave out, of each query.
             projected: q'_t, ``(queries, segments, k)``.
-            totals: Σ_i c_i of each query, in output units.
-            k: How many proponents and how many opponents.
         """
-        proposed = self.index.propose(projected.flatten(1).float().cpu().numpy(), k)
-        known = [torch.from_numpy(np.unique(ids[ids >= 0])) for ids in proposed]
-        bounds = [0.0] * len(known) if self.index.exact else self._bounds(known, projected)
-        asked = zip(known, projected, bounds, strict=True)
-        mine = [self._best(ids, covector, k, bound) for ids, covector, bound in asked]
-        everyone = self._group.all_gather(mine)
-        return [self._joined([part[q] for part in everyone], total, k) for q, total in enumerate(totals)]
-
-    def _best(self, ids: Tensor, projected: Tensor, k: int, bound: float) -> tuple[list[Contribution], float]:
-        """Rank the rows that the index proposes; bound all that are not among the best."""
-        found = self.contributions_of(ids, projected)
-        kept = found[:k] + [c for c in found[-k:] if c not in found[:k]]
-        return kept, max([bound, *(abs(c.contribution) for c in found[k:-k])])
-
-    def _bounds(self, known: Sequence[Tensor], projected: Tensor) -> list[float]:
-        """Bound the contributions of all rows but the known ones: Σ_t ‖q'_t‖ ‖row_t‖, the largest for each query."""
         if self._norms is None:
             self._norms = torch.stack([segment.norms for segment in self._segments], dim=1)
         sizes = torch.linalg.vector_norm(projected.cpu().to(self._norms.dtype), dim=2)
-        largest = torch.zeros(len(known), dtype=self._norms.dtype)
+        largest = torch.zeros(len(ids), dtype=self._norms.dtype)
         for start in range(0, len(self._norms), _BOUNDS_AT_ONCE):
             bounds = sizes @ self._norms[start : start + _BOUNDS_AT_ONCE].T
-            for row, ids in zip(bounds, known, strict=True):
-                row[ids[(ids >= start) & (ids < start + len(row))] - start] = 0.0
+            for row, known in zip(bounds, ids, strict=True):
+                row[known[(known >= start) & (known < start + len(row))] - start] = 0.0
             largest = torch.maximum(largest, bounds.amax(dim=1))
         return (largest * _ROUNDING).tolist()
 
-    def _joined(self, parts: Sequence[tuple[list[Contribution], float]], total: float, k: int) -> Ranked:
-        """Join what all processes found for one query."""
-        found = sorted((c for best, _ in parts for c in best), key=lambda c: -c.contribution)
-        proponents = tuple([c for c in found if c.contribution > 0][:k])
-        opponents = tuple([c for c in reversed(found) if c.contribution < 0][:k])
-        shown = {c.id: c.contribution for c in (*proponents, *opponents)}
-        left_out = [abs(c.contribution) for c in found if c.id not in shown]
-        held = sum(shown.values())
-        remainder = Remainder(
-            shown=held,
-            rest=total - held,
-            num_rest=self._examples - len(shown),
-            bound=max([*left_out, *(bound for _, bound in parts)]) if len(shown) < self._examples else 0.0,
-            exact=self.index.exact,
-        )
-        return Ranked(proponents, opponents, remainder)
+    def by_segment(self, ids: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the contributions of some rows to one query, and their kernels.
 
-    def contributions(self, projected: Tensor) -> np.ndarray:
-        """Compute the contributions of all rows of all processes, ``(queries, num_examples)``, in float64."""
-        return np.concatenate(self._group.all_gather(self.scan(projected)), axis=1)
+        Args:
+            ids: Rows here, ``(ids,)``.
+            projected: q'_t, ``(segments, k)``.
 
-    def scan(self, projected: Tensor) -> np.ndarray:
-        """Compute the contributions of the rows here, ``(queries, rows)``, in float64."""
-        total = torch.zeros(self._trajectory.num_examples, len(projected), dtype=torch.float64)
-        for t, segment in enumerate(self._segments):
-            covector = projected[:, t].cpu().T
-            for start in range(0, len(total), _ROWS_AT_ONCE):
-                part = slice(start, start + _ROWS_AT_ONCE)
-                total[part] += segment.read_rows(part, projected.dtype) @ covector
-        return total.T.numpy()
-
-    def contributions_of(self, ids: Tensor, projected: Tensor) -> list[Contribution]:
-        """Rank some rows, largest contribution first, with a_i and K(x, x_i)."""
-        parts = [
-            segment.read_rows(ids, projected.dtype) @ projected[t].cpu() for t, segment in enumerate(self._segments)
-        ]
-        by_segment = torch.stack(parts, dim=1).double()
+        Returns:
+            c_i of each segment, ``(ids, segments)``, and K(x, x_i), ``(ids,)``, in float64.
+        """
+        rows = self._rows.read(ids, projected.dtype)
+        products = [part @ covector for part, covector in zip(rows, projected.cpu(), strict=True)]
+        contributions = torch.stack(products, dim=1).double()
         derivatives = torch.stack([segment.read_loss_derivatives(ids) for segment in self._segments], dim=1).double()
-        kernels = torch.where(derivatives == 0, 0.0, -by_segment / derivatives).sum(1)
-        totals = by_segment.sum(1)
-        order = totals.argsort(descending=True)
-        return [
-            Contribution(
-                id=self._first + int(ids[i]),
-                contribution=float(totals[i]),
-                weight=float(totals[i] / kernels[i]),
-                kernel=float(kernels[i]),
-                segments=tuple(by_segment[i].tolist()),
-            )
-            for i in order.tolist()
-        ]
+        return contributions, torch.where(derivatives == 0, 0.0, -contributions / derivatives).sum(1)
 
 
-class Scan:
-    """All contributions of a batch of queries, computed once, when the first of them is asked for.
+def rank(
+    rankings: Sequence[Ranking], projected: Sequence[Tensor], totals: Sequence[float], k: int, whole: Sequence[Ranking]
+) -> list[Ranked]:
+    """Find the strongest contributions of a batch of queries, averaged over runs.
 
     Args:
-        whole: All rows of the run.
-        projected: q'_t, ``(queries, segments, k)``.
+        rankings: The rows of each run that this process searches.
+        projected: q'_t of each run, ``(queries, segments, k)``.
+        totals: Σ_i c_i of each query, in output units.
+        k: How many proponents and how many opponents.
+        whole: All rows of each run.
+    """
+    first, batch = rankings[0], _Batch(whole, projected)
+    contributions: Sequence[Any] = [DeferredContributions(batch, q) for q in range(len(totals))]
+    if first.index.exact:
+        scores = mean_scan(rankings, projected)
+        best = _best_of_all(rankings, projected, scores, k)
+        contributions = list(scores.numpy()) if first.group.world_size == 1 else contributions
+    else:
+        best = _best_of_proposed(first, projected[0], k)
+    everyone = first.group.all_gather(best)
+    return [_join(first, [part[q] for part in everyone], total, k, contributions[q]) for q, total in enumerate(totals)]
+
+
+def mean_scan(rankings: Sequence[Ranking], projected: Sequence[Tensor]) -> Tensor:
+    """Compute the contributions of all rows, averaged over runs, ``(queries, rows)``, in float64."""
+    scores = rankings[0].scan(projected[0])
+    for ranking, covectors in zip(rankings[1:], projected[1:], strict=True):
+        scores += ranking.scan(covectors)
+    return scores.div_(len(rankings))
+
+
+def _best_of_all(rankings: Sequence[Ranking], projected: Sequence[Tensor], scores: Tensor, k: int) -> list[_Best]:
+    """Take both ends of the contributions of all rows; the largest of the others is their bound."""
+    many = min(k, scores.shape[1])
+    ends = torch.cat([scores.topk(many, largest=largest).indices for largest in (True, False)], dim=1)
+    others = scores.abs().scatter_(1, ends, 0.0).amax(1) if scores.shape[1] else scores.new_zeros(len(scores))
+    return [
+        (_contributions(rankings, ids.unique(), [p[q] for p in projected]), float(others[q]))
+        for q, ids in enumerate(ends)
+    ]
+
+
+def _best_of_proposed(ranking: Ranking, projected: Tensor, k: int) -> list[_Best]:
+    """Rank the rows that a compressed index proposes, and bound all that are not among the best."""
+    proposed = ranking.index.propose(projected.flatten(1).float().cpu().numpy(), k)
+    known = [torch.from_numpy(np.unique(ids[ids >= 0])) for ids in proposed]
+    best = []
+    for ids, covectors, bound in zip(known, projected, ranking.bound(known, projected), strict=True):
+        ranked = _contributions([ranking], ids, [covectors])
+        shown = ranked[:k] + [c for c in ranked[-k:] if c not in ranked[:k]]
+        best.append((shown, max([bound, *(abs(c.contribution) for c in ranked[k:-k])])))
+    return best
+
+
+def _contributions(rankings: Sequence[Ranking], ids: Tensor, projected: Sequence[Tensor]) -> list[Contribution]:
+    """Compute some rows' contributions to one query, averaged over runs, largest first.
+
+    a_i is the mean contribution over the mean kernel.
+    """
+    found = [ranking.by_segment(ids, covectors) for ranking, covectors in zip(rankings, projected, strict=True)]
+    segments = torch.stack([contributions for contributions, _ in found]).mean(0)
+    kernels = torch.stack([kernel for _, kernel in found]).mean(0)
+    totals = segments.sum(1)
+    return [
+        Contribution(
+            id=rankings[0].first + int(ids[i]),
+            contribution=float(totals[i]),
+            weight=float(totals[i] / kernels[i]),
+            kernel=float(kernels[i]),
+            segments=tuple(segments[i].tolist()),
+        )
+        for i in totals.argsort(descending=True).tolist()
+    ]
+
+
+def _join(
+    ranking: Ranking, parts: Sequence[_Best], total: float, k: int, contributions: np.ndarray | DeferredContributions
+) -> Ranked:
+    """Join what all processes found for one query."""
+    found = sorted((c for best, _ in parts for c in best), key=lambda c: -c.contribution)
+    proponents = tuple([c for c in found if c.contribution > 0][:k])
+    opponents = tuple([c for c in reversed(found) if c.contribution < 0][:k])
+    shown = {c.id: c.contribution for c in (*proponents, *opponents)}
+    not_shown = [abs(c.contribution) for c in found if c.id not in shown]
+    held = sum(shown.values())
+    remainder = Remainder(
+        shown=held,
+        rest=total - held,
+        num_rest=ranking.num_examples - len(shown),
+        bound=max([*not_shown, *(bound for _, bound in parts)]) if len(shown) < ranking.num_examples else 0.0,
+        exact=ranking.index.exact,
+    )
+    return Ranked(proponents, opponents, remainder, contributions)
+
+
+class _Batch:
+    """All contributions to a batch of queries, computed when the first is asked for."""
+
+    def __init__(self, whole: Sequence[Ranking], projected: Sequence[Tensor]) -> None:
+        self._whole, self._projected = whole, projected
+        self._scores: np.ndarray | None = None
+
+    def row(self, query: int) -> np.ndarray:
+        if self._scores is None:
+            self._scores = mean_scan(self._whole, self._projected).numpy()
+        return self._scores[query]
+
+
+class DeferredContributions:
+    """The contributions of all examples to one query, for a run that is not scanned unless somebody asks.
+
+    It turns into an array (``np.asarray``) with one scan of the rows, and is pickled as that array: an explanation that
+    is kept does not hold on to the run.
+
+    Args:
+        batch: The batch of queries.
+        query: Which of them.
     """
 
-    def __init__(self, whole: Ranking, projected: Tensor) -> None:
+    def __init__(self, batch: _Batch, query: int) -> None:
         """Keep the covectors; no row is read."""
-        self._whole, self._projected = whole, projected
-        self._all: np.ndarray | None = None
+        self._batch, self._query = batch, query
 
-    def of(self, row: int) -> Callable[[], np.ndarray]:
-        """Make the function that returns the contributions to one query, ``(num_examples,)``."""
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Scan the rows, ``(num_examples,)``."""
+        return np.array(self._batch.row(self._query), dtype=dtype)
 
-        def contributions() -> np.ndarray:
-            if self._all is None:
-                self._all = self._whole.scan(self._projected)
-            return self._all[row]
-
-        return contributions
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the numbers."""
+        return np.array, (np.asarray(self),)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.errors import ConfigurationError, ExampleIdError
-from pkexplain.explain._ensemble import check_alike, mean_checks, mean_contributions, mean_cost, mean_ledger, rank_mean
-from pkexplain.explain._ranking import Ranked, Scan
-from pkexplain.explain._single_run import Account, Progress, RunExplainer
+from pkexplain.explain._ensemble import check_alike, mean_checks, mean_cost, mean_ledger
+from pkexplain.explain._ranking import mean_scan, rank
+from pkexplain.explain._single_run import Progress, RunExplainer
 from pkexplain.explain.outputs import Output, settle_output
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.queries import QueryBatch, as_queries
@@ -76,6 +76,7 @@ class Explainer:
             fix = "Pass a run, or a list of runs without a process group"
             raise _refused("Explainer([…])", "these runs cannot be averaged", len(runs), "1 or more", "Explainer", fix)
         report = progress or (lambda what, done, total: None)
+        index = "Flat" if len(runs) > 1 else index  # an index knows the rows of one run only
         setting = (index, tolerance, quadrature or Quadrature(), device, report, group)
         self._runs = [RunExplainer(open_store(each), model, *setting) for each in runs]
         check_alike(self._runs)
@@ -113,8 +114,7 @@ class Explainer:
         """
         removal = _removal(reading)
         for run in self._runs:
-            if len(self._runs) == 1:
-                run.prepare()
+            run.prepare()
             if removal is not None:
                 run.curvature(removal.loss)
 
@@ -149,18 +149,24 @@ class Explainer:
             raise _refused("Explainer.explain", wrong, got, expected, "the signature of explain", "Leave k out")
         removal = _removal(reading)
         queries = as_queries(x, self.trajectory.inputs, self._first.field.device)
-        if len(self._runs) == 1:
-            self._first.prepare()
+        self._first.prepare()
         explanations: list[Explanation] = []
         for some, settled, names in self._chunks(queries, output):
             accounts = [run.account(some, settled, removal) for run in self._runs]
-            ranked, scans = self._rank(accounts, k)
+            ledgers = [mean_ledger(each) for each in zip(*(account.ledgers for account in accounts), strict=True)]
+            ranked = rank(
+                [run.ranking for run in self._runs],
+                [account.projected for account in accounts],
+                [ledger.examples for ledger in ledgers],
+                k,
+                whole=[run.whole for run in self._runs],
+            )
             for q in range(len(some)):
                 explanations.append(
                     Explanation(
                         output=names[q],
                         reading="path" if removal is None else "removal",
-                        ledger=mean_ledger([account.ledgers[q] for account in accounts]),
+                        ledger=ledgers[q],
                         proponents=ranked[q].proponents,
                         opponents=ranked[q].opponents,
                         remainder=ranked[q].remainder,
@@ -170,7 +176,7 @@ class Explainer:
                         segment_sums=_mean([account.segment_sums[q] for account in accounts]),
                         checkpoint_outputs=_mean([account.outputs[q] for account in accounts]),
                         query=some.row(q),
-                        scan=scans[q],
+                        all_contributions=ranked[q].contributions,
                     )
                 )
         return explanations[0] if queries.single else explanations
@@ -200,8 +206,9 @@ class Explainer:
         queries = as_queries(x, self.trajectory.inputs, self._first.field.device)
         parts = []
         for some, settled, _ in self._chunks(queries, output):
-            found = [run.ranking.contributions(run.account(some, settled, removal).projected) for run in self._runs]
-            parts.append(np.mean(found, axis=0) if len(found) > 1 else found[0])
+            projected = [run.account(some, settled, removal).projected for run in self._runs]
+            mine = mean_scan([run.ranking for run in self._runs], projected).numpy()
+            parts.append(np.concatenate(self._first.ranking.group.all_gather(mine), axis=1))
         return np.concatenate(parts)
 
     def self_contributions(
@@ -252,25 +259,15 @@ class Explainer:
     def _chunks(self, queries: QueryBatch, output: Any) -> Iterator[tuple[QueryBatch, Output, list[str]]]:
         """Settle the output on the final prediction, and cut the queries into pieces that fit in memory."""
         predictions = [run.prediction(queries, _MOST_QUERIES_AT_ONCE) for run in self._runs]
-        settled = settle_output(output, torch.stack(predictions).mean(0) if len(predictions) > 1 else predictions[0])
+        settled = settle_output(output, torch.stack(predictions).mean(0))
         names, quadrature = settled.names(len(queries)), self._first.quadrature
         kept = self._first.projector.columns * len(self.trajectory) * quadrature.budget // quadrature.nodes
-        size = max(1, min(_MOST_QUERIES_AT_ONCE, _NUMBERS_AT_ONCE // kept))
+        numbers = max(kept, self.trajectory.num_examples)
+        size = max(1, min(_MOST_QUERIES_AT_ONCE, _NUMBERS_AT_ONCE // numbers))
         for start in range(0, len(queries), size):
             positions = torch.arange(start, min(start + size, len(queries)))
             chosen = [names[int(p)] for p in positions]
             yield queries.select(positions), settled.select(positions), chosen
-
-    def _rank(self, accounts: list[Account], k: int) -> tuple[list[Ranked], list[Callable[[], np.ndarray]]]:
-        """Find the strongest contributions to each query, and how to compute all."""
-        if len(accounts) == 1:
-            projected = accounts[0].projected
-            scan = Scan(self._first.whole, projected)
-            totals = [ledger.examples for ledger in accounts[0].ledgers]
-            return self._first.ranking.rank(projected, totals, k), [scan.of(q) for q in range(len(projected))]
-        mean = mean_contributions(self._runs, accounts)
-        ranked = [rank_mean(self._runs, accounts, mean[q], q, k) for q in range(len(mean))]
-        return ranked, [lambda row=row: row for row in mean]
 
 
 def _removal(reading: str | Removal) -> Removal | None:
@@ -285,7 +282,7 @@ def _removal(reading: str | Removal) -> Removal | None:
 
 
 def _mean(rows: Sequence[Tensor]) -> tuple[float, ...]:
-    return tuple(torch.stack(list(rows)).mean(0).tolist()) if len(rows) > 1 else tuple(rows[0].tolist())
+    return tuple(torch.stack(list(rows)).mean(0).tolist())
 
 
 def _refused(asked: str, wrong: str, got: Any, expected: str, source: str, fix: str) -> ConfigurationError:

@@ -1,13 +1,12 @@
-"""Exact maximum-inner-product search over the stored rows of a run, block by block.
+"""Exact maximum-inner-product search over the stored rows of a run.
 
-A row is the concatenation of an example's rows over all segments, a query that of its covectors, so that their inner
-product is the contribution. Nothing is built or copied: the rows stay where they are stored, and one block of them is
-in memory at a time, on any device that torch knows.
+A row is the concatenation of an example's rows over all segments, a query that of its covectors, so their inner product
+is the contribution. Nothing is built: the rows are multiplied where they are stored, a block at a time, on any device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ __all__ = ["MEMORY_BUDGET", "ExactSearch", "RunRows"]
 
 MEMORY_BUDGET = 1 << 30
 """Bytes of rows, and of what is computed from them, that building and searching hold at once, whatever the run's size;
-a compressed index itself comes on top of it."""
+a compressed index comes on top of it."""
 _COPIES = 4
 """How often a block is in memory while it is read: as stored, scaled, joined with other segments, and searched."""
 
@@ -33,9 +32,9 @@ class RunRows:
 
     def __init__(self, trajectory: Trajectory) -> None:
         """Open the segments; no row is read."""
-        self._segments = [trajectory.segment(t) for t in range(len(trajectory))]
-        self._widths = [len(segment.row_sum) for segment in self._segments]
-        self.num_examples, self.dimension = trajectory.num_examples, sum(self._widths)
+        self.segments = [trajectory.segment(t) for t in range(len(trajectory))]
+        self.widths = [len(segment.row_sum) for segment in self.segments]
+        self.num_examples, self.dimension = trajectory.num_examples, sum(self.widths)
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -44,29 +43,21 @@ class RunRows:
     @property
     def row_sums(self) -> list[Tensor]:
         """The sum of each segment's rows, in float64, ``(k,)`` each."""
-        return [segment.row_sum for segment in self._segments]
+        return [segment.row_sum for segment in self.segments]
 
     def read(self, ids: Tensor | slice) -> Tensor:
         """Read rows in float32, ``(ids, dimension)``."""
-        return torch.cat([segment.read_rows(ids) for segment in self._segments], dim=1)
+        return torch.cat([segment.read_rows(ids) for segment in self.segments], dim=1)
 
-    def blocks(self, numbers_beside: int = 0) -> Iterator[slice]:
+    def blocks(self, numbers_per_row: int = 0) -> Iterator[slice]:
         """Cut the examples into blocks that fit in the memory budget.
 
         Args:
-            numbers_beside: How many more float32 numbers are held for each row.
+            numbers_per_row: How many more float32 numbers are held for each row.
         """
-        size = max(1, MEMORY_BUDGET // (4 * _COPIES * (self.dimension + numbers_beside)))
+        size = max(1, MEMORY_BUDGET // (4 * _COPIES * (self.dimension + numbers_per_row)))
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
-
-    def scores(self, block: slice, queries: Tensor) -> Tensor:
-        """Compute ⟨q, row⟩ for a block of rows where the queries are, ``(queries, rows)``."""
-        parts = queries.split(self._widths, dim=1)
-        total = torch.zeros(len(queries), block.stop - block.start, dtype=queries.dtype, device=queries.device)
-        for segment, part in zip(self._segments, parts, strict=True):
-            total.addmm_(part, segment.read_rows(block).to(queries.device).T)
-        return total
 
     def rank(self, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Rank proposed rows again by their stored values.
@@ -74,7 +65,7 @@ class RunRows:
         Args:
             queries: Covectors, ``(queries, dimension)``.
             ids: Proposed example ids for each query, ``(queries, proposed)``; −1 for none, repeats allowed.
-            k: How many to keep.
+            k: How many to return.
 
         Returns:
             Example ids, the largest inner product first, ``(queries, k)``, and the inner products; −1 and −inf where
@@ -84,15 +75,15 @@ class RunRows:
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         for at, (query, proposed) in enumerate(zip(torch.from_numpy(queries).float(), ids, strict=True)):
             unique = np.unique(proposed[proposed >= 0])
-            found = self.read(torch.from_numpy(unique)) @ query
-            top = found.topk(min(k, len(unique)))
+            products = self.read(torch.from_numpy(unique)) @ query
+            top = products.topk(min(k, len(unique)))
             best[at, : len(top.indices)] = unique[top.indices.numpy()]
             scores[at, : len(top.indices)] = top.values.numpy()
         return best, scores
 
 
 class ExactSearch:
-    """Search all rows, in float32; those of a small run stay in memory once they were read.
+    """Multiply queries with all rows; those of a small run stay in memory once they were read.
 
     Args:
         rows: The rows of the run.
@@ -100,35 +91,75 @@ class ExactSearch:
     """
 
     def __init__(self, rows: RunRows, device: torch.device | str = "cpu") -> None:
-        """Keep the rows' whereabouts."""
+        """Note where the rows are; none is read yet."""
         self._rows, self._device = rows, torch.device(device)
-        self._keeps = 4 * len(rows) * rows.dimension <= MEMORY_BUDGET // 2
-        self._kept: Tensor | None = None
+        self._cached: list[Tensor] = []
 
-    def _scores(self, block: slice, queries: Tensor) -> Tensor:
-        if not self._keeps:
-            return self._rows.scores(block, queries)
-        if self._kept is None:
-            self._kept = self._rows.read(slice(0, len(self._rows))).to(self._device)
-        return queries @ self._kept[block].T
+    def scan(self, queries: Sequence[Tensor]) -> Tensor:
+        """Compute the inner product of every query with every row, reading each row once.
 
-    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Find the rows with the largest inner products.
+        Args:
+            queries: Covectors of each segment, ``(queries, k)`` each; their dtype is that of the products, which are
+                summed over the segments in float64.
+
+        Returns:
+            ``(queries, num_examples)``, in float64, on the CPU.
+        """
+        scores = torch.empty(len(queries[0]), len(self._rows), dtype=torch.float64)
+        for block, products in self._products(queries):
+            scores[:, block] = products.cpu()
+        return scores
+
+    def search(self, queries: np.ndarray, k: int, *, both_ends: bool = False) -> np.ndarray:
+        """Find the rows with the largest inner products, block by block.
 
         Args:
             queries: Covectors, ``(queries, dimension)``.
             k: How many rows for each.
+            both_ends: Find those with the smallest, too, in the same pass.
 
         Returns:
-            Example ids, the largest inner product first, ``(queries, min(k, num_examples))``.
+            Example ids, the largest inner product first, ``(queries, min(k, num_examples))``; with ``both_ends``
+            followed by as many again, the smallest first.
         """
-        asked = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(self._device)
-        best = torch.empty(len(asked), 0, device=self._device)
-        ids = torch.empty(len(asked), 0, dtype=torch.int64, device=self._device)
-        for block in self._rows.blocks(2 * len(asked)):
-            found = self._scores(block, asked)
-            top = found.topk(min(k, found.shape[1]), dim=1)
-            best, ids = torch.cat([best, top.values], 1), torch.cat([ids, top.indices + block.start], 1)
-            top = best.topk(min(k, best.shape[1]), dim=1)
-            best, ids = top.values, ids.gather(1, top.indices)
-        return ids.cpu().numpy()
+        asked = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).split(self._rows.widths, dim=1)
+        ends = [(True, torch.empty(0), torch.empty(0))] + [(False, torch.empty(0), torch.empty(0))] * both_ends
+        for block, products in self._products(asked):
+            ids = torch.arange(block.start, block.stop, device=products.device).expand_as(products)
+            for at, (largest, best, best_ids) in enumerate(ends):
+                scores = torch.cat([best, products], 1) if len(best) else products
+                known = torch.cat([best_ids, ids], 1) if len(best) else ids
+                top = scores.topk(min(k, scores.shape[1]), dim=1, largest=largest)
+                ends[at] = largest, top.values, known.gather(1, top.indices)
+        return torch.cat([ids for _, _, ids in ends], dim=1).cpu().numpy()
+
+    def read(self, ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Read some rows of every segment, ``(ids, k)`` each, from memory where they are there."""
+        if self._cached and self._cached[0].dtype == dtype:
+            return [rows[ids.to(rows.device)].cpu() for rows in self._cached]
+        return [segment.read_rows(ids, dtype) for segment in self._rows.segments]
+
+    def _products(self, queries: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """Yield blocks of examples and ⟨q, row⟩ of every query with them, ``(queries, block)``."""
+        asked = [part.to(self._device) for part in queries]
+        count, dtype = len(asked[0]), asked[0].dtype
+        self._cache(dtype)
+        for block in self._rows.blocks(4 * count):
+            total = torch.zeros(count, block.stop - block.start, dtype=torch.float64, device=self._device)
+            for t, part in enumerate(asked):
+                total += part @ self._block(t, block, dtype).T
+            yield block, total
+
+    def _block(self, t: int, block: slice, dtype: torch.dtype) -> Tensor:
+        if self._cached:
+            return self._cached[t][block]
+        return self._rows.segments[t].read_rows(block, dtype).to(self._device)
+
+    def _cache(self, dtype: torch.dtype) -> None:
+        """Keep the rows of a small run where they are multiplied, so that they are converted once."""
+        if self._cached and self._cached[0].dtype == dtype:
+            return
+        self._cached = []
+        if dtype.itemsize * len(self._rows) * self._rows.dimension <= MEMORY_BUDGET // 2:
+            everything = slice(0, len(self._rows))
+            self._cached = [s.read_rows(everything, dtype).to(self._device) for s in self._rows.segments]

@@ -154,9 +154,11 @@ class RowIndex:
         Returns:
             Example ids, ``(queries, proposed)``, more than 2 k where there are so many; repeats and −1 among them.
         """
-        candidates = 2 * k if self.exact else max(_FEWEST_CANDIDATES, _CANDIDATES * k)
-        found = self.search(np.concatenate([queries, -queries]), candidates)
-        return np.concatenate(np.split(found, 2), axis=1)
+        if self.exact:
+            return self._exactly.search(queries, 2 * k, both_ends=True)
+        candidates = max(_FEWEST_CANDIDATES, _CANDIDATES * k)
+        ids = self.search(np.concatenate([queries, -queries]), candidates)
+        return np.concatenate(np.split(ids, 2), axis=1)
 
     def reconstruct(self, ids: np.ndarray) -> np.ndarray:
         """Return rows as the index holds them, ``(ids, dimension)``: rounded, unless it is exact."""

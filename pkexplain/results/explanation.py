@@ -7,10 +7,11 @@ these objects, `pkexplain.results.report` and `pkexplain.results.plots` show the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pkexplain.errors import QueryError
 
@@ -153,6 +154,7 @@ class Explanation:
         segment_sums: Σ_i c_i of each segment, in output units, ``(segments,)``.
         checkpoint_outputs: f(x; θ_t) at each checkpoint, in output units, ``(segments + 1,)``.
         query: The query itself, as it was given to the model (no batch dimension).
+        all_contributions: c_i of every training example, or what computes them; read `contributions`.
     """
 
     output: str
@@ -167,7 +169,7 @@ class Explanation:
     segment_sums: tuple[float, ...]
     checkpoint_outputs: tuple[float, ...]
     query: object = field(repr=False, compare=False)
-    scan: Callable[[], np.ndarray] = field(repr=False, compare=False)
+    all_contributions: ArrayLike = field(repr=False, compare=False)
 
     @property
     def initial(self) -> float:
@@ -201,8 +203,11 @@ class Explanation:
 
     @functools.cached_property
     def contributions(self) -> np.ndarray:
-        """The contribution of every training example, ``(num_examples,)``, in output units (one scan of the rows)."""
-        return self.scan()
+        """The contribution of every training example, ``(num_examples,)``, in output units.
+
+        Exact search computes them on the way; with a compressed index the rows are scanned when this is first read.
+        """
+        return np.asarray(self.all_contributions)
 
     @property
     def gross(self) -> float:

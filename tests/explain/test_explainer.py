@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -654,3 +655,15 @@ def test_a_budget_that_runs_out_is_said_also_where_some_of_it_is_left(run):
     assert spent.cost.budget == 15
     assert spent.cost.exhausted
     assert not pk.Explainer(run.store, run.model, tolerance=0.5).explain(run.queries[0]).cost.exhausted
+
+
+@pytest.mark.parametrize("index", ["Flat", "SQ8"])
+def test_explanations_are_plain_data_that_can_be_kept(run, index, tmp_path):
+    explanation = pk.Explainer(run.store, run.model, index=index).explain(run.queries[0], k=3)
+    again = pickle.loads(pickle.dumps(explanation))
+    assert again == explanation
+    assert str(again) == str(explanation)
+    assert isinstance(again.all_contributions, np.ndarray)
+    np.testing.assert_array_equal(again.contributions, explanation.contributions)
+    assert torch.equal(again.query, explanation.query)
+    assert pk.write_report(again, tmp_path / "again.html").stat().st_size > 10_000

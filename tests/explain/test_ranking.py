@@ -43,7 +43,7 @@ def test_the_bound_is_that_of_cauchy_and_schwarz(run, monkeypatch):
     for known in (0, k):
         parts = [part.norm(dim=1) * covectors[:, t].norm(dim=1)[:, None] for t, part in enumerate(rows)]
         true = torch.stack(parts).sum(0)
-        found = ranking._bounds([row.topk(known).indices for row in true], covectors)
+        found = ranking.bound([row.topk(known).indices for row in true], covectors)
         expected = true.topk(known + 1, dim=1).values[:, -1]
         assert found == pytest.approx(expected.tolist(), rel=1e-4)
         assert (torch.tensor(found) >= expected).all()

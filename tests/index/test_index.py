@@ -101,7 +101,7 @@ def test_exact_search_finds_what_faiss_finds_in_a_copy_of_the_rows(large):
 def test_blocks_cover_every_row_once_and_fit_the_budget(large, monkeypatch):
     rows = RunRows(large)
     monkeypatch.setattr(search, "MEMORY_BUDGET", 1 << 20)
-    blocks = list(rows.blocks(numbers_beside=60))
+    blocks = list(rows.blocks(numbers_per_row=60))
     assert [i for block in blocks for i in range(block.start, block.stop)] == list(range(1700))
     assert len(blocks) > 1
     assert all(4 * (block.stop - block.start) * (rows.dimension + 60) <= 1 << 20 for block in blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -55,13 +56,19 @@ def test_the_share_of_what_is_shown_counts_an_example_once(explanation):
     assert explanation.shown_share == pytest.approx(expected)
     twice = dataclasses.replace(explanation, opponents=explanation.proponents)
     assert twice.shown_share == pytest.approx(sum(c.contribution for c in twice.proponents) / twice.gross)
-    nothing = dataclasses.replace(explanation, scan=lambda: np.zeros(60))
+    nothing = dataclasses.replace(explanation, all_contributions=np.zeros(60))
     assert nothing.shown_share == 0.0
 
 
 def test_all_contributions_are_computed_once_and_only_when_asked_for(explanation):
     calls = []
-    counted = dataclasses.replace(explanation, scan=lambda: calls.append(1) or np.ones(60))
+
+    class Counted:
+        def __array__(self, dtype=None, copy=None):
+            calls.append(1)
+            return np.ones(60)
+
+    counted = dataclasses.replace(explanation, all_contributions=Counted())
     assert calls == []
     _ = counted.contributions, counted.gross, counted.by_group([0] * 60)
     assert calls == [1]
@@ -109,4 +116,11 @@ def test_an_explanation_prints_as_a_table(explanation):
     text = str(explanation)
     for part in ("logit[3]", "weight_decay", "optimizer", "quadrature gap", f"{explanation.proponents[0].id}"):
         assert part in text
-    assert "scan" not in repr(explanation)
+    assert "all_contributions" not in repr(explanation)
+
+
+def test_an_explanation_survives_pickling(explanation):
+    again = pickle.loads(pickle.dumps(explanation))
+    assert again == explanation
+    assert str(again) == str(explanation)
+    np.testing.assert_array_equal(again.contributions, explanation.contributions)

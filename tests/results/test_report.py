@@ -100,7 +100,7 @@ def test_steps_leave_out_sides_that_are_empty() -> None:
 
 def test_balance_counts_by_plain_loops() -> None:
     explanation = make_explanation(seed=5)
-    values = [float(v) for v in explanation.scan()]
+    values = [float(v) for v in explanation.contributions]
     balance = build_section(explanation).balance
     assert balance.positive == pytest.approx(sum(v for v in values if v > 0))
     assert balance.negative == pytest.approx(sum(v for v in values if v < 0))

@@ -33,7 +33,7 @@ def test_gross_stands_beside_net_with_the_share_shown() -> None:
     explanation = make_explanation(seed=3)
     text = table.render(explanation)
     net, gross, ratio = numbers(text, "Net")
-    contributions = np.asarray(explanation.scan())
+    contributions = np.asarray(explanation.contributions)
     assert net == pytest.approx(contributions.sum(), rel=1e-3)
     assert gross == pytest.approx(np.abs(contributions).sum(), rel=1e-3)
     assert ratio == pytest.approx(gross / abs(net), rel=0.01)
@@ -79,7 +79,7 @@ def test_explanation_without_examples_or_numbers_still_renders() -> None:
     base = make_explanation()
     odd = Contribution(7, math.inf, math.nan, math.nan, ())
     empty: Explanation = dataclasses.replace(
-        base, proponents=(odd,), opponents=(), checks=(Check("c", math.nan, 1.0, "m"),), scan=lambda: np.zeros(200)
+        base, proponents=(odd,), opponents=(), checks=(Check("c", math.nan, 1.0, "m"),), all_contributions=np.zeros(200)
     )
     text = table.render(empty)
     assert re.search(r"7\s+not finite\s+–\s+–", text)
