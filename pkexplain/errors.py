@@ -24,6 +24,8 @@ Every message reads ``<what was asked>: <what is wrong>. Got …; expected … (
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "RunNotFoundError",
     "UnsupportedLayerError",
     "UnsupportedOptimizerError",
+    "warn",
 ]
 
 
@@ -143,3 +146,20 @@ class EvaluationError(PkexplainError, ValueError):
 
 def _rebuild(kind: type[PkexplainError], asked: str, wrong: str, fields: dict[str, str]) -> PkexplainError:
     return kind(asked, wrong, **fields)
+
+
+_NOT_THE_USERS = {"pkexplain", "torch", "contextlib"}
+"""Packages whose frames lie between a warning and the line of the user's that caused it: hooks and `with` blocks."""
+
+
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the user's own line, however many of our frames and torch's lie in between.
+
+    Args:
+        text: The message.
+        category: Its class.
+    """
+    frame, level = sys._getframe(1), 2  # level 1 is this function
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)

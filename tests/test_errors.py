@@ -53,7 +53,7 @@ def test_every_error_is_one_of_ours_and_of_a_builtin_that_fits():
 
 
 def test_every_class_is_exported():
-    assert set(errors.__all__) == set(CLASSES)
+    assert set(errors.__all__) == {*CLASSES, "warn"}
     assert errors.__all__ == sorted(errors.__all__)
 
 
@@ -102,3 +102,14 @@ def test_run_errors_are_oserrors_that_keep_their_text():
     for kind in (errors.RunError, errors.RunExistsError, errors.RunNotFoundError, errors.RunDamagedError):
         assert str(made(kind)) == "ids: are wrong. Got 3; expected range(0, 2) (from the run). Count from 0."
         assert issubclass(kind, OSError)
+
+
+def test_a_warning_points_at_the_line_of_the_user():
+    inner = {"__name__": "pkexplain.record.deep", "warn": errors.warn}
+    exec("def go(depth): warn('look here') if not depth else go(depth - 1)", inner)
+    between = {"__name__": "torch.optim.optimizer", "go": inner["go"]}
+    exec("def step(depth): go(depth)", between)
+    for depth in (0, 3):
+        with pytest.warns(UserWarning, match="look here") as seen:
+            between["step"](depth)
+        assert seen[0].filename == __file__

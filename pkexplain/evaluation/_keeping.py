@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from pkexplain.errors import EvaluationError
+from pkexplain.errors import EvaluationError, warn
 from pkexplain.files import flush_and_rename
 
 __all__ = ["Answers", "KeptAnswers", "key_of"]
@@ -101,11 +100,7 @@ class KeptAnswers:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(
-                f"{place} is damaged ({error}) and counts for nothing; the model is trained again",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn(f"{place} is damaged ({error}) and counts for nothing; the model is trained again", RuntimeWarning)
             return None
         return Answers(outputs, classes)
 

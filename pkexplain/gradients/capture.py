@@ -17,12 +17,31 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
 from pkexplain.errors import ExampleIdError, PkexplainError
+from pkexplain.gradients._convolution import ConvolutionGradient
 from pkexplain.gradients._rules import Parts, Use
-from pkexplain.gradients.batch_norm import in_front_of_norms, is_in_front
-from pkexplain.gradients.factors import ExampleGradients
+from pkexplain.gradients.batch_norm import RowMixture, in_front_of_norms, is_in_front
+from pkexplain.gradients.factors import (
+    DenseGradient,
+    EmbeddingGradient,
+    ExampleGradients,
+    FormedGradient,
+    LinearGradient,
+    ScaledGradient,
+)
 from pkexplain.gradients.layers import Layer, refusal
 
-__all__ = ["Capture"]
+__all__ = ["GRADIENT_CLASSES", "Capture"]
+
+GRADIENT_CLASSES = (
+    ConvolutionGradient,
+    DenseGradient,
+    EmbeddingGradient,
+    FormedGradient,
+    LinearGradient,
+    RowMixture,
+    ScaledGradient,
+)
+"""The forms that captured gradients take; what was saved of a run may hold these, and is rebuilt from no others."""
 
 
 class Capture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,10 +22,31 @@ from pkexplain.store.rows import Rows
 from pkexplain.store.scratch import empty_on_disk
 from pkexplain.store.trajectory import Segment, SegmentSummary
 
-__all__ = ["SegmentAccountant"]
+__all__ = ["AppliedStep", "SegmentAccountant"]
 
 _CHECKED_STEP = 16
 """At the first step of a segment, and every so many steps, the captured gradients are compared with the gradient."""
+
+
+@dataclass(frozen=True)
+class AppliedStep:
+    """One step that the optimizer has taken.
+
+    Attributes:
+        batches: The batches whose gradients it applied.
+        captured: The gradient that their backward passes made, ``(parameters,)``.
+        attributed: The part of it that the examples gave, ``(parameters,)``; the same vector where it is the whole.
+        applied: The gradient that the optimizer was given, ``(parameters,)``.
+        numbers: The step's numbers for each block.
+        parameters: θ before the step, ``(parameters,)``.
+    """
+
+    batches: Sequence[CapturedBatch]
+    captured: Tensor
+    attributed: Tensor
+    applied: Tensor
+    numbers: Mapping[int, LinearStep]
+    parameters: Tensor
 
 
 class SegmentAccountant:
@@ -70,25 +92,10 @@ class SegmentAccountant:
         else:
             self._book.receive(batch, position, gradients)
 
-    def step(
-        self,
-        batches: Sequence[CapturedBatch],
-        captured: Tensor,
-        attributed: Tensor,
-        applied: Tensor,
-        numbers: Mapping[int, LinearStep],
-        parameters: Tensor,
-    ) -> None:
-        """Follow one optimizer step.
-
-        Args:
-            batches: The batches whose gradients it applied.
-            captured: The gradient that their backward passes made, ``(parameters,)``.
-            attributed: The part of it that the examples gave, ``(parameters,)``; the same vector where it is the whole.
-            applied: The gradient that the optimizer was given, ``(parameters,)``.
-            numbers: The step's numbers for each block.
-            parameters: θ before the step, ``(parameters,)``.
-        """
+    def step(self, step: AppliedStep) -> None:
+        """Follow one optimizer step."""
+        batches, numbers, captured, applied = step.batches, step.numbers, step.captured, step.applied
+        attributed = step.attributed
         if self._book is None:
             self._book = self._open(elementwise=any(n.elementwise for n in numbers.values()))
         found = {group: _factor(captured[span], applied[span]) for group, span in self._groups.items()}
@@ -112,7 +119,7 @@ class SegmentAccountant:
             rows = self._setting.group.all_reduce(rows)
             self.note_capture_gap(_gap(rows, self.projector.project_displacements(attributed[None])[0]))
         self._rate_sums.step(numbers, scaled)
-        self._follow_decay(numbers, parameters)
+        self._follow_decay(numbers, step.parameters)
 
     def _open(self, elementwise: bool) -> Book:
         if elementwise:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from pkexplain.errors import ConfigurationError, NonFiniteGradientError, RecordingError
+from pkexplain.errors import ConfigurationError, NonFiniteGradientError, RecordingError, warn
 from pkexplain.optimizers.base import CapturedBatch
 
 __all__ = [
@@ -17,13 +16,10 @@ __all__ = [
     "check_arguments",
     "not_between_steps",
     "not_finite",
-    "not_open",
-    "stepped_on_accumulated",
     "stranger",
     "used_by_hand",
     "warn_of_missing",
     "without_backward",
-    "without_step",
 ]
 
 
@@ -98,30 +94,11 @@ def without_backward() -> RecordingError:
     return broken("backward was never called", "no gradient of a recorded parameter", fix)
 
 
-def not_open() -> RecordingError:
-    """Say that the recorder does not listen."""
-    fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"
-    return broken("the recorder is not open", "a step before it was entered or after it was closed", fix)
-
-
 def not_between_steps(recording: bool) -> RecordingError:
     """Say that a run cannot be put down here."""
     got = "a step that is not done" if recording else "a recorder that is not open"
     fix = "Call it between two steps, after the optimizer has stepped"
     return broken("recorder.save() was called where a run cannot be put down", got, fix)
-
-
-def without_step() -> RecordingError:
-    """Say that nothing came of a backward pass."""
-    fix = "Call optimizer.step() inside the block, or pass accumulate=True where a later batch steps"
-    return broken("the optimizer did not step", "a backward pass without optimizer.step()", fix)
-
-
-def stepped_on_accumulated() -> RecordingError:
-    """Say that the optimizer stepped where it was not to."""
-    fix = "Leave accumulate out for the batch that the optimizer steps on"
-    got = "optimizer.step() inside recorder.step(ids, accumulate=True)"
-    return broken("the optimizer stepped on a batch that was only to accumulate", got, fix)
 
 
 def stranger(name: str) -> RecordingError:
@@ -172,9 +149,8 @@ def not_finite(batches: Sequence[CapturedBatch]) -> NonFiniteGradientError:
 def warn_of_missing(short: Mapping[str, float]) -> None:
     """Warn that the examples give only a part of some parameters' gradients; which part is missing, by parameter."""
     worst = max(short, key=lambda name: short[name])
-    warnings.warn(
+    warn(
         f"pkexplain: the examples' gradients do not sum to the gradient of {len(short)} parameters, by up to "
         f"{short[worst]:.1%} ({worst}). What is missing goes to the ledger's optimizer line. A penalty on the "
-        "weights is better given as weight_decay; a weight used outside its module's forward is not seen.",
-        stacklevel=7,
+        "weights is better given as weight_decay; a weight used outside its module's forward is not seen."
     )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pkexplain.distributed import ProcessGroup
 from pkexplain.errors import ConfigurationError, ModelMismatchError, RunDamagedError
-from pkexplain.gradients.factors import ExampleGradients, MatrixGradient
+from pkexplain.gradients.capture import GRADIENT_CLASSES
+from pkexplain.gradients.factors import MatrixGradient
 from pkexplain.ids import check_ids
 from pkexplain.optimizers.adaptive import Pending
 from pkexplain.optimizers.base import CapturedBatch, Setting
@@ -25,6 +26,9 @@ from pkexplain.store.fingerprint import checksum_tensor
 from pkexplain.store.trajectory import Trajectory
 
 __all__ = ["Standpoint", "checksum_optimizer", "find_standpoint", "recorded_arguments", "take_up"]
+
+_SAVED_CLASSES = (RowSum, Pending, CapturedBatch, *GRADIENT_CLASSES)
+"""All that the state of an optimizer's account is made of; a file that names another class is refused."""
 
 
 def checksum_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
@@ -133,7 +137,7 @@ def find_standpoint(
     device = point.device
     tensors = {key: value.to(device, copy=True) for key, value in store.read(name).items()}
     try:
-        found = deserialise(tensors, [RowSum, Pending, CapturedBatch, *_kinds(ExampleGradients)])
+        found = deserialise(tensors, _SAVED_CLASSES)
     except ValueError as error:
         raise _no_state(store, name, error) from error
     return Standpoint(fitting, found, name)
@@ -233,8 +237,3 @@ def _check_pending(pending: Pending, setting: Setting) -> None:
 
 def _no_state(store: Store, name: str, error: Exception) -> RunDamagedError:
     return damaged(store, name, "it is not a state", f"{error}", "what is in flight")
-
-
-def _kinds(kind: type) -> list[type]:
-    """List all classes below one."""
-    return [found for below in kind.__subclasses__() for found in (below, *_kinds(below))]

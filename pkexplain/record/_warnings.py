@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from pkexplain.errors import warn
 from pkexplain.optimizers.base import CapturedBatch
 from pkexplain.record._gradient_check import CAPTURE_TOLERANCE
 from pkexplain.store.trajectory import SegmentSummary
@@ -46,21 +46,19 @@ class SegmentWarnings:
             self._of_unexplained(segment, left, moved)
         if summary.bent > _BEND and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"pkexplain: in segment {segment} the gradient that the optimizer was given is not a multiple of the "
                 f"one that backward made, by up to {summary.bent:.1%}. Clipping by value, gradient noise and a "
                 "forgotten zero_grad() do that: they change each coordinate by itself, which belongs to no single "
                 "example, and the difference goes to the ledger's optimizer line. Clipping by norm "
-                "(clip_grad_norm_) is exact.",
-                stacklevel=5,
+                "(clip_grad_norm_) is exact."
             )
         if summary.capture_gap > CAPTURE_TOLERANCE:
-            warnings.warn(
+            warn(
                 f"pkexplain: in segment {segment} the captured gradients missed up to {summary.capture_gap:.0%} of a "
                 "step's gradient: the loss gained a penalty, or a weight was used outside its module's forward. "
                 "From the step where this was seen on, what is missing goes to the ledger's optimizer line; until "
-                "then the displacement gap shows it.",
-                stacklevel=5,
+                "then the displacement gap shows it."
             )
 
     def _of_unexplained(self, segment: int, left: Tensor, moved: Tensor) -> None:
@@ -70,12 +68,11 @@ class SegmentWarnings:
         share = max(shares)
         if share > _UNEXPLAINED:
             self._warned, parameter = True, self._names[shares.index(share)]
-            warnings.warn(
+            warn(
                 f"pkexplain: {share:.0%} of what moved {parameter} in segment {segment} came from no "
                 "example and no weight decay; it is on the ledger's optimizer line. Was the parameter changed "
                 "outside optimizer.step(), or is an update rule of your own wrong? A bias in front of a BatchNorm "
-                "is moved by rounding alone (bias=False). Otherwise, give the recorder a longer lookahead.",
-                stacklevel=6,
+                "is moved by rounding alone (bias=False). Otherwise, give the recorder a longer lookahead."
             )
 
     def of_skipped(self, batches: Sequence[CapturedBatch]) -> None:
@@ -84,8 +81,7 @@ class SegmentWarnings:
         ids = [int(i) for examples, odd in seen if not odd.all() for i in examples[odd]]
         if ids and not self._named:
             self._named = True
-            warnings.warn(
+            warn(
                 "pkexplain: the loss scaler skipped a step in which the loss derivative of some examples alone is nan: "
-                f"{', '.join(map(str, ids[:8]))}. Scaling overflows for whole batches, so look at these.",
-                stacklevel=6,
+                f"{', '.join(map(str, ids[:8]))}. Scaling overflows for whole batches, so look at these."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 
 import pkexplain as pk
 from pkexplain.errors import ConfigurationError, ModelMismatchError, RecordingError, RunBusyError
+from pkexplain.gradients.capture import GRADIENT_CLASSES
+from pkexplain.gradients.factors import ExampleGradients
 from tests.conftest import batches, digits
 from tests.trainings import EPOCHS, EXAMPLES, Training, small_model
 
@@ -47,7 +50,7 @@ def interrupted(training, after, recorder=None, start=0):
         for epoch in range(start, after + 1):
             for place, ids in enumerate(batches(EXAMPLES, 7, 1, seed=epoch)):
                 if epoch == after and place == 2:
-                    recorder._end_segment = lambda: None  # a killed process does not tidy up
+                    recorder._session._end_segment = lambda: None  # a killed process does not tidy up
                     raise DiedError
                 with recorder.step(ids):
                     training.optimizer.zero_grad()
@@ -248,3 +251,15 @@ def test_examples_that_no_segment_holds_do_not_count_yet(tmp_path):
     trajectory = pk.DirectoryStore(training.run).trajectory()
     assert trajectory.num_examples == EXAMPLES
     assert trajectory.segment(0).read_rows(slice(None)).shape[0] == EXAMPLES
+
+
+def below(kind):
+    for each in kind.__subclasses__():
+        yield each
+        yield from below(each)
+
+
+def test_the_list_of_gradients_that_a_state_may_hold_is_complete():
+    concrete = {kind for kind in below(ExampleGradients) if not inspect.isabstract(kind)}
+    ours = {kind for kind in concrete if kind.__module__.startswith("pkexplain.")}
+    assert ours == set(GRADIENT_CLASSES)

@@ -1,0 +1,337 @@
+"""A recording while it runs: what happens before, in and after each step, and at the end of a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkexplain.distributed import ProcessGroup
+from pkexplain.errors import ExampleIdError
+from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.factors import ExampleGradients
+from pkexplain.gradients.layers import Block, flatten_blocks
+from pkexplain.ids import check_ids
+from pkexplain.optimizers.adaptive import Lookahead
+from pkexplain.optimizers.base import CapturedBatch, Setting
+from pkexplain.optimizers.segment import AppliedStep, SegmentAccountant
+from pkexplain.projection.kinds import Projection
+from pkexplain.record._contract import broken, not_between_steps, not_finite, without_backward
+from pkexplain.record._gradient_check import ROUNDING, GradientSums
+from pkexplain.record._observers import InputShapes, LossDerivatives
+from pkexplain.record._optimizer_steps import StepReader
+from pkexplain.record._resume import checksum_optimizer, find_standpoint, take_up
+from pkexplain.record._state import serialise
+from pkexplain.record._warnings import SegmentWarnings
+from pkexplain.store.base import Store
+from pkexplain.store.directory import DirectoryStore
+from pkexplain.store.fingerprint import ModelFingerprint
+from pkexplain.store.trajectory import Checkpoint
+from pkexplain.store.writer import RunWriter, describe_optimizer
+from pkexplain.version import __version__
+
+__all__ = ["Plan", "Session"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is recorded and how, checked before anything is written.
+
+    Attributes:
+        store: Where the run goes.
+        model: The model, without a wrapper.
+        optimizer: Its optimizer.
+        steps: Reads the optimizer's steps.
+        blocks: The recorded parameters.
+        capture: Hooks on the layers.
+        group: The processes that train.
+        num_examples: How many training examples there are.
+        segments: ``"epoch"``, or a number of optimizer steps.
+        lookahead: How long gradients wait, as the user gave it.
+        projection: How gradients are compressed.
+        like: An empty tensor of the dtype and device of the arithmetic.
+        resumes: Whether the run is there already.
+    """
+
+    store: Store
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    steps: StepReader
+    blocks: tuple[Block, ...]
+    capture: Capture
+    group: ProcessGroup
+    num_examples: int
+    segments: str | int
+    lookahead: str | int
+    projection: Projection
+    like: Tensor
+    resumes: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the parameters, in the order of the flat vector."""
+        return [name for block in self.blocks for name in block.parameters]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters, in the order of the flat vector."""
+        named = dict(self.model.named_parameters())
+        return [named[name] for name in self.names]
+
+    def setting(self, audited: Tensor | None = None) -> Setting:
+        """Describe the recording to the optimizer's account."""
+        scratch = self.store.path if isinstance(self.store, DirectoryStore) else None
+        return Setting(self.blocks, self.projection, self.num_examples, self.like, self.group, audited, scratch)
+
+    def point(self) -> Tensor:
+        """Return θ as the model has it now, ``(parameters,)``."""
+        return flatten_blocks(self.blocks, dict(self.model.named_parameters()), self.like.dtype)
+
+
+@dataclass
+class _Step:
+    """A step that is being recorded: its batch, and what the optimizer has done with it so far."""
+
+    batch: CapturedBatch
+    before: Tensor | None = None  # θ before the step; None where the optimizer will skip it, or has not come yet
+    done: bool = False
+
+
+class Session:
+    """Records one training, from entering the recorder to leaving it.
+
+    Args:
+        plan: What is recorded.
+
+    Raises:
+        RunExistsError: There is a run already.
+        RunBusyError: Somebody else writes to it.
+        RunError: The run cannot be written or resumed.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        """Start the run or go on with it, and begin to listen to the optimizer."""
+        parameters = plan.parameters
+        self._plan, self._start = plan, plan.point()
+        self._inputs, self._derivatives = InputShapes(plan.model), LossDerivatives(plan.model)
+        self._fingerprint = ModelFingerprint.of(plan.model, plan.blocks)
+        self._warnings = SegmentWarnings(plan.names, [p.numel() for p in parameters])
+        self._ended = "still recording, or killed"
+        self._deleted: Sequence[int] = ()
+        self._step: _Step | None = None
+        self._accumulated: list[CapturedBatch] = []
+        self._accountant = SegmentAccountant(plan.setting(), Lookahead.of(plan.lookahead, plan.like))
+        self._sums = GradientSums(plan.setting(), parameters)
+        self._writer = RunWriter(plan.store, plan.group)
+        self._writer.lock()
+        try:
+            if plan.resumes:
+                self._go_on()
+            else:
+                self._writer.start(self._about(), self._checkpoint())
+        except BaseException:
+            self._writer.release()
+            raise
+        self._handles = [
+            plan.optimizer.register_step_pre_hook(self._before_step),
+            plan.optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            *self._sums.hooks(lambda: self._step.batch if self._step else None),
+        ]
+
+    def _go_on(self) -> None:
+        """Take up a run where the model and the optimizer stand."""
+        plan, manifest, trajectory = self._plan, self._plan.store.manifest(), self._plan.store.trajectory()
+        optimizer = checksum_optimizer(plan.optimizer, plan.parameters)
+        standpoint = find_standpoint(plan.store, manifest, self._start, optimizer, plan.group)
+        setting = plan.setting(trajectory.segment(0).audit_ids)
+        lookahead, projector = Lookahead.of(plan.lookahead, plan.like), trajectory.projector(plan.like.device)
+        steps = trajectory.boundaries[standpoint.segments]
+        self._accountant = SegmentAccountant(setting, lookahead, projector, steps)
+        self._sums = GradientSums(setting, plan.parameters)
+        self._inputs.seen.update(trajectory.inputs)
+        self._deleted = manifest.get("withdrawn", [])
+        if standpoint.state is not None:
+            self._sums.load_state_dict(take_up(plan.store, standpoint, setting, self._accountant))
+        self._writer.resume(manifest, {"ended": self._ended}, standpoint.segments)  # last: a refusal drops nothing
+
+    def close(self, error: type[BaseException] | None) -> None:
+        """Finish the last segment and let go of the model and the optimizer, also after an error."""
+        for handle in self._handles:
+            handle.remove()
+        self._ended = "finished" if error is None else f"interrupted by {error.__name__}"
+        try:
+            if error is None or self._plan.group.world_size == 1:  # other processes may not have come this far
+                self._end_segment()
+                self._writer.close(self._about())
+        finally:
+            self._writer.release()
+
+    def save(self) -> None:
+        """End the segment here and keep what is in the optimizer's momentum buffer.
+
+        Raises:
+            RecordingError: Gradients wait for the optimizer's step.
+            RunError: The state cannot be written.
+        """
+        if self._step is not None or self._accumulated:
+            raise not_between_steps(recording=True)
+        self._end_segment()
+        if not len(self._writer):
+            return
+        state = {"attributed": self._sums.apart, "accounts": self._accountant.state_dict()}
+        optimizer = checksum_optimizer(self._plan.optimizer, self._plan.parameters)
+        self._writer.state(serialise(state), optimizer or "")
+
+    @contextmanager
+    def step(self, ids: Sequence[int] | Tensor, accumulate: bool) -> Iterator[None]:
+        """Record one batch; see `Recorder.step`."""
+        if self._step is not None:
+            raise broken("it is nested in another step", "a step inside a step", "End the outer 'with' block first")
+        plan = self._plan
+        plan.steps.refuse_strangers()
+        batch = self._batch(ids)
+        visits = self._accountant.visits + batch.everywhere  # a sampler may repeat some, so that all get as many
+        if plan.segments == "epoch" and visits >= plan.num_examples + plan.group.world_size:
+            self._end_segment()  # the loader dropped its last, smaller batch
+        step = self._step = _Step(batch)
+        try:
+            with (
+                self._inputs.noting(len(batch.ids)),
+                self._derivatives.noting(batch),
+                plan.capture.during_backward(len(batch.ids), partial(self._receive, batch)),
+            ):
+                yield
+            self._check_contract(step, accumulate)
+        except BaseException:
+            self._forget()
+            raise
+        finally:
+            self._step = None
+        if self._segment_is_full():
+            self._end_segment()
+
+    def _batch(self, ids: Sequence[int] | Tensor) -> CapturedBatch:
+        """Check the ids; where another process refuses its own, none goes on without it."""
+        plan = self._plan
+        try:
+            batch = CapturedBatch(check_ids(ids, plan.num_examples, gone=self._deleted).to(plan.like.device))
+        except ExampleIdError:
+            plan.group.all_reduce_int(-(1 << 40))  # less than all the others can add to it
+            raise
+        batch.everywhere = plan.group.all_reduce_int(len(batch.ids))
+        if batch.everywhere < 0:
+            raise broken("another process has refused its batch", "wrong ids there", "Read that process's own error")
+        return batch
+
+    def _receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
+        self._sums.receive(position, gradients)
+        self._accountant.receive(batch, position, gradients)
+
+    def _segment_is_full(self) -> bool:
+        if self._accumulated:
+            return False
+        if isinstance(self._plan.segments, int):
+            return self._accountant.steps >= self._plan.segments
+        return self._accountant.visits >= self._plan.num_examples
+
+    def _check_contract(self, step: _Step, accumulate: bool) -> None:
+        if not step.batch.summed:
+            raise without_backward()
+        if accumulate and step.done:
+            fix = "Leave accumulate out for the batch that the optimizer steps on"
+            got = "optimizer.step() inside recorder.step(ids, accumulate=True)"
+            raise broken("the optimizer stepped on a batch that was only to accumulate", got, fix)
+        if accumulate:
+            step.batch.compact()  # before the next batch may write into its inputs
+            self._accumulated.append(step.batch)
+        elif not step.done and not self._sums.finite():
+            self._skip([*self._accumulated, step.batch])  # a loss scaler saw it too
+        elif not step.done:
+            fix = "Call optimizer.step() inside the block, or pass accumulate=True where a later batch steps"
+            raise broken("the optimizer did not step", "a backward pass without optimizer.step()", fix)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        step = self._step
+        if step is None:
+            got, fix = "a step that no example answers for", "Call it inside 'with recorder.step(ids):'"
+            raise broken("optimizer.step() was called outside a recorded step", got, fix)
+        if step.done:
+            fix = "Record each step in its own block"
+            raise broken("optimizer.step() was called a second time", "two steps in one", fix)
+        self._plan.steps.refuse_closure(args, kwargs)
+        if not step.batch.summed:
+            raise without_backward()
+        self._sums.join()
+        if self._plan.steps.skips:
+            return
+        batches = [*self._accumulated, step.batch]
+        if not torch.isfinite(self._sums.captured.sum()):
+            raise not_finite(batches)
+        self._accountant.note_capture_gap(self._sums.check(batches))
+        step.batch.compact()  # before the step: a layer's input may be a parameter
+        self._plan.steps.begin()
+        step.before = self._plan.point()
+
+    def _after_step(self) -> None:
+        step = self._step
+        if step is None:
+            return
+        step.done = True
+        batches = [*self._accumulated, step.batch]
+        if step.before is None:
+            self._skip(batches)
+            return
+        steps, sums = self._plan.steps, self._sums
+        self._accountant.step(
+            AppliedStep(batches, sums.captured, sums.attributed, steps.applied, steps.numbers(), step.before)
+        )
+        if self._accountant.capture_gap > ROUNDING:
+            sums.follow()
+        self._forget()
+
+    def _skip(self, batches: Sequence[CapturedBatch]) -> None:
+        """Note a step that was not taken."""
+        self._warnings.of_skipped(batches)
+        self._accountant.skip(batches)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the gradients that wait for the optimizer's step."""
+        self._accumulated = []
+        self._sums.clear()
+
+    def _end_segment(self) -> None:
+        if not self._accountant.steps:
+            return
+        end = self._plan.point()
+        before, self._start = self._start, end
+        segment, summary = self._accountant.close(end - before)
+        t = len(self._writer)
+        self._writer.segment(segment, summary, self._checkpoint(), self._accountant.projector, self._about())
+        self._warnings.of(t, summary, segment.optimizer, end - before, self._sums.apart)
+
+    def _checkpoint(self) -> Checkpoint:
+        buffers = self._plan.model.named_buffers()
+        return Checkpoint(self._start, {name: value.detach() for name, value in buffers})
+
+    def _about(self) -> dict[str, Any]:
+        """Describe the run for its manifest."""
+        plan = self._plan
+        return {
+            "pkexplain": __version__,
+            "torch": torch.__version__,
+            "ended": self._ended,
+            "num_examples": plan.num_examples,
+            "dtype": str(plan.like.dtype).removeprefix("torch."),
+            "recording": {"segments": plan.segments, "lookahead": plan.lookahead},
+            "optimizer": describe_optimizer(plan.optimizer),
+            "projection": plan.projection.describe(),
+            "columns": self._accountant.projector.columns if self._accountant.projector else None,
+            "model": self._fingerprint.describe(),
+            "inputs": self._inputs.seen,
+        }
