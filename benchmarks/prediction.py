@@ -46,7 +46,7 @@ class Unweighted(pk.LossCurvature):
 
 
 def truth(protocol: Protocol, split: int = 0) -> pk.evaluation.SubsetOutputs:
-    """Retrain on every subset, once, and keep what came of it; the peers are held against the same file."""
+    """Retrain on every subset, once, and keep what came of it; the peers are checked against the same file."""
     kept = ROOT / f"truth_{protocol.name}_{split}_{SEED}.pt"
     if not kept.exists():
         data, test = digits(split)

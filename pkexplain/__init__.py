@@ -34,9 +34,10 @@ from pkexplain.baselines.compare import compare
 from pkexplain.errors import PkexplainError
 from pkexplain.explain.explainer import Explainer
 from pkexplain.explain.loss_curvature import BinaryCrossEntropy, CrossEntropy, LossCurvature, SquaredError
-from pkexplain.explain.outputs import Custom, Logit, LogProbability, Loss, Margin, Output, TokenLogProbability, Value
+from pkexplain.explain.outputs import Custom, Logit, LogProbability, Loss, Margin, Output, Value
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.removal import Removal
+from pkexplain.explain.token_outputs import TokenLogProbability
 from pkexplain.optimizers.rules import LinearStep, UpdateRule, register_update_rule
 from pkexplain.projection.kinds import Identity, Kronecker, SparseSign
 from pkexplain.record.recorder import Recorder

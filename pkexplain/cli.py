@@ -315,7 +315,7 @@ def main() -> None:
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
-    """Read whole numbers and commas, for example ``3,17``.
+    """Read integers and commas, for example ``3,17``.
 
     Raises:
         QueryError: They are something else.
@@ -323,7 +323,7 @@ def parse_numbers(text: str, option: str) -> list[int]:
     numbers = text.split(",")
     if all(number.strip().isdecimal() for number in numbers):
         return [int(number) for number in numbers]
-    wrong, expected = "these are not row numbers" if option == "--ids" else "these are not classes", "whole numbers"
+    wrong, expected = "these are not row numbers" if option == "--ids" else "these are not classes", "integers"
     raise QueryError(
         f"{option} {text}",
         wrong,
@@ -341,6 +341,7 @@ def parse_output(text: str) -> Any:
         QueryError: There is no such output.
     """
     from pkexplain.explain import outputs
+    from pkexplain.explain.token_outputs import TokenLogProbability
 
     name, _, number = text.partition(":")
     kinds: dict[str, Any] = {
@@ -352,7 +353,7 @@ def parse_output(text: str) -> Any:
     }
     tokens = number.split(",")
     if name == "tokens" and all(token.isdecimal() for token in tokens):
-        return outputs.TokenLogProbability([int(token) for token in tokens])
+        return TokenLogProbability([int(token) for token in tokens])
     if name in kinds and (number.isdecimal() or (not number and name != "loss")):
         return kinds[name](*([int(number)] if number else []))
     raise QueryError(

@@ -42,7 +42,7 @@ class ProcessGroup:
         return tensor
 
     def all_reduce_int(self, number: int) -> int:
-        """Add a whole number of every process up."""
+        """Add an integer of every process up."""
         return number
 
     def all_reduce_max(self, number: float) -> float:
@@ -90,7 +90,7 @@ class TorchProcessGroup(ProcessGroup):
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_int(self, number: int) -> int:
-        """Add a whole number of every process up."""
+        """Add an integer of every process up."""
         return int(self._reduce(torch.tensor([number]), dist.ReduceOp.SUM))
 
     def all_reduce_max(self, number: float) -> float:

@@ -141,7 +141,7 @@ class QueryError(PkexplainError, ValueError):
 
 
 class EvaluationError(PkexplainError, ValueError):
-    """A retraining, or the attributions that are held against it, cannot be judged."""
+    """A retraining, or the attributions that are checked against it, cannot be judged."""
 
 
 def _rebuild(kind: type[PkexplainError], asked: str, wrong: str, fields: dict[str, str]) -> PkexplainError:

@@ -25,11 +25,11 @@ def check_ids(
         gone: Examples that were withdrawn.
 
     Raises:
-        ExampleIdError: They are not whole numbers in one dimension, in range and without repeats.
+        ExampleIdError: They are not integers in one dimension, in range and without repeats.
     """
 
     def bad(wrong: str, got: Any, fix: str) -> ExampleIdError:
-        expected = f"different whole numbers from 0 to {num_examples - 1}"
+        expected = f"different integers from 0 to {num_examples - 1}"
         return ExampleIdError(asked, wrong, got=got, expected=expected, source=f"{num_examples=}", fix=fix)
 
     try:
@@ -40,7 +40,7 @@ def check_ids(
         got = f"shape {tuple(tensor.shape)}"
         raise bad("the ids must be a list with one id per example", got, "Give one id for each row of the batch")
     if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise bad("the ids are not whole numbers", tensor.dtype, "Convert them to integers")
+        raise bad("the ids are not integers", tensor.dtype, "Convert them to integers")
     tensor = tensor.long()
     outside = tensor[(tensor < 0) | (tensor >= num_examples)]
     if len(outside):

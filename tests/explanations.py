@@ -94,7 +94,7 @@ def make_explanation(
 
 
 def make_comparison(*, methods: int = 10, name: str = "method") -> Comparison:
-    """Make a comparison of seeded scores, with one yardstick and one method left out.
+    """Make a comparison of seeded scores, with one metric and one method left out.
 
     Args:
         methods: How many.
@@ -115,7 +115,7 @@ def make_comparison(*, methods: int = 10, name: str = "method") -> Comparison:
             setup_seconds=0.1,
             query_seconds=0.01,
             peak_bytes=2e7,
-            yardsticks={name: 0.2},
+            metrics={name: 0.2},
         )
         for at, each in enumerate(scores)
     )

@@ -53,7 +53,7 @@ def compare(
     baselines: Sequence[Baseline] | None = None,
     loss: Callable[..., Tensor] | None = None,
     k: int = 10,
-    yardsticks: Mapping[str, Callable[[np.ndarray], float]] | None = None,
+    metrics: Mapping[str, Callable[[np.ndarray], float]] | None = None,
 ) -> Comparison:
     """Run other methods of training-data attribution on a recorded run, beside the path reading.
 
@@ -69,7 +69,7 @@ def compare(
         baselines: The other methods; by default Captum's and cheap ones.
         loss: Called as ``loss(prediction, targets, reduction="none")``; by default cross-entropy.
         k: How many examples of each ranking are compared.
-        yardsticks: Measures of quality by name; each is given the scores of a method, ``(queries, num_examples)``, and
+        metrics: Measures of quality by name; each is given the scores of a method, ``(queries, num_examples)``, and
             returns a number.
 
     Returns:
@@ -82,7 +82,7 @@ def compare(
     chosen = BASELINES if baselines is None else tuple(baselines)
     if not isinstance(k, int) or k < 1:
         got, fix, source = repr(k), "Leave k out for 10", "the signature of compare"
-        wrong, expected = "so many examples cannot be compared", "a whole number from 1 up"
+        wrong, expected = "so many examples cannot be compared", "an integer from 1 up"
         raise ConfigurationError("compare(k=…)", wrong, got=got, expected=expected, source=source, fix=fix)
     setting = Setting.of(explainer, x, targets, dataset=dataset, loss=loss)
     output = Loss(setting.targets, setting.loss)
@@ -104,7 +104,7 @@ def compare(
             continue
         gap = _relative(scores.sum(axis=1) - changes, changes) if baseline.adds_up(setting) else np.nan
         found.append((name, scores, once, asked, gap))
-    return _gather(found, left_out, changes, k, yardsticks or {})
+    return _gather(found, left_out, changes, k, metrics or {})
 
 
 def choose_baselines(names: str | None) -> tuple[Baseline, ...]:
@@ -166,7 +166,7 @@ def _gather(
     left_out: Sequence[LeftOut],
     changes: np.ndarray,
     k: int,
-    yardsticks: Mapping[str, Callable[[np.ndarray], float]],
+    metrics: Mapping[str, Callable[[np.ndarray], float]],
 ) -> Comparison:
     overlaps = top_overlap([scores for _, scores, *_ in found], k)
     correlations = rank_correlation([scores for _, scores, *_ in found])
@@ -180,7 +180,7 @@ def _gather(
             setup_seconds=once.seconds,
             query_seconds=asked.seconds / len(changes),
             peak_bytes=max(once.peak_bytes, asked.peak_bytes),
-            yardsticks={what: float(measure(scores)) for what, measure in yardsticks.items()},
+            metrics={what: float(measure(scores)) for what, measure in metrics.items()},
         )
         for at, (name, scores, once, asked, gap) in enumerate(found)
     )

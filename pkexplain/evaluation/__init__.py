@@ -1,6 +1,6 @@
-"""Attributions judged by the field's yardsticks: train again without some examples, and see whether they were right.
+"""Attributions judged by the field's metrics: train again without some examples, and see whether they were right.
 
-`Retraining` holds the user's training function and queries. Each yardstick has a function that retrains, once, where it
+`Retraining` holds the user's training function and queries. Each metric has a function that retrains, once, where it
 needs that, and one that judges any number of attributions by what came out.
 """
 

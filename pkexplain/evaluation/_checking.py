@@ -1,4 +1,4 @@
-"""What all yardsticks ask of the arrays they are given."""
+"""What all metrics ask of the arrays they are given."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def as_ids(ids: Any, num_examples: int, asked: str) -> np.ndarray:
         The ids, int64, ``(ids,)``.
 
     Raises:
-        EvaluationError: They are not different whole numbers in one dimension and in range.
+        EvaluationError: They are not different integers in one dimension and in range.
     """
     array = np.asarray(ids)
-    expected = f"different whole numbers from 0 to {num_examples - 1}"
+    expected = f"different integers from 0 to {num_examples - 1}"
 
     def refuse(wrong: str, got: Any, fix: str) -> EvaluationError:
         return bad(asked, wrong, got, expected, f"{num_examples=}", fix)

@@ -1,6 +1,6 @@
 """Correlations with ties, the area under a ROC curve, and bootstrap intervals, vectorised over queries and resamples.
 
-A resample is a column of whole-number weights: how often each unit (a subset, an example, a query) was drawn. Ranks and
+A resample is a column of integer weights: how often each unit (a subset, an example, a query) was drawn. Ranks and
 moments are computed with these weights, which is the same as ranking the resampled units, ties averaged, and needs one
 sort for all resamples.
 """
@@ -106,7 +106,7 @@ def correlations(first: np.ndarray, second: np.ndarray, weights: np.ndarray, *, 
     Args:
         first: One number a unit, ``(units,)``.
         second: Another, ``(units,)``.
-        weights: How often each unit is in each resample, ``(units, resamples)``, as whole numbers.
+        weights: How often each unit is in each resample, ``(units, resamples)``, as integers.
         ranked: Whether to correlate ranks; ties get the mean of their ranks.
 
     Returns:

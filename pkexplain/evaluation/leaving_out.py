@@ -1,8 +1,9 @@
 """Leave-one-out: what does the output lose without one example, everything else held fixed?
 
-For one seed s, f(x; all, s) − f(x; all without i, s) is held against c_i(x): both positive where the output would fall
-without the example. It is meant for training whose every other choice stays as it was. In most training loops leaving
-one example out shifts the order of all others and the batches they are in, and the difference is mostly that: let the
+For one seed s, f(x; all, s) − f(x; all without i, s) is checked against c_i(x): both are positive where the output
+would fall without the example. It is meant for training whose every other choice stays as it was. In most training
+loops leaving one example out shifts the order of all others and the batches they are in, and the difference is mostly
+that: let the
 function draw initial parameters, the order of *all* examples and dropout from the seed, and then pass over those that
 are not in ``ids``.
 """

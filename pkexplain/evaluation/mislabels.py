@@ -74,7 +74,7 @@ def flip_labels(
     """Change some labels, each to one of the other classes, all equally likely.
 
     Args:
-        labels: One class an example, whole numbers from 0, ``(num_examples,)``.
+        labels: One class an example, integers from 0, ``(num_examples,)``.
         fraction: The share of the examples whose labels change.
         classes: How many classes there are; None for one more than the highest label.
         seed: Of which labels change, and to what.
@@ -93,7 +93,7 @@ def flip_labels(
     array = np.array(labels.detach().cpu() if hasattr(labels, "detach") else labels)
     source = "the labels"
     if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
-        got, expected = f"{array.dtype}, shape {array.shape}", "whole numbers, (num_examples,)"
+        got, expected = f"{array.dtype}, shape {array.shape}", "integers, (num_examples,)"
         raise bad("flip_labels(labels)", "these are no classes", got, expected, "the definition", "Pass class numbers")
     known = int(array.max()) + 1 if classes is None else classes
     if array.min() < 0 or array.max() >= known or known < 2:

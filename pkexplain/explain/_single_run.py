@@ -15,7 +15,8 @@ from pkexplain.distributed import ProcessGroup, TorchProcessGroup
 from pkexplain.errors import ConfigurationError, QueryError
 from pkexplain.explain._checks import checks_of, removal_checks
 from pkexplain.explain._correction import CorrectedCovectors, correct
-from pkexplain.explain._query_gradients import OutputField, integrate, outputs_at_checkpoints
+from pkexplain.explain._output_field import OutputField
+from pkexplain.explain._query_gradients import integrate, outputs_at_checkpoints
 from pkexplain.explain._ranking import Ranking
 from pkexplain.explain.loss_curvature import LossCurvature
 from pkexplain.explain.outputs import Output

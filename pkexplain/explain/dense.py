@@ -83,26 +83,7 @@ def path_kernel(
         QueryError: The query or the output does not fit the model.
     """
     trajectory = open_store(run).trajectory()
-    if not isinstance(trajectory.projection, Identity):
-        raise ConfigurationError(
-            "exact.path_kernel(run)",
-            "the run's rows are compressed, so nothing exact can be made of them",
-            got=f"projection {trajectory.projection}",
-            expected="projection Identity()",
-            source="the run's manifest",
-            fix="Record the run again with projection=pkexplain.Identity()",
-        )
-    before, after = trajectory.checkpoint(0).buffers, trajectory.checkpoint(len(trajectory)).buffers
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    if moved:
-        raise ConfigurationError(
-            "exact.path_kernel(run)",
-            "buffers moved while it was recorded, and the dense path does not follow them",
-            got=", ".join(moved[:3]),
-            expected="a model whose buffers stay",
-            source="the run's checkpoints",
-            fix="Use pkexplain.Explainer, which gives running statistics a line of their own",
-        )
+    _refuse_what_is_not_exact(trajectory)
     trajectory.fingerprint.check(model)
     queries = as_queries(x, trajectory.inputs, next(model.parameters()).device)
     field = _Field(model, trajectory)
@@ -127,6 +108,29 @@ def path_kernel(
             remainders[1, q] += segment.optimizer.double() @ covector
     numbers = [contributions, kernels, *remainders, *ends]
     return ExactAccount(*(number.numpy() for number in numbers))
+
+
+def _refuse_what_is_not_exact(trajectory: Trajectory) -> None:
+    if not isinstance(trajectory.projection, Identity):
+        raise ConfigurationError(
+            "path_kernel(run)",
+            "the run's rows are compressed, so nothing exact can be made of them",
+            got=f"projection {trajectory.projection}",
+            expected="projection Identity()",
+            source="the run's manifest",
+            fix="Record the run again with projection=pkexplain.Identity()",
+        )
+    before, after = trajectory.checkpoint(0).buffers, trajectory.checkpoint(len(trajectory)).buffers
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    if moved:
+        raise ConfigurationError(
+            "path_kernel(run)",
+            "buffers moved while it was recorded, and the dense path does not follow them",
+            got=", ".join(moved[:3]),
+            expected="a model whose buffers stay",
+            source="the run's checkpoints",
+            fix="Use pkexplain.Explainer, which gives running statistics a line of their own",
+        )
 
 
 class _Field:

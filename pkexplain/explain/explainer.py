@@ -145,7 +145,7 @@ class Explainer:
             ConfigurationError: ``k`` or ``reading`` cannot be.
         """
         if not isinstance(k, int) or k < 1:
-            got, expected, wrong = repr(k), "a whole number from 1 up", "so many examples cannot be shown"
+            got, expected, wrong = repr(k), "an integer from 1 up", "so many examples cannot be shown"
             raise _refused("Explainer.explain", wrong, got, expected, "the signature of explain", "Leave k out")
         removal = _removal(reading)
         queries = as_queries(x, self.trajectory.inputs, self._first.field.device)

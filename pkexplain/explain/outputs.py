@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ __all__ = [
     "Loss",
     "Margin",
     "Output",
-    "TokenLogProbability",
     "Value",
     "as_output",
+    "for_each",
+    "integers",
+    "no_output",
     "settle_output",
 ]
 
@@ -34,7 +36,13 @@ Index = int | Sequence[int] | Tensor | None
 
 
 class Output(ABC):
-    """A number of the model's output, one for each query."""
+    """A number of the model's output, one for each query.
+
+    A subclass is a frozen dataclass that says what to compute and how to name it. Fields that may differ from query to
+    query are listed in ``per_query``; once settled they are tensors that lead with the queries.
+    """
+
+    per_query: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __call__(self, prediction: Tensor) -> Tensor:
@@ -54,7 +62,9 @@ class Output(ABC):
 
     def select(self, positions: Tensor) -> Output:
         """Keep the queries at ``positions``."""
-        return self
+        output: Any = self
+        values = {name: torch.as_tensor(getattr(output, name)) for name in self.per_query}
+        return replace(output, **{name: value[positions.to(value.device)] for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class _OfClass(Output):
     """
 
     index: Index = None
+    per_query = ("index",)
 
     @property
     def _label(self) -> str:
@@ -81,25 +92,20 @@ class _OfClass(Output):
         if prediction.ndim != 2:
             wrong, expected = "it needs one row of classes for each query", "shape (queries, classes)"
             fix = _FOR_SEQUENCES if prediction.ndim == 3 else _FOR_OTHERS
-            raise _no_output(name, wrong, prediction, expected, fix)
+            raise no_output(name, wrong, prediction, expected, fix)
         if self.index is None:
             return replace(self, index=prediction.argmax(1))
         try:
             index = self._tensor(len(prediction))
         except (TypeError, ValueError, RuntimeError) as error:
             expected = f"one class, or {len(prediction)} of them"
-            raise _no_output(name, "the classes do not fit the queries", prediction, expected) from error
+            raise no_output(name, "the classes do not fit the queries", prediction, expected) from error
         if ((index < 0) | (index >= prediction.shape[1])).any():
-            raise _no_output(name, "there is no such class", prediction, f"a class from 0 to {prediction.shape[1] - 1}")
+            raise no_output(name, "there is no such class", prediction, f"a class from 0 to {prediction.shape[1] - 1}")
         return replace(self, index=index.to(prediction.device))
 
-    def select(self, positions: Tensor) -> Output:
-        """Keep the queries at ``positions``."""
-        return replace(self, index=torch.as_tensor(self.index)[positions])
-
     def _tensor(self, queries: int) -> Tensor:
-        index = _whole(self.index, "a class")
-        return index.expand(queries) if index.ndim == 0 else index.reshape(queries)
+        return for_each(integers(self.index, "a class"), queries)
 
     def _of(self, prediction: Tensor) -> Tensor:
         return prediction.gather(1, self._tensor(len(prediction)).to(prediction.device)[:, None])[:, 0]
@@ -132,87 +138,6 @@ class Margin(_OfClass):
 
 
 @dataclass(frozen=True)
-class TokenLogProbability(Output):
-    """log p of a token, a span of tokens or a whole completion under a language model, in nats.
-
-    For a causal model with one row of scores for each position, ``(queries, positions, vocabulary)``: the sum over j of
-    log p(tokens[j] | everything before it), where the scores at position start − 1 + j of the input are for the token
-    at position start + j. The input holds the span itself, as in training; only its last token may be left out of it.
-
-    Args:
-        tokens: The token or tokens of the span, ``(span,)`` for all queries or ``(queries, span)``.
-        start: Position in the input of the first token of the span, one for all queries or one for each; None where the
-            span is the end of the input. Padding counts: with padding on the left every position is so much higher.
-        normalized: Divide by the number of tokens.
-    """
-
-    tokens: int | Sequence[int] | Sequence[Sequence[int]] | Tensor
-    start: Index = None
-    normalized: bool = False
-
-    def __call__(self, prediction: Tensor) -> Tensor:
-        """Compute the log-probabilities, ``(queries,)``."""
-        queries, positions = prediction.shape[:2]
-        tokens = self._tokens(queries).to(prediction.device)
-        before = self._starts(queries, positions).to(prediction.device)[:, None] - 1
-        rows = torch.arange(queries, device=prediction.device)[:, None]
-        scores = prediction[rows, before + torch.arange(tokens.shape[1], device=prediction.device)]
-        found = scores.log_softmax(2).gather(2, tokens[:, :, None])[:, :, 0]
-        return found.mean(1) if self.normalized else found.sum(1)
-
-    def names(self, queries: int) -> list[str]:
-        """Name the output of each query, for example ``log_probability[token 42 at 5]``."""
-        kind = "mean_log_probability" if self.normalized else "log_probability"
-        tokens = self._tokens(queries)
-        span = tokens.shape[1]
-        starts = [-span] * queries if self.start is None else self._starts(queries, 0).tolist()
-        if span == 1:
-            return [f"{kind}[token {int(t)} at {s}]" for t, s in zip(tokens, starts, strict=True)]
-        return [f"{kind}[tokens {s}:{s + span or ''}]" for s in starts]
-
-    def settle(self, prediction: Tensor) -> Output:
-        """Fix where the span lies, and check it and its tokens against the prediction."""
-        name = f"output={type(self).__name__}(…)"
-        if prediction.ndim != 3:
-            expected = "shape (queries, positions, vocabulary)"
-            raise _no_output(name, "it needs scores for each position of a sequence", prediction, expected)
-        queries, positions, vocabulary = prediction.shape
-        try:
-            tokens, starts = self._tokens(queries), self._starts(queries, positions)
-        except (TypeError, ValueError, RuntimeError) as error:
-            expected = f"whole numbers, (span,) or ({queries}, span), and one start, or {queries} of them"
-            raise _no_output(name, f"the span does not fit the queries ({error})", prediction, expected) from error
-        if ((tokens < 0) | (tokens >= vocabulary)).any():
-            raise _no_output(name, "there is no such token", prediction, f"tokens from 0 to {vocabulary - 1}")
-        last = positions + 1 - tokens.shape[1]  # the scores at the last position are for a token after the input
-        if ((starts < 1) | (starts > last)).any():
-            wrong = (
-                f"{tokens.shape[1]} token(s) from position {starts.tolist()[:5]} on are not predicted from the input"
-            )
-            expected = f"a start from 1 to {last}" if last > 0 else f"at most {positions} tokens"
-            raise _no_output(name, wrong, prediction, expected, "Count positions of the input from 0, padding included")
-        return replace(self, tokens=tokens.to(prediction.device), start=starts.to(prediction.device))
-
-    def select(self, positions: Tensor) -> Output:
-        """Keep the queries at ``positions``."""
-        tokens, start = torch.as_tensor(self.tokens), torch.as_tensor(self.start)
-        return replace(self, tokens=tokens[positions.to(tokens.device)], start=start[positions.to(start.device)])
-
-    def _tokens(self, queries: int) -> Tensor:
-        tokens = _whole(self.tokens, "a token")
-        tokens = tokens[None] if tokens.ndim == 0 else tokens
-        if tokens.ndim > 2 or not tokens.shape[-1]:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)}")
-        return tokens.expand(queries, -1) if tokens.ndim == 1 else tokens.reshape(queries, tokens.shape[1])
-
-    def _starts(self, queries: int, positions: int) -> Tensor:
-        if self.start is None:
-            return torch.full((queries,), positions - self._tokens(queries).shape[1])
-        starts = _whole(self.start, "a start")
-        return starts.expand(queries) if starts.ndim == 0 else starts.reshape(queries)
-
-
-@dataclass(frozen=True)
 class Loss(Output):
     """The query's own loss.
 
@@ -224,6 +149,7 @@ class Loss(Output):
 
     target: Any
     function: Callable[..., Tensor] = F.cross_entropy
+    per_query = ("target",)
 
     def __call__(self, prediction: Tensor) -> Tensor:
         """Compute the losses, ``(queries,)``."""
@@ -242,18 +168,13 @@ class Loss(Output):
             settled = replace(self, target=self._tensor(len(prediction)))
             settled(prediction)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise _no_output(
+            raise no_output(
                 "output=Loss(…)", f"the loss failed ({error})", prediction, "a target it can use"
             ) from error
         return settled
 
-    def select(self, positions: Tensor) -> Output:
-        """Keep the queries at ``positions``."""
-        return replace(self, target=self.target[positions.to(self.target.device)])
-
     def _tensor(self, queries: int) -> Tensor:
-        target = torch.as_tensor(self.target)
-        return target.expand(queries) if target.ndim == 0 else target.reshape(queries, *target.shape[1:])
+        return for_each(torch.as_tensor(self.target), queries)
 
 
 @dataclass(frozen=True)
@@ -278,7 +199,7 @@ class Value(Output):
         """Check that the value is there."""
         size = prediction[0].numel()
         if not 0 <= self.index < size:
-            raise _no_output(f"output=Value({self.index})", "there is no such value", prediction, f"0 to {size - 1}")
+            raise no_output(f"output=Value({self.index})", "there is no such value", prediction, f"0 to {size - 1}")
         return self
 
 
@@ -307,12 +228,12 @@ class Custom(Output):
         if not isinstance(found, Tensor) or found.shape != prediction.shape[:1]:
             got = f"{type(found).__name__} of shape {tuple(getattr(found, 'shape', ()))}"
             wrong = f"the function does not give one number for each query but a {got}"
-            raise _no_output(f"output={self.names(1)[0]}", wrong, prediction, f"shape ({len(prediction)},)")
+            raise no_output(f"output={self.names(1)[0]}", wrong, prediction, f"shape ({len(prediction)},)")
         return self
 
 
 def settle_output(output: Output | Callable[[Tensor], Tensor] | None, prediction: Tensor) -> Output:
-    """Settle what is to be explained on the final prediction.
+    """Check what is to be explained against the final prediction.
 
     Args:
         output: An output or any function of the prediction; None for the logit of the predicted class, or for the one
@@ -348,11 +269,21 @@ def as_output(output: Output | Callable[[Tensor], Tensor]) -> Output:
     )
 
 
-def _whole(numbers: Any, what: str) -> Tensor:
+def integers(numbers: Any, what: str) -> Tensor:
+    """Take classes, tokens or positions as a tensor of integers.
+
+    Raises:
+        TypeError: They are something else.
+    """
     tensor = torch.as_tensor(numbers)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"{what} is a whole number")
+        raise TypeError(f"{what} is an integer")
     return tensor.long()
+
+
+def for_each(values: Tensor, queries: int) -> Tensor:
+    """Give every query the one value there is, or check that there is one for each."""
+    return values.expand(queries) if values.ndim == 0 else values.reshape(queries, *values.shape[1:])
 
 
 _FOR_OTHERS = "Choose an output that this prediction has"
@@ -362,6 +293,7 @@ _FOR_SEQUENCES = (
 )
 
 
-def _no_output(asked: str, wrong: str, prediction: Tensor, expected: str, fix: str = _FOR_OTHERS) -> QueryError:
+def no_output(asked: str, wrong: str, prediction: Tensor, expected: str, fix: str = _FOR_OTHERS) -> QueryError:
+    """Say why an output does not exist in a prediction."""
     got = f"a prediction of shape {tuple(prediction.shape)}"
     return QueryError(asked, wrong, got=got, expected=expected, source="the model's prediction", fix=fix)

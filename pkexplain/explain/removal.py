@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pkexplain.errors import ConfigurationError
-from pkexplain.explain._query_gradients import OutputField
+from pkexplain.explain._output_field import OutputField
 from pkexplain.explain.loss_curvature import LossCurvature, loss_curvature_of
 from pkexplain.explain.outputs import Output
 from pkexplain.explain.queries import QueryBatch
@@ -65,7 +65,7 @@ class Removal:
             raise _refused(f"strength={self.strength!r}", "a number from 0 up", "Leave it out")
         if self.checkpoints is not None and (not isinstance(self.checkpoints, int) or self.checkpoints < 1):
             fix = "Leave it out for all, or pass 1 for the last"
-            raise _refused(f"checkpoints={self.checkpoints!r}", "a whole number from 1 up, or None", fix)
+            raise _refused(f"checkpoints={self.checkpoints!r}", "an integer from 1 up, or None", fix)
 
 
 def _refused(got: str, expected: str, fix: str) -> ConfigurationError:
@@ -116,16 +116,14 @@ def final_gradient(
     """
     last = range(len(segments))[-(checkpoints or len(segments)) :]
     ids = segments[0].audit_ids
-    named = 4 + len(ids)  # running statistics, Δθ, decay, optimizer, then the audited displacements
     total = torch.zeros((), dtype=field.dtype, device=field.device)
     audit = stored = torch.zeros(len(queries), len(ids), dtype=torch.float64)
     for t in last:
         field.move_to(t, 1.0)
-        features = field.features(queries, output, t)
-        covector = features[:, named:]
-        total = total + covector / len(last)
-        audit = audit + features[:, 4:named].double().cpu()
-        stored = stored + (covector.cpu() @ segments[t].read_rows(ids, field.dtype).T).double()
+        products = field.products(queries, output, t)
+        total = total + products.projected / len(last)
+        audit = audit + products.audit.double().cpu()
+        stored = stored + (products.projected.cpu() @ segments[t].read_rows(ids, field.dtype).T).double()
     return FinalGradient(total, audit, stored, len(last))
 
 

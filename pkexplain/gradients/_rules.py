@@ -72,7 +72,7 @@ class Use:
 
     @property
     def input(self) -> Tensor:
-        """The first argument, in the number format of the gradient where it is not made of indices."""
+        """The first argument, in the dtype of the gradient where it is not made of indices."""
         x = self.given(0, "input").detach()
         return x.to(self.gradient.dtype) if x.is_floating_point() else x
 

@@ -35,7 +35,7 @@ __all__ = ["RowMixture", "in_front_of_norms", "is_in_front"]
 
 
 _ROUNDING = 1e3
-"""Multiples of a number format's ε up to which what is left of a gradient is rounding."""
+"""Multiples of a dtype's ε up to which what is left of a gradient is rounding."""
 
 
 @dataclass(frozen=True)

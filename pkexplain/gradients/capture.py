@@ -49,7 +49,7 @@ class Capture:
 
     Args:
         layers: The layers to watch (from `find_layers`).
-        dtype: Number format of the gradients; None for that of each layer's output (which autocast may change).
+        dtype: Dtype of the gradients; None for that of each layer's output (which autocast may change).
     """
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype | None = None) -> None:

@@ -30,7 +30,7 @@ from pkexplain.projection.maps import Projector
 __all__ = ["Lookahead", "LookaheadBook", "Pending"]
 
 _ROUNDING = 32
-"""Multiples of a number format's ε, of the terms of a sum, up to which the sum is rounding."""
+"""Multiples of a dtype's ε, of the terms of a sum, up to which the sum is rounding."""
 _DAMPING = 0.1
 """Part of a block's mean √v̂ that is added to every coordinate's in the preconditioner."""
 

@@ -91,7 +91,7 @@ class Setting:
         blocks: The recorded parameters.
         projection: How rows are compressed.
         num_examples: How many rows there are.
-        like: An empty tensor of the arithmetic's number format and device.
+        like: An empty tensor of the arithmetic's dtype and device.
         group: The processes that train.
         audited: The audited examples, where they are chosen already.
         scratch: Where rows are gathered that are too many for memory; None for the system's place for such files.

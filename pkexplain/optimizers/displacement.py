@@ -61,7 +61,7 @@ class RowAccumulator:
         examples: How many rows there are.
         columns: The columns of each block of parameters.
         width: Width of a row.
-        like: A tensor of the sums' number format and device.
+        like: A tensor of the sums' dtype and device.
         zeros: Makes room for the rows, ``(examples, width)``; by default in memory.
     """
 
@@ -261,10 +261,10 @@ class MomentumAccount:
 
 
 def copy_exactly(mine: Tensor, kept: Tensor) -> None:
-    """Copy a tensor of the same shape and number format; none is stretched to fit.
+    """Copy a tensor of the same shape and dtype; none is stretched to fit.
 
     Raises:
-        ValueError: It has another shape or number format.
+        ValueError: It has another shape or dtype.
     """
     if mine.shape != kept.shape or mine.dtype != kept.dtype:
         raise ValueError(f"a tensor {tuple(kept.shape)} of {kept.dtype}, not {tuple(mine.shape)} of {mine.dtype}")

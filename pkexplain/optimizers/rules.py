@@ -79,7 +79,7 @@ class LinearStep:
         Args:
             steps: The step of each parameter.
             sizes: How many coordinates each has.
-            like: A tensor of the number format and device of the result.
+            like: A tensor of the dtype and device of the result.
 
         Raises:
             UnsupportedOptimizerError: A number is neither a scalar nor one for each coordinate.

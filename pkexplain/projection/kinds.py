@@ -40,7 +40,7 @@ class Projection(ABC):
         return 0
 
     def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the number format of stored rows, given that of the recorder."""
+        """Return the dtype of stored rows, given that of the recorder."""
         return torch.float16 if dtype == torch.float32 else dtype
 
     @abstractmethod
@@ -57,7 +57,7 @@ class Projection(ABC):
 
         Args:
             blocks: The model's blocks.
-            dtype: Number format of the arithmetic.
+            dtype: Dtype of the arithmetic.
             device: Where the arithmetic happens.
             seen: Batches of captured gradients, at least ``warm_up`` examples where there are so many.
             preconditioner: S, ``(parameters,)``, for a map P of S⁻¹ D and S φ; the gradients seen are
@@ -87,7 +87,7 @@ class Identity(Projection):
     kind: ClassVar[str] = "Identity"
 
     def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the recorder's own number format: an exact row is not rounded."""
+        """Return the recorder's own dtype: an exact row is not rounded."""
         return dtype
 
     def bind(
@@ -262,12 +262,12 @@ class Kronecker(Projection):
 def _positive(projection: Projection, **sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise _no_map(projection, name, size, "a whole number from 1 up")
+            raise _no_map(projection, name, size, "an integer from 1 up")
 
 
 def _check_seed(projection: Projection, seed: object) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise _no_map(projection, "seed", seed, "a whole number from 0 to 2⁶⁴ − 1")
+        raise _no_map(projection, "seed", seed, "an integer from 0 to 2⁶⁴ − 1")
 
 
 def _no_map(projection: Projection, name: str, size: object, expected: str) -> ConfigurationError:

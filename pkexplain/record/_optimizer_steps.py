@@ -27,7 +27,7 @@ class StepReader:
         optimizer: Its optimizer.
         rule: The optimizer's update rule.
         blocks: The recorded parameters.
-        like: An empty tensor of the number format and device of what is read.
+        like: An empty tensor of the dtype and device of what is read.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ class Recorder:
         lookahead: How long gradients wait in memory until the optimizer's second moment of later steps is known:
             ``"auto"``, until 2% of them is left in the moment or 2 GiB wait; a number of steps; or ``"exact"``. What is
             given up is measured, on the ledger's ``optimizer`` line. Optimizers without a second moment ignore it.
-        dtype: Number format of the arithmetic and of the checkpoints, `torch.float32` or `torch.float64`.
+        dtype: Dtype of the arithmetic and of the checkpoints, `torch.float32` or `torch.float64`.
 
     Raises:
         UnsupportedOptimizerError: The optimizer has no update rule.

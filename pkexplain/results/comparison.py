@@ -25,7 +25,7 @@ class Method:
         query_seconds: Wall time of a query, in one batch of them all.
         peak_bytes: Memory beside what was there before, at its highest; coarse (see `pkexplain.baselines._measuring`),
             and nan where the system does not say.
-        yardsticks: What each yardstick said of the scores.
+        metrics: What each metric said of the scores.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Method:
     setup_seconds: float
     query_seconds: float
     peak_bytes: float
-    yardsticks: Mapping[str, float]
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """An explanation as plain text: what `print(explanation)` shows.
 
 The ledger comes first, because a contribution is read against what it adds up to; then how much cancelled; then the
-examples; then what was checked. The number formats are shared with the report.
+examples; then what was checked. The dtypes are shared with the report.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def render_comparison(comparison: Comparison) -> str:
         comparison: What to show.
 
     Returns:
-        Lines of at most 100 columns; more where there are yardsticks.
+        Lines of at most 100 columns; more where there are metrics.
     """
     from rich import box
     from rich.table import Table
@@ -195,11 +195,11 @@ def render_comparison(comparison: Comparison) -> str:
     k, queries, examples = comparison.k, comparison.num_queries, comparison.num_examples
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("method", no_wrap=True)
-    yardsticks = list(comparison.methods[0].yardsticks)
-    for heading in ("gap", f"top {k}", "rank corr.", "a query", "once", "memory", *yardsticks):
+    metrics = list(comparison.methods[0].metrics)
+    for heading in ("gap", f"top {k}", "rank corr.", "a query", "once", "memory", *metrics):
         table.add_column(heading, justify="right", no_wrap=True)
     for method in comparison.methods:
-        table.add_row(*_row(method), *(f"{value:.3f}" for value in method.yardsticks.values()))
+        table.add_row(*_row(method), *(f"{value:.3f}" for value in method.metrics.values()))
     parts = [
         f"{len(comparison.methods)} methods on one run, asked how {examples:,} training examples moved minus the loss "
         f"of {queries:,} {'query' if queries == 1 else 'queries'}.",
@@ -212,7 +212,7 @@ def render_comparison(comparison: Comparison) -> str:
     ]
     if comparison.left_out:
         parts += ["", "Left out:", *(f"  {each.name}: {each.reason}" for each in comparison.left_out)]
-    return plain_text(*parts, extra=12 * len(yardsticks))
+    return plain_text(*parts, extra=12 * len(metrics))
 
 
 def _row(method: Method) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What the files of a run must hold, given what its manifest says.
 
 A checksum tells that a file is the one that was written, not that it was written by a recorder. So everything that a
-number is made of is held against the manifest, and the manifest against itself, before it is used: a run that comes
+number is made of is checked against the manifest, and the manifest against itself, before it is used: a run that comes
 from somebody else can be refused, and cannot do anything else.
 """
 
@@ -29,7 +29,7 @@ _PROJECTION = "projection.safetensors"
 _MOST_AUDITED = 1 << 16
 
 Format = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
-"""The shape of a tensor and the number formats that it may have."""
+"""The shape of a tensor and the dtypes that it may have."""
 
 
 class MisfitError(ValueError):
@@ -150,7 +150,7 @@ class Layout:
 def _check_tensors(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Format], may_be_odd: Collection[str] = ()
 ) -> None:
-    """Check shapes, number formats, and that numbers are finite."""
+    """Check shapes, dtypes, and that numbers are finite."""
     for name, (shape, kinds) in wanted.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -224,7 +224,7 @@ def _check_rest(trajectory: Trajectory) -> None:
     """Check what is shown to people, and what a run is gone on with: inputs, states and settings."""
     for shape, kind in ((said["shape"], said["dtype"]) for said in trajectory.inputs.values()):
         if not isinstance(getattr(torch, kind), torch.dtype):
-            raise MisfitError("its inputs have no number format", repr(kind)[:80], "one of torch")
+            raise MisfitError("its inputs have no dtype", repr(kind)[:80], "one of torch")
         for size in shape:
             _number("inputs", 0 if size is None else size, 0, 1 << 48)
     details = trajectory.details
@@ -252,4 +252,4 @@ def _length(tensor: Tensor | None) -> int:
 
 def _number(name: str, value: Any, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise MisfitError(f"{name} cannot be", repr(value)[:80], f"a whole number from {least} to {most}")
+        raise MisfitError(f"{name} cannot be", repr(value)[:80], f"an integer from {least} to {most}")

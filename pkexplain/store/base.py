@@ -88,7 +88,7 @@ class Store(ABC):
 
         Raises:
             RunNotFoundError: There is no run, or it holds no finished segment.
-            RunDamagedError: The manifest is not that of a run; files are held against it as they are read.
+            RunDamagedError: The manifest is not that of a run; files are checked against it as they are read.
         """
         manifest = self.manifest()
         if not manifest.get("segments"):

@@ -54,7 +54,7 @@ def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Pro
             "merge(shards=…)",
             "the rows cannot be laid out in so many files",
             got=repr(shards),
-            expected="a whole number from 1 up",
+            expected="an integer from 1 up",
             source="the signature of merge",
             fix="Leave it out for one",
         )
@@ -84,7 +84,7 @@ def withdraw(
         progress: Told how far it is.
 
     Raises:
-        ExampleIdError: The ids are out of range, repeated or no whole numbers.
+        ExampleIdError: The ids are out of range, repeated or no integers.
         RunBusyError: The run is being written to.
         RunDamagedError: A file of the run is missing, truncated or altered.
     """

@@ -32,7 +32,7 @@ class ModelFingerprint:
         blocks: The recorded parameters, in the order of the flat vector.
         frozen: Shape of every parameter that was not recorded, with a checksum of its values.
         buffers: Shape of every stored buffer.
-        dtypes: Number format of every parameter.
+        dtypes: Dtype of every parameter.
         modules: Type of every module, by path; a function called in a forward pass is not seen.
     """
 

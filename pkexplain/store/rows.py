@@ -54,7 +54,7 @@ class Rows:
         Args:
             rows: ``(examples, k)``.
             loss_derivatives: ``(examples,)``.
-            row_dtype: Number format to store them in.
+            row_dtype: Dtype to store them in.
             empty: Makes room for them; by default in memory.
         """
         if row_dtype == torch.float16:

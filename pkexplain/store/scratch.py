@@ -31,7 +31,7 @@ def empty_on_disk(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | 
 
     Args:
         shape: Its shape.
-        dtype: Its number format.
+        dtype: Its dtype.
         directory: Where the file goes; it has no name and takes no room once the tensor is gone.
 
     Raises:

@@ -106,7 +106,7 @@ class Segment:
 
         Args:
             ids: Examples, or a slice of them.
-            dtype: Number format to read them in.
+            dtype: Dtype to read them in.
         """
         if isinstance(ids, slice):
             return self._read_range(*ids.indices(self.examples)[:2], dtype)
@@ -231,7 +231,7 @@ class Trajectory:
     Attributes:
         run_id: A name no other run has.
         num_examples: How many training examples there are.
-        dtype: Number format of the checkpoints and of the arithmetic.
+        dtype: Dtype of the checkpoints and of the arithmetic.
         projection: The projection of the rows.
         fingerprint: What the model must be.
         inputs: Shape (without the batch, None where it varied) and type of the model's inputs, or an empty mapping.

@@ -66,7 +66,7 @@ def asked(run):
 @pytest.fixture(scope="module")
 def comparison(asked):
     explainer, x, targets, dataset = asked
-    return pk.compare(explainer, x, targets, dataset=dataset, k=7, yardsticks={"largest": lambda s: s.max()})
+    return pk.compare(explainer, x, targets, dataset=dataset, k=7, metrics={"largest": lambda s: s.max()})
 
 
 def test_the_path_reading_comes_first_and_adds_up(asked, comparison):
@@ -132,7 +132,7 @@ def test_every_method_runs_and_says_what_it_took(comparison):
         assert 0 < method.query_seconds < math.inf
         assert 0 < method.setup_seconds < math.inf
         assert 0 <= method.peak_bytes < math.inf
-        assert method.yardsticks == {"largest": method.scores.max()}
+        assert method.metrics == {"largest": method.scores.max()}
     with pytest.raises(KeyError, match="'nothing'; there are 'path reading', "):
         comparison["nothing"]
 

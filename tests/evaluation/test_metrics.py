@@ -1,4 +1,4 @@
-"""The yardsticks against scipy, scikit-learn and plain loops, and on models that are really trained again."""
+"""The metrics against scipy, scikit-learn and plain loops, and on models that are really trained again."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_additive_outputs_score_one_and_shuffled_contributions_nothing():
     outputs = ev.retrain_subsets(judge(additive), count=60)
     contributions = additive_contributions()
     score = ev.linear_datamodelling_score(contributions, outputs)
-    assert score.mean.low == pytest.approx(1.0, abs=1e-3)  # pixels are whole numbers: rounding parts sums that tie
+    assert score.mean.low == pytest.approx(1.0, abs=1e-3)  # pixels are integers: rounding parts sums that tie
     shuffled = contributions[:, RANDOM.permutation(COUNT)]
     assert abs(ev.linear_datamodelling_score(shuffled, outputs).mean.value) < 0.3
     assert outputs.ceiling is None

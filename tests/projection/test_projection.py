@@ -262,7 +262,7 @@ def test_a_larger_k_errs_less():
 @pytest.mark.parametrize("kind", [pk.SparseSign, pk.Kronecker])
 @pytest.mark.parametrize("k", [0, -3, 2.5])
 def test_a_size_that_makes_no_map_is_refused(kind, k):
-    match = rf"^{kind.kind}\(k=…\): the size makes no map\. Got {k}; expected a whole number from 1 up"
+    match = rf"^{kind.kind}\(k=…\): the size makes no map\. Got {k}; expected an integer from 1 up"
     with pytest.raises(ConfigurationError, match=match):
         kind(k=k)
 

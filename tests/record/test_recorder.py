@@ -94,18 +94,18 @@ def failed(explanation):
 @pytest.mark.parametrize(
     ("ids", "wrong"),
     [
-        ([0, 24], r"ids are out of range\. Got \[24\]; expected different whole numbers from 0 to 23"),
+        ([0, 24], r"ids are out of range\. Got \[24\]; expected different integers from 0 to 23"),
         ([0, -1], r"ids are out of range\. Got \[-1\]; "),
         ([3, 4, 3], r"ids are repeated in one batch\. Got \[3\]; "),
-        ([0.0, 1.0], r"the ids are not whole numbers\. Got torch\.float32; "),
-        (torch.tensor([True, False]), r"the ids are not whole numbers\. Got torch\.bool; "),
+        ([0.0, 1.0], r"the ids are not integers\. Got torch\.float32; "),
+        (torch.tensor([True, False]), r"the ids are not integers\. Got torch\.bool; "),
         (["a", "b"], r"the ids are not numbers\. Got \['a', 'b'\];"),
         (3, r"the ids are not numbers\. Got 3; "),
         (None, r"the ids are not numbers\. Got None; "),
         ([[0, 1], [2]], r"the ids are not numbers\. "),
         ([[0, 1], [2, 3]], r"a list with one id per example\. Got shape \(2, 2\); "),
         ([], r"a list with one id per example\. Got shape \(0,\); "),
-        (np.array([1.5]), r"the ids are not whole numbers"),
+        (np.array([1.5]), r"the ids are not integers"),
     ],
 )
 def test_ids_that_cannot_be_are_refused(loop, ids, wrong):
@@ -310,7 +310,7 @@ def test_running_statistics_have_a_line_of_their_own(frozen):
 @pytest.mark.parametrize(
     ("options", "wrong"),
     [
-        ({"num_examples": 0}, r"Recorder\(num_examples=…\): .* Got 0; expected a whole number from 1 up"),
+        ({"num_examples": 0}, r"Recorder\(num_examples=…\): .* Got 0; expected an integer from 1 up"),
         ({"num_examples": 8.0}, r"Recorder\(num_examples=…\): .* Got 8\.0; "),
         ({"num_examples": True}, r"Recorder\(num_examples=…\): .* Got True; "),
         ({"segments": "step"}, r"Recorder\(segments=…\): .* Got 'step'; expected \"epoch\" or a number of steps"),

@@ -1,0 +1,185 @@
+"""f(x; θ) and what the ledger needs of its gradient, at any point of the trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pkexplain.explain.outputs import Output
+from pkexplain.explain.queries import QueryBatch
+from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.layers import Layer, find_buffer_layers
+from pkexplain.projection.maps import Projector
+from pkexplain.store.trajectory import Trajectory
+
+__all__ = ["OutputField", "Products"]
+
+
+_NUMBERS_AT_ONCE = 1 << 26
+"""Most numbers of one block's gradients, formed for a product with the ledger's vectors."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """What the ledger needs of the gradients of some queries; linear in them, so that it is integrated in their place.
+
+    Attributes:
+        values: All of it, ``(queries, 4 + audited + k)``: the product with what running statistics moved, those with
+            the ledger's vectors (Δθ_t, weight decay, optimizer, the audited displacements), then the projection.
+        columns: k, the length of the projection.
+    """
+
+    values: Tensor
+    columns: int
+
+    def __add__(self, other: Products) -> Products:
+        """Add the products of another gradient of the same queries."""
+        return Products(self.values + other.values, self.columns)
+
+    def __mul__(self, weight: float) -> Products:
+        """Multiply the gradients with a number."""
+        return Products(self.values * weight, self.columns)
+
+    @property
+    def buffers(self) -> Tensor:
+        """⟨∂f/∂b, Δb_t⟩ of the running statistics b, in output units, ``(queries,)``."""
+        return self.values[..., 0]
+
+    @property
+    def displacement(self) -> Tensor:
+        """⟨∇f, Δθ_t⟩, in output units, ``(queries,)``."""
+        return self.values[..., 1]
+
+    @property
+    def weight_decay(self) -> Tensor:
+        """⟨∇f, weight_decay_t⟩, in output units, ``(queries,)``."""
+        return self.values[..., 2]
+
+    @property
+    def optimizer(self) -> Tensor:
+        """⟨∇f, optimizer_t⟩, in output units, ``(queries,)``."""
+        return self.values[..., 3]
+
+    @property
+    def audit(self) -> Tensor:
+        """⟨∇f, D_i,t⟩ of the audited examples, in output units, ``(queries, audited)``."""
+        return self.values[..., 4 : self.values.shape[-1] - self.columns]
+
+    @property
+    def projected(self) -> Tensor:
+        """P ∇f, ``(queries, k)``."""
+        return self.values[..., self.values.shape[-1] - self.columns :]
+
+
+class OutputField:
+    """f(x; θ) and its gradient at any point of the trajectory, on a private copy of the model.
+
+    Args:
+        model: A copy of the model in evaluation mode that may be written to.
+        layers: Its recorded layers.
+        projector: The run's projection.
+        trajectory: The run.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer], projector: Projector, trajectory: Trajectory) -> None:
+        """Read the ledger's vectors of every segment."""
+        self._model, self._projector, self._trajectory = model, projector, trajectory
+        blocks = len(trajectory.fingerprint.blocks)
+        self._norms = find_buffer_layers(model)
+        norms = [replace(n, blocks=tuple((blocks + at, names) for at, names in n.blocks)) for n in self._norms]
+        self._capture = Capture([*layers, *norms], trajectory.dtype)
+        self._named = dict(model.named_parameters())
+        self._buffers = dict(model.named_buffers())
+        some = next(iter(self._named.values()))
+        self.device, self.dtype = some.device, trajectory.dtype
+        self._ends: dict[int, Tensor] = {}
+        self._vectors: dict[int, Tensor] = {}
+        self._stored: dict[int, dict[str, Tensor]] = {}
+
+    def _checkpoint(self, t: int) -> Tensor:
+        if t not in self._ends:
+            self._ends[t] = self._trajectory.checkpoint(t).parameters.to(self.device)
+        return self._ends[t]
+
+    def _buffers_at(self, t: int) -> Mapping[str, Tensor]:
+        if t not in self._stored:
+            self._stored[t] = {n: b.to(self.device) for n, b in self._trajectory.checkpoint(t).buffers.items()}
+        return self._stored[t]
+
+    def _statistics_moved(self, t: int, norm: int) -> Tensor:
+        """Return Δb_t of one norm's running mean and variance, ``(2 * features,)``."""
+        layer = self._norms[norm]
+        names = [f"{layer.name}.{local}".lstrip(".") for local in layer.blocks[0][1]]
+        before, after = self._buffers_at(t), self._buffers_at(t + 1)
+        return torch.cat([(after[name] - before[name]).to(self.dtype) for name in names])
+
+    @property
+    def columns(self) -> int:
+        """The length of a projected gradient."""
+        return self._projector.columns
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the model holds running statistics that move f beside the parameters."""
+        return bool(self._norms)
+
+    def _ledger_vectors(self, t: int) -> Tensor:
+        """Stack Δθ_t, weight_decay_t, optimizer_t and the audited displacements, ``(3 + audited, parameters)``."""
+        if t not in self._vectors:
+            segment = self._trajectory.segment(t)
+            moved = self._checkpoint(t + 1) - self._checkpoint(t)
+            named = torch.stack([moved, segment.weight_decay.to(self.device), segment.optimizer.to(self.device)])
+            self._vectors[t] = torch.cat([named, segment.audit_rows.to(self.device)])
+        return self._vectors[t]
+
+    def move_to(self, segment: int, tau: float) -> None:
+        """Set the model's parameters to θ_t + τ Δθ_t."""
+        start = self._checkpoint(segment)
+        point = start if tau == 0 else torch.lerp(start, self._checkpoint(segment + 1), tau) if tau < 1 else None
+        point = self._checkpoint(segment + 1) if point is None else point
+        with torch.no_grad():
+            for block in self._trajectory.fingerprint.blocks:
+                position = block.start
+                for name in block.parameters:
+                    parameter = self._named[name]
+                    parameter.copy_(point[position : position + parameter.numel()].view_as(parameter))
+                    position += parameter.numel()
+            if self._buffers:
+                before, after = self._buffers_at(segment), self._buffers_at(segment + 1)
+                for name, buffer in self._buffers.items():
+                    if 0 < tau < 1 and buffer.is_floating_point():
+                        buffer.copy_(torch.lerp(before[name], after[name], tau))
+                    else:
+                        buffer.copy_((before if tau < 1 else after)[name])
+
+    def prediction(self, queries: QueryBatch) -> Tensor:
+        """Run the model where it was moved to, ``(queries, …)``."""
+        with torch.no_grad():
+            return queries.run(self._model)
+
+    def value(self, queries: QueryBatch, output: Output) -> Tensor:
+        """Compute f where the model was moved to, in output units, ``(queries,)`` in float64."""
+        return output(self.prediction(queries)).double()
+
+    def products(self, queries: QueryBatch, output: Output, segment: int) -> Products:
+        """Differentiate f where the model was moved to, and keep what the ledger needs of the gradient."""
+        vectors = self._ledger_vectors(segment)
+        with torch.enable_grad(), self._capture.collecting(len(queries)) as gradients:
+            pieces = gradients(output(queries.run(self._model)).sum())
+        products = vectors.new_zeros(len(queries), len(vectors))
+        projected = vectors.new_zeros(len(queries), self._projector.columns)
+        statistics = vectors.new_zeros(len(queries), 1)
+        blocks = len(self._trajectory.fingerprint.blocks)
+        for position, piece in pieces:
+            if position >= blocks:
+                moved = self._statistics_moved(segment, position - blocks)
+                statistics[:, 0] += piece.dense().to(self.dtype) @ moved
+                continue
+            block = self._trajectory.fingerprint.blocks[position]
+            for some in torch.arange(len(queries), device=self.device).split(max(1, _NUMBERS_AT_ONCE // block.numel)):
+                products[some] += piece.select(some).dense().to(self.dtype) @ vectors[:, block.span].T
+            self._projector.add_covectors(projected, position, piece)
+        return Products(torch.cat([statistics, products, projected], dim=1), projected.shape[1])
