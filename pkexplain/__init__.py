@@ -4,11 +4,11 @@ Which training examples made this model say this, by how much, and does it add u
 `Explainer` answers for any later query, and every number is either a contribution in units of the output or a named,
 measured remainder.
 
-The folders follow the way of the data, and imports go down this list only:
+The folders follow the data, and imports go down this list only:
 
 .. code-block:: text
 
-    cli  demo  integrations/   for users of a terminal and of other libraries
+    cli/  demo  integrations/  for users of a terminal and of other libraries
     evaluation/                judge: train again and see
     baselines/                 judge: other methods on the same run
     record/                    watches a training loop, saves, resumes
@@ -21,8 +21,8 @@ The folders follow the way of the data, and imports go down this list only:
     results/                   what comes back: plain data, text, plots, HTML
     files  ids  progress  errors  distributed  version
 
-`record` and `explain` share nothing but the store and what lies under it. A file whose name starts with an underscore
-is used inside its own folder only.
+`record` and `explain` share nothing but the store and the layers below it. A file whose name starts with an underscore
+is used only inside its own folder.
 """
 
 from __future__ import annotations

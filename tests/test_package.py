@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import pkgutil
@@ -103,6 +104,24 @@ def test_a_file_with_an_underscore_is_used_inside_its_folder_only():
         for other in package.rglob("*.py"):
             if other.parent != file.parent:
                 assert not names.search(other.read_text(encoding="utf-8")), f"{other} imports {file}"
+
+
+def test_nothing_is_too_long_to_hold_in_mind():
+    package = Path(pk.__file__).parent
+    assert len([entry for entry in package.iterdir() if entry.name != "__pycache__"]) <= 20
+    long = []
+    for file in package.rglob("*.py"):
+        text = file.read_text()
+        if len(text.splitlines()) > 350:
+            long.append(f"{file}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            lines, arguments = node.end_lineno - node.lineno + 1, [*node.args.args, *node.args.kwonlyargs]
+            parameters = len([argument for argument in arguments if argument.arg not in ("self", "cls")])
+            if lines > 60 or (parameters > 8 and file.parent.name != "cli"):  # a command's options are its parameters
+                long.append(f"{file}: {node.name}, {lines} lines, {parameters} parameters")
+    assert long == []
 
 
 def test_the_docstring_lists_every_folder_and_file():

@@ -55,9 +55,9 @@ def compare(
     k: int = 10,
     metrics: Mapping[str, Callable[[np.ndarray], float]] | None = None,
 ) -> Comparison:
-    """Run other methods of training-data attribution on a recorded run, beside the path reading.
+    """Run other methods of training-data attribution on a recorded run, next to the path reading.
 
-    Every method is asked the same, how each training example moved minus the loss of each query, and is fed from the
+    Every method answers the same question, how each training example changed minus the loss of each query, from the
     run's own checkpoints. A method that cannot be used here is left out, with the reason.
 
     Args:
@@ -77,7 +77,7 @@ def compare(
 
     Raises:
         QueryError: The queries do not fit the model, or the targets the queries.
-        ConfigurationError: The data set is not the one that was recorded, or an argument cannot be.
+        ConfigurationError: The data set is not the one that was recorded, or an argument is invalid.
     """
     chosen = BASELINES if baselines is None else tuple(baselines)
     if not isinstance(k, int) or k < 1:
@@ -87,8 +87,7 @@ def compare(
     setting = Setting.of(explainer, x, targets, dataset=dataset, loss=loss)
     output = Loss(setting.targets, setting.loss)
     path, explanations = _reading(explainer, setting, x, output, "path")
-    # of minus the loss, in output units
-    changes = np.array([each.initial - each.final for each in explanations])
+    changes = np.array([each.initial - each.final for each in explanations])  # of minus the loss
     gaps = np.array([each.gap for each in explanations])
     found, left_out = [(*path, _relative(gaps, changes))], []
     try:

@@ -110,7 +110,7 @@ class Explainer:
 
         Raises:
             MissingDependencyError: faiss is not installed.
-            ConfigurationError: faiss refuses the factory string, or ``reading`` cannot be.
+            ConfigurationError: faiss refuses the factory string, or ``reading`` is invalid.
         """
         removal = _removal(reading)
         for run in self._runs:
@@ -131,26 +131,24 @@ class Explainer:
         Args:
             x: One query in the shape of the training inputs, or a batch of them; a tensor, a tuple of positional
                 inputs or a mapping of named inputs.
-            output: What to explain; by default the logit of the class that the final model predicts, or the one number
-                that it predicts.
+            output: What to explain; by default the logit of the predicted class, or the one number predicted.
             k: How many proponents and how many opponents to show.
             reading: ``"path"``: contributions that add up; ``"removal"``: what the output would lose without the
-                example, which does not; or a `pkexplain.Removal`, for a removal reading of your own making.
+                example, which do not; or a `pkexplain.Removal` with settings of your own.
 
         Returns:
             An `Explanation`, or a list of them where ``x`` was a batch.
 
         Raises:
             QueryError: The query or the output does not fit the model.
-            ConfigurationError: ``k`` or ``reading`` cannot be.
+            ConfigurationError: ``k`` or ``reading`` is invalid.
         """
         if not isinstance(k, int) or k < 1:
             got, expected, wrong = repr(k), "an integer from 1 up", "so many examples cannot be shown"
             raise _refused("Explainer.explain", wrong, got, expected, "the signature of explain", "Leave k out")
         removal = _removal(reading)
-        queries = as_queries(x, self.trajectory.inputs, self._first.field.device)
+        queries, explanations = as_queries(x, self.trajectory.inputs, self._first.field.device), []
         self._first.prepare()
-        explanations: list[Explanation] = []
         for some, settled, names in self._chunks(queries, output):
             accounts = [run.account(some, settled, removal) for run in self._runs]
             ledgers = [mean_ledger(each) for each in zip(*(account.ledgers for account in accounts), strict=True)]
@@ -161,24 +159,24 @@ class Explainer:
                 k,
                 whole=[run.whole for run in self._runs],
             )
-            for q in range(len(some)):
-                explanations.append(
-                    Explanation(
-                        output=names[q],
-                        reading="path" if removal is None else "removal",
-                        ledger=ledgers[q],
-                        proponents=ranked[q].proponents,
-                        opponents=ranked[q].opponents,
-                        remainder=ranked[q].remainder,
-                        checks=mean_checks([account.checks[q] for account in accounts]),
-                        cost=mean_cost([account.costs[q] for account in accounts]),
-                        boundaries=self.trajectory.boundaries,
-                        segment_sums=_mean([account.segment_sums[q] for account in accounts]),
-                        checkpoint_outputs=_mean([account.outputs[q] for account in accounts]),
-                        query=some.row(q),
-                        all_contributions=ranked[q].contributions,
-                    )
+            explanations += [
+                Explanation(
+                    output=names[q],
+                    reading="path" if removal is None else "removal",
+                    ledger=ledgers[q],
+                    proponents=ranked[q].proponents,
+                    opponents=ranked[q].opponents,
+                    remainder=ranked[q].remainder,
+                    checks=mean_checks([account.checks[q] for account in accounts]),
+                    cost=mean_cost([account.costs[q] for account in accounts]),
+                    boundaries=self.trajectory.boundaries,
+                    segment_sums=_mean([account.segment_sums[q] for account in accounts]),
+                    checkpoint_outputs=_mean([account.outputs[q] for account in accounts]),
+                    query=some.row(q),
+                    all_contributions=ranked[q].contributions,
                 )
+                for q in range(len(some))
+            ]
         return explanations[0] if queries.single else explanations
 
     def contributions(
@@ -200,7 +198,7 @@ class Explainer:
 
         Raises:
             QueryError: The query or the output does not fit the model.
-            ConfigurationError: ``reading`` cannot be.
+            ConfigurationError: ``reading`` is invalid.
         """
         removal = _removal(reading)
         queries = as_queries(x, self.trajectory.inputs, self._first.field.device)
@@ -237,7 +235,7 @@ class Explainer:
         Raises:
             QueryError: The examples or the output do not fit the model.
             ExampleIdError: The ids are not those of the run, or not one for each example.
-            ConfigurationError: ``reading`` cannot be.
+            ConfigurationError: ``reading`` is invalid.
         """
         removal = _removal(reading)
         queries = as_queries(x, self.trajectory.inputs, self._first.field.device)

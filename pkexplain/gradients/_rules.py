@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pkexplain.gradients._convolution import ConvolutionGradient
+from pkexplain.gradients._embedding import EmbeddingGradient
 from pkexplain.gradients.factors import (
     DenseGradient,
-    EmbeddingGradient,
     ExampleGradients,
     LinearGradient,
 )

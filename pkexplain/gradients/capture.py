@@ -22,7 +22,6 @@ from pkexplain.gradients._rules import Parts, Use
 from pkexplain.gradients.batch_norm import RowMixture, in_front_of_norms, is_in_front
 from pkexplain.gradients.factors import (
     DenseGradient,
-    EmbeddingGradient,
     ExampleGradients,
     FormedGradient,
     LinearGradient,
@@ -35,7 +34,6 @@ __all__ = ["GRADIENT_CLASSES", "Capture"]
 GRADIENT_CLASSES = (
     ConvolutionGradient,
     DenseGradient,
-    EmbeddingGradient,
     FormedGradient,
     LinearGradient,
     RowMixture,

@@ -1,0 +1,134 @@
+"""What is written on the command line, read: numbers, outputs, functions and files of queries."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from pkexplain.errors import QueryError
+
+__all__ = ["call_function", "parse_numbers", "parse_output", "read_query"]
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """Read integers and commas, for example ``3,17``.
+
+    Raises:
+        QueryError: They are something else.
+    """
+    numbers = text.split(",")
+    if all(number.strip().isdecimal() for number in numbers):
+        return [int(number) for number in numbers]
+    wrong, expected = "these are not row numbers" if option == "--ids" else "these are not classes", "integers"
+    raise QueryError(
+        f"{option} {text}",
+        wrong,
+        got=repr(text),
+        expected=f"{expected} and commas",
+        source="the command line",
+        fix=f"Write them as in {option} 3,17,1204",
+    )
+
+
+def parse_output(text: str) -> Any:
+    """Read an output as it is written on the command line, for example ``logit:3``.
+
+    Raises:
+        QueryError: There is no such output.
+    """
+    from pkexplain.explain import outputs
+    from pkexplain.explain.token_outputs import TokenLogProbability
+
+    name, _, number = text.partition(":")
+    kinds: dict[str, Any] = {
+        "logit": outputs.Logit,
+        "log-probability": outputs.LogProbability,
+        "margin": outputs.Margin,
+        "loss": outputs.Loss,
+        "value": outputs.Value,
+    }
+    tokens = number.split(",")
+    if name == "tokens" and all(token.isdecimal() for token in tokens):
+        return TokenLogProbability([int(token) for token in tokens])
+    if name in kinds and (number.isdecimal() or (not number and name != "loss")):
+        return kinds[name](*([int(number)] if number else []))
+    raise QueryError(
+        f"--output {text}",
+        "there is no such output",
+        got=repr(text),
+        expected=", ".join(f"{kind}:NUMBER" for kind in kinds) + ", tokens:NUMBER,NUMBER,…",
+        source="pkexplain.explain.outputs",
+        fix="For the score of class 3, write --output logit:3",
+    )
+
+
+def call_function(path: str, option: str) -> Any:
+    """Import ``package.module:function`` from the Python path or the working directory, and call it.
+
+    Raises:
+        QueryError: It cannot be imported or called, or it is a ``--model`` that does not return a model.
+    """
+    from torch import nn
+
+    module, _, name = path.partition(":")
+    here, function = str(Path.cwd()), None
+    sys.path.insert(0, here)
+    try:
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            wrong = f"it cannot be imported ({error})"
+        else:
+            wrong = f"it is a {type(function).__name__}, which cannot be called"
+        if callable(function):
+            built = function()  # what it imports may be in the working directory, too
+            if option != "--model" or isinstance(built, nn.Module):
+                return built
+            wrong = f"it returns a {type(built).__name__}, not a torch.nn.Module"
+    finally:
+        sys.path.remove(here)
+    raise QueryError(
+        f"{option} {path}",
+        wrong,
+        got=repr(path),
+        expected="package.module:function",
+        source="the Python path and the working directory",
+        fix="Name a function without arguments in a module that Python can import from here",
+    )
+
+
+def read_query(file: Path, inputs: Collection[str]) -> Any:
+    """Read a query without unpickling anything; a single tensor needs no name, unless it is one of the inputs'.
+
+    Raises:
+        QueryError: The file cannot be read.
+    """
+    import numpy as np
+    import torch
+
+    try:
+        if file.suffix == ".npy":
+            return torch.from_numpy(np.load(file, allow_pickle=False))
+        if file.suffix == ".json":
+            return torch.tensor(json.loads(file.read_text(encoding="utf-8")))
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(file)
+            alone = len(tensors) == 1 and not tensors.keys() <= set(inputs)
+            return next(iter(tensors.values())) if alone else tensors
+        wrong = "this kind of file is not read"
+    except Exception as error:  # every library has its own errors for a bad file
+        wrong = f"it cannot be read ({error})"
+    raise QueryError(
+        f"--query {file}",
+        wrong,
+        got=file.name,
+        expected="a .npy, .safetensors or .json file of numbers",
+        source="the command line",
+        fix="Save the query with numpy.save('query.npy', x)",
+    )
