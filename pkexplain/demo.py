@@ -25,7 +25,6 @@ from pkexplain.record.recorder import Recorder
 from pkexplain.results.explanation import Explanation
 from pkexplain.store.base import Store
 from pkexplain.store.directory import DirectoryStore
-from pkexplain.store.fingerprint import ModelFingerprint
 
 __all__ = ["DemoResult", "build_cnn", "load_digits", "run_demo", "train_cnn"]
 
@@ -208,9 +207,9 @@ def _is_demo_run(run: Path, model: nn.Module, examples: int) -> bool:
     """Whether a directory holds a run of this model on as many examples: only such a one may be deleted."""
     try:
         manifest = DirectoryStore(run).manifest()
-        ModelFingerprint.from_description(manifest["model"]).check(model)
-        return manifest["num_examples"] == examples
-    except (RunError, KeyError, TypeError):  # the last two: a manifest of another version, which says less
+        manifest.model.check(model)
+        return manifest.num_examples == examples
+    except RunError:
         return False
 
 

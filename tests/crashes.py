@@ -50,7 +50,7 @@ def readable(directory: Path, watch: Watch) -> None:
     if not (store.path / "manifest.json").exists():
         assert 0 in watch.segments
         return
-    found = len(store.manifest()["segments"])
+    found = len(store.manifest().segments)
     assert found in watch.segments, (found, watch.segments, watch.phase)
     if not found:
         return
@@ -58,7 +58,7 @@ def readable(directory: Path, watch: Watch) -> None:
     for t in range(found):
         trajectory.segment(t)
         trajectory.checkpoint(t + 1)
-    for name in store.manifest()["files"]:
+    for name in store.manifest().files:
         store.verify(name)
 
 
@@ -103,4 +103,4 @@ def crash(work: Work, directory: Path, kills: int, seed: int) -> Counter[str]:
 def _segments(directory: Path) -> int:
     """How many segments there are before the work goes on."""
     store = pk.DirectoryStore(directory / "run")
-    return len(store.manifest()["segments"]) if (store.path / "manifest.json").exists() else 0
+    return len(store.manifest().segments) if (store.path / "manifest.json").exists() else 0

@@ -81,7 +81,7 @@ class WatchedStore(pk.DirectoryStore):
             return super().put(name, tensors)
 
     def commit(self, manifest):
-        before, after = self.watch.segments, len(manifest["segments"])
+        before, after = self.watch.segments, len(manifest.segments)
         self.watch.note_segments(max(before), after)
         with self.watch.during("writing the manifest", after="training"):
             super().commit(manifest)

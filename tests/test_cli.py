@@ -93,7 +93,7 @@ def test_demo_trains_explains_and_writes_a_report(tmp_path, monkeypatch):
     assert result.output.count("Why did the model call this") == 2
     assert str(tmp_path / "d[e]mo" / "run") in result.output
     assert "<html" in (tmp_path / "d[e]mo" / "why.html").read_text(encoding="utf-8")
-    assert pk.DirectoryStore(tmp_path / "d[e]mo" / "run").manifest()["num_examples"] == 300
+    assert pk.DirectoryStore(tmp_path / "d[e]mo" / "run").manifest().num_examples == 300
 
 
 def test_merge_and_withdraw_change_a_run(disk_run):
@@ -104,7 +104,7 @@ def test_merge_and_withdraw_change_a_run(disk_run):
     assert "2 example(s) withdrawn" in result.output
     trajectory = pk.DirectoryStore(disk_run.store).trajectory()
     assert [len(files.rows) for files in trajectory.files] == [3] * len(trajectory)
-    assert trajectory.details["withdrawn"] == [3, 17]
+    assert trajectory.manifest.withdrawn == (3, 17)
     assert call("verify", disk_run.store).exit_code == 0
     assert ", 2 of them withdrawn" in call("inspect", disk_run.store).output
 
@@ -121,7 +121,7 @@ def test_inspect_shows_the_run_and_its_segments(disk_run, monkeypatch):
     result = call("inspect", disk_run.store)
     assert result.exit_code == 0
     manifest = pk.DirectoryStore(disk_run.store).manifest()
-    for text in (str(disk_run.store), manifest["run_id"], "finished", "SGD", "96", "910 recorded", "Kronecker"):
+    for text in (str(disk_run.store), manifest.run_id, "finished", "SGD", "96", "910 recorded", "Kronecker"):
         assert text in result.output
     rows = [line for line in result.output.splitlines() if re.match(r"│\s+\d", line)]
     assert len(rows) == 2

@@ -14,7 +14,7 @@ from pkexplain.demo import _choose as choose
 from pkexplain.demo import build_cnn, load_digits, run_demo, train_cnn
 from pkexplain.errors import MissingDependencyError, RunExistsError
 from pkexplain.files import checksum_json
-from pkexplain.store.base import FORMAT_VERSION
+from pkexplain.store.manifest import FORMAT_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_recording_changes_no_bit_of_the_training(data):
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), recorded.parameters(), strict=True))
     assert not torch.equal(plain[0].weight, build_cnn()[0].weight)
     assert told == [("training", done, 4) for done in (1, 2, 3, 4)]
-    assert (len(store.manifest()["segments"]), store.manifest()["num_examples"]) == (1, 256)
+    assert (len(store.manifest().segments), store.manifest().num_examples) == (1, 256)
 
 
 def test_a_run_of_anything_else_is_never_deleted(disk_run):

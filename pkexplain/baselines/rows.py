@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pkexplain.errors import ConfigurationError
+from pkexplain.store.manifest import InputEntry
 
 __all__ = ["Rows"]
 
@@ -28,7 +29,7 @@ class Rows(Dataset[tuple[Tensor, ...]]):
         names: Names of the inputs where the rows name them; else empty.
     """
 
-    def __init__(self, dataset: Any, inputs: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, dataset: Any, inputs: Mapping[str, InputEntry]) -> None:
         """Look at the first row."""
         self._dataset, self._inputs = dataset, inputs
         first, _ = self._split(0)
@@ -49,7 +50,7 @@ class Rows(Dataset[tuple[Tensor, ...]]):
 
     def _tensor(self, name: str, value: Any) -> Tensor:
         tensor = torch.as_tensor(value)
-        kind = getattr(torch, self._inputs[name]["dtype"]) if name in self._inputs else tensor.dtype
+        kind = self._inputs[name].torch_dtype if name in self._inputs else tensor.dtype
         return tensor.to(kind) if tensor.is_floating_point() and kind.is_floating_point else tensor
 
     def _split(self, position: int) -> tuple[Sequence[Any] | Mapping[str, Any], Any]:

@@ -120,20 +120,20 @@ class Setting:
         groups have several learning rates it is their mean.
         """
         factor = 1.0 / self.trajectory.num_examples
-        optimizer = self.trajectory.details["optimizer"]
-        if optimizer["kind"] == "SGD":
-            group = optimizer["groups"][0]
-            factor *= (1.0 - group.get("dampening", 0.0)) / (1.0 - group.get("momentum", 0.0))
+        optimizer = self.trajectory.manifest.optimizer
+        if optimizer.kind == "SGD":
+            group = optimizer.groups[0]
+            factor *= (1.0 - float(group.get("dampening", 0.0))) / (1.0 - float(group.get("momentum", 0.0)))
         sums = [summary.learning_rate_sum for summary in self.trajectory.summaries]
         return tuple(factor * sum(rates) / len(rates) for rates in sums)
 
     @property
     def has_units(self) -> bool:
         """Whether scores weighted by `rates` have output units: SGD, and one learning rate for all parameters."""
-        optimizer = self.trajectory.details["optimizer"]
+        optimizer = self.trajectory.manifest.optimizer
         one_rate = all(len(set(summary.learning_rate_sum)) == 1 for summary in self.trajectory.summaries)
-        kinds = {(group.get("momentum"), group.get("dampening")) for group in optimizer["groups"]}
-        return optimizer["kind"] == "SGD" and one_rate and len(kinds) == 1
+        kinds = {(group.get("momentum"), group.get("dampening")) for group in optimizer.groups}
+        return optimizer.kind == "SGD" and one_rate and len(kinds) == 1
 
     def copy_model(self, device: torch.device | None = None) -> nn.Module:
         """Return a copy of the model at the end of training.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,22 +70,20 @@ def inspect(run: RunArgument) -> None:
 
     store = DirectoryStore(run)
     manifest = store.manifest()
-    if manifest["segments"]:
-        store.trajectory()  # it holds the manifest against itself
-    size = sum(file["bytes"] for file in manifest["files"].values())
-    parameters = sum(math.prod(shape) for block in manifest["model"]["blocks"] for shape in block["shapes"])
-    about, gone = Table.grid(padding=(0, 2)), len(manifest.get("withdrawn", ()))
-    projection = ", ".join(f"{name} {value}" for name, value in manifest["projection"].items() if name != "kind")
+    size = sum(file.bytes for file in manifest.files.values())
+    parameters = sum(block.numel for block in manifest.model.blocks)
+    about, gone = Table.grid(padding=(0, 2)), len(manifest.withdrawn)
+    projection = ", ".join(f"{name} {value}" for name, value in manifest.projection.items() if name != "kind")
     rows = [
         ("run", str(run)),
-        ("id", manifest["run_id"]),
-        ("training", manifest["ended"]),
-        ("made with", f"pkexplain {manifest['pkexplain']}, torch {manifest['torch']}"),
-        ("optimizer", f"{manifest['optimizer']['kind']}, {len(manifest['optimizer']['groups'])} parameter group(s)"),
-        ("training examples", f"{manifest['num_examples']:,}" + (f", {gone} of them withdrawn" if gone else "")),
-        ("parameters", f"{parameters:,} recorded, {len(manifest['model']['frozen'])} tensors frozen"),
-        ("projection", f"{manifest['projection']['kind']} ({projection}), {manifest['columns']} numbers a row"),
-        ("on disk", f"{size / 2**20:,.1f} MiB in {len(manifest['files'])} files"),
+        ("id", manifest.run_id),
+        ("training", manifest.ended),
+        ("made with", f"pkexplain {manifest.pkexplain}, torch {manifest.torch}"),
+        ("optimizer", f"{manifest.optimizer.kind}, {len(manifest.optimizer.groups)} parameter group(s)"),
+        ("training examples", f"{manifest.num_examples:,}" + (f", {gone} of them withdrawn" if gone else "")),
+        ("parameters", f"{parameters:,} recorded, {len(manifest.model.frozen)} tensors frozen"),
+        ("projection", f"{manifest.projection['kind']} ({projection}), {manifest.columns} numbers a row"),
+        ("on disk", f"{size / 2**20:,.1f} MiB in {len(manifest.files)} files"),
     ]
     for name, value in rows:
         about.add_row(name, Text(value))  # a path may hold brackets
@@ -95,10 +92,10 @@ def inspect(run: RunArgument) -> None:
     table = Table(title="Segments", title_justify="left")
     for column in ("segment", "last step", "visits", "Σ learning rate", "displacement gap", "optimizer ‖share‖"):
         table.add_column(column, justify="right")
-    for t, segment in enumerate(entry["summary"] for entry in manifest["segments"]):
-        rate = ", ".join(f"{value:.4g}" for value in segment["learning_rate_sum"])
-        gaps = (f"{segment['displacement_gap']:.1e}", f"{segment['optimizer_share']:.1e}")
-        table.add_row(str(t), f"{segment['last_step']:,}", f"{segment['visits']:,}", rate, *gaps)
+    for t, segment in enumerate(entry.summary for entry in manifest.segments):
+        rate = ", ".join(f"{value:.4g}" for value in segment.learning_rate_sum)
+        gaps = (f"{segment.displacement_gap:.1e}", f"{segment.optimizer_share:.1e}")
+        table.add_row(str(t), f"{segment.last_step:,}", f"{segment.visits:,}", rate, *gaps)
     console.print(table)
 
 
@@ -113,24 +110,24 @@ def verify(
 
     store = DirectoryStore(run)
     manifest = store.manifest()
-    read = store.trajectory().read if manifest["segments"] else store.read
+    read = store.trajectory().read if manifest.segments else store.read
     console, bar, wrong = _console(), ProgressBar(), 0
-    for done, name in enumerate(manifest["files"], start=1):
+    for done, name in enumerate(manifest.files, start=1):
         try:
             read(name)
         except RunDamagedError as error:
             wrong += 1
             _complain("damaged", str(error))
-        bar("verifying", done, len(manifest["files"]))
-    for t, segment in enumerate(entry["summary"] for entry in manifest["segments"]):
-        if not segment["displacement_gap"] <= tolerance:
+        bar("verifying", done, len(manifest.files))
+    for t, segment in enumerate(entry.summary for entry in manifest.segments):
+        if not segment.displacement_gap <= tolerance:
             wrong += 1
-            _complain("gap", f"segment {t}: {segment['displacement_gap']:.2g} is above {tolerance:g}")
-    files, segments = len(manifest["files"]), len(manifest["segments"])
+            _complain("gap", f"segment {t}: {segment.displacement_gap:.2g} is above {tolerance:g}")
+    files, segments = len(manifest.files), len(manifest.segments)
     if wrong:
         console.print(f"{wrong} problem(s) in {files} files and {segments} segments.")
         raise typer.Exit(1)
-    largest = max((entry["summary"]["displacement_gap"] for entry in manifest["segments"]), default=0.0)
+    largest = max((entry.summary.displacement_gap for entry in manifest.segments), default=0.0)
     console.print(f"{files} files whole, {segments} segments; largest displacement gap {largest:.1e}.")
 
 
@@ -187,7 +184,7 @@ def explain(
     from pkexplain.progress import ProgressBar
     from pkexplain.store.directory import DirectoryStore
 
-    inputs = DirectoryStore(run).manifest()["inputs"]
+    inputs = DirectoryStore(run).manifest().inputs
     asked, wanted = read_query(query, inputs), None if output is None else parse_output(output)
     explainer = Explainer(run, call_function(model, "--model"), index=index, progress=ProgressBar())
     found = explainer.explain(asked, output=wanted, k=k, reading=reading)
@@ -222,7 +219,7 @@ def compare(
     from pkexplain.progress import ProgressBar
     from pkexplain.store.directory import DirectoryStore
 
-    asked, classes = read_query(query, DirectoryStore(run).manifest()["inputs"]), parse_numbers(target, "--target")
+    asked, classes = read_query(query, DirectoryStore(run).manifest().inputs), parse_numbers(target, "--target")
     chosen, training_set = choose_baselines(methods), call_function(data, "--data")
     explainer = Explainer(run, call_function(model, "--model"), progress=ProgressBar())
     comparison = compare_methods(explainer, asked, classes, dataset=training_set, baselines=chosen, k=k)

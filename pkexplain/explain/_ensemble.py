@@ -24,7 +24,7 @@ def check_alike(runs: Sequence[RunExplainer]) -> None:
         other = run.trajectory
         for what, mine, theirs in (
             ("their data differ in size", first.num_examples, other.num_examples),
-            ("they were withdrawn different examples", *(t.details.get("withdrawn", []) for t in (first, other))),
+            ("they were withdrawn different examples", first.manifest.withdrawn, other.manifest.withdrawn),
             ("their models take different inputs", dict(first.inputs), dict(other.inputs)),
             ("they have different numbers of segments", len(first), len(other)),
             ("they are the same run", "one run twice" if first.run_id == other.run_id else "", ""),

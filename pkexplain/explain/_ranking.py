@@ -63,7 +63,7 @@ class Ranking:
         self, trajectory: Trajectory, factory: str, directory: Path | None, device: torch.device, group: ProcessGroup
     ) -> None:
         """Open the segments; nothing is built yet."""
-        self.num_examples = trajectory.num_examples - len(trajectory.details.get("withdrawn", ()))
+        self.num_examples = trajectory.num_examples - len(trajectory.manifest.withdrawn)
         self.group = group
         shard = group.shard(trajectory.num_examples)
         self.first = shard.start

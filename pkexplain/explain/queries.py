@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pkexplain.errors import QueryError
 from pkexplain.ids import first_tensor
+from pkexplain.store.manifest import InputEntry
 
 __all__ = ["QueryBatch", "as_queries"]
 
@@ -63,7 +64,7 @@ class QueryBatch:
         return output
 
 
-def as_queries(x: Any, shapes: Mapping[str, Mapping[str, Any]], device: torch.device) -> QueryBatch:
+def as_queries(x: Any, shapes: Mapping[str, InputEntry], device: torch.device) -> QueryBatch:
     """Take what the user gave for queries, one or a batch, in the shapes that were recorded.
 
     Args:
@@ -88,8 +89,8 @@ def as_queries(x: Any, shapes: Mapping[str, Mapping[str, Any]], device: torch.de
             raise _bad_query(name, "it is not a tensor", type(value).__name__, shapes) from error
         tensor = tensor.to(device)
         if name in shapes:
-            wanted = shapes[name]["shape"]
-            kind = getattr(torch, shapes[name]["dtype"])
+            wanted = shapes[name].shape
+            kind = shapes[name].torch_dtype
             if tensor.is_floating_point() != kind.is_floating_point:
                 raise _bad_query(name, "it is of another type", tensor.dtype, shapes)
             single = _fits(tensor.shape, wanted)
@@ -101,7 +102,7 @@ def as_queries(x: Any, shapes: Mapping[str, Mapping[str, Any]], device: torch.de
             singles.add(single)
         elif shapes:
             raise _bad_query(
-                name, "no such input was seen while recording", f"{name!r} beside {', '.join(shapes)}", shapes
+                name, "no such input was seen while recording", f"{name!r} next to {', '.join(shapes)}", shapes
             )
         named[name] = tensor
     if len(singles) > 1:
@@ -120,10 +121,10 @@ def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
     return len(shape) == len(wanted) and all(w is None or s == w for s, w in zip(shape, wanted, strict=True))
 
 
-def _bad_query(name: str, wrong: str, got: Any, shapes: Mapping[str, Mapping[str, Any]]) -> QueryError:
+def _bad_query(name: str, wrong: str, got: Any, shapes: Mapping[str, InputEntry]) -> QueryError:
     known = shapes.get(name)
-    one = "a tensor" if known is None else f"one query of shape {tuple(known['shape'])}, or a batch of them"
-    kind = "" if known is None else f", {known['dtype']}"
+    one = "a tensor" if known is None else f"one query of shape {known.shape}, or a batch of them"
+    kind = "" if known is None else f", {known.dtype}"
     return QueryError(
         f"explaining query input {name!r}",
         wrong,

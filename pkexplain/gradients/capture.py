@@ -18,6 +18,7 @@ from torch.autograd.graph import register_multi_grad_hook
 
 from pkexplain.errors import ExampleIdError, PkexplainError
 from pkexplain.gradients._convolution import ConvolutionGradient
+from pkexplain.gradients._embedding import EmbeddingGradient
 from pkexplain.gradients._rules import Parts, Use
 from pkexplain.gradients.batch_norm import RowMixture, in_front_of_norms, is_in_front
 from pkexplain.gradients.factors import (
@@ -34,6 +35,7 @@ __all__ = ["GRADIENT_CLASSES", "Capture"]
 GRADIENT_CLASSES = (
     ConvolutionGradient,
     DenseGradient,
+    EmbeddingGradient,
     FormedGradient,
     LinearGradient,
     RowMixture,

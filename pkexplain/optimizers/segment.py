@@ -18,9 +18,10 @@ from pkexplain.optimizers.displacement import MomentumAccount
 from pkexplain.optimizers.rules import LinearStep
 from pkexplain.optimizers.scalar import VisitBook
 from pkexplain.projection.maps import Projector
+from pkexplain.store.manifest import SegmentSummary
 from pkexplain.store.rows import Rows
 from pkexplain.store.scratch import empty_on_disk
-from pkexplain.store.trajectory import Segment, SegmentSummary
+from pkexplain.store.trajectory import Segment
 
 __all__ = ["AppliedStep", "SegmentAccountant"]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.ids import first_tensor
+from pkexplain.store.manifest import InputEntry
 
 __all__ = ["InputShapes", "LossDerivatives"]
 
@@ -62,7 +63,7 @@ class InputShapes:
     def __init__(self, model: nn.Module) -> None:
         """Remember the model; nothing is noted yet."""
         self._model = model
-        self.seen: dict[str, dict[str, Any]] = {}
+        self.seen: dict[str, InputEntry] = {}
 
     @contextmanager
     def noting(self, examples: int) -> Iterator[None]:
@@ -73,11 +74,11 @@ class InputShapes:
             for name, value in named.items():
                 if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != examples:
                     continue
-                shape = list(value.shape[1:])
+                shape = tuple(value.shape[1:])
                 known = self.seen.get(name)
-                if known is not None and len(known["shape"]) == len(shape):
-                    shape = [a if a == b else None for a, b in zip(known["shape"], shape, strict=True)]
-                self.seen[name] = {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
+                if known is not None and len(known.shape) == len(shape):
+                    shape = tuple(a if a == b else None for a, b in zip(known.shape, shape, strict=True))
+                self.seen[name] = InputEntry(shape=shape, dtype=str(value.dtype).removeprefix("torch."))
 
         handle = self._model.register_forward_pre_hook(hook, with_kwargs=True)
         try:

@@ -57,7 +57,7 @@ def recorded_arguments(store: Store, trajectory: Trajectory, num_examples: int |
     Raises:
         ConfigurationError: There are fewer than before.
     """
-    before, settings = trajectory.num_examples, store.manifest()["recording"]
+    before, settings = trajectory.num_examples, trajectory.manifest.recording
     if num_examples is not None and num_examples < before:
         raise ConfigurationError(
             "Recorder.resume(num_examples=…)",
@@ -70,8 +70,8 @@ def recorded_arguments(store: Store, trajectory: Trajectory, num_examples: int |
     return {
         "num_examples": num_examples or before,
         "projection": trajectory.projection,
-        "segments": settings["segments"],
-        "lookahead": settings["lookahead"],
+        "segments": settings.segments,
+        "lookahead": settings.lookahead,
         "dtype": trajectory.dtype,
     }
 
@@ -92,13 +92,13 @@ class Standpoint:
 
 
 def find_standpoint(
-    store: Store, manifest: Mapping[str, Any], point: Tensor, optimizer: str | None, group: ProcessGroup
+    store: Store, trajectory: Trajectory, point: Tensor, optimizer: str | None, group: ProcessGroup
 ) -> Standpoint:
     """Find the last place in a run where the model and the optimizer can go on.
 
     Args:
         store: The run.
-        manifest: Its manifest, with one finished segment at least.
+        trajectory: What it holds.
         point: θ as the model has it now, ``(parameters,)``.
         optimizer: Checksum of what the optimizer remembers, or None.
         group: The processes that train.
@@ -107,8 +107,7 @@ def find_standpoint(
         ModelMismatchError: The model is at none of the run's checkpoints.
         ConfigurationError: The optimizer's state does not belong there, or what was in flight there is not known.
     """
-    trajectory = store.trajectory()
-    states = {state["segments"]: state for state in manifest["states"]}
+    states = {state.segments: state for state in trajectory.manifest.states}
     order, now = range(len(trajectory), 0, -1), point.cpu()
 
     def stands(t: int) -> bool:
@@ -119,11 +118,11 @@ def find_standpoint(
         if fitting is None:
             raise _stands_nowhere(store, trajectory, states)
         return Standpoint(fitting, None)
-    wanted = (t for t in order if t in states and states[t]["optimizer"] == optimizer)
+    wanted = (t for t in order if t in states and states[t].optimizer == optimizer)
     fitting = next(filter(stands, wanted), None)
     if fitting is None:
         raise _unknown_moment(store, trajectory, states, list(filter(stands, order)))
-    files = states[fitting]["files"]
+    files = states[fitting].files
     if len(files) != group.world_size:
         raise ConfigurationError(
             f"resuming the run in {store}",

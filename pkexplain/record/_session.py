@@ -31,8 +31,9 @@ from pkexplain.record._warnings import SegmentWarnings
 from pkexplain.store.base import Store
 from pkexplain.store.directory import DirectoryStore
 from pkexplain.store.fingerprint import ModelFingerprint
+from pkexplain.store.manifest import FORMAT_VERSION, Manifest, OptimizerEntry, RecordingEntry
 from pkexplain.store.trajectory import Checkpoint
-from pkexplain.store.writer import RunWriter, describe_optimizer
+from pkexplain.store.writer import RunWriter
 from pkexplain.version import __version__
 
 __all__ = ["Plan", "Session"]
@@ -133,7 +134,7 @@ class Session:
             if plan.resumes:
                 self._go_on()
             else:
-                self._writer.start(self._about(), self._checkpoint())
+                self._writer.start(self._manifest(), self._checkpoint())
         except BaseException:
             self._writer.release()
             raise
@@ -145,19 +146,19 @@ class Session:
 
     def _go_on(self) -> None:
         """Take up a run where the model and the optimizer stand."""
-        plan, manifest, trajectory = self._plan, self._plan.store.manifest(), self._plan.store.trajectory()
+        plan, trajectory = self._plan, self._plan.store.trajectory()
         optimizer = checksum_optimizer(plan.optimizer, plan.parameters)
-        standpoint = find_standpoint(plan.store, manifest, self._start, optimizer, plan.group)
+        standpoint = find_standpoint(plan.store, trajectory, self._start, optimizer, plan.group)
         setting = plan.setting(trajectory.segment(0).audit_ids)
         lookahead, projector = Lookahead.of(plan.lookahead, plan.like), trajectory.projector(plan.like.device)
         steps = trajectory.boundaries[standpoint.segments]
         self._accountant = SegmentAccountant(setting, lookahead, projector, steps)
         self._sums = GradientSums(setting, plan.parameters)
         self._inputs.seen.update(trajectory.inputs)
-        self._deleted = manifest.get("withdrawn", [])
+        self._deleted = trajectory.manifest.withdrawn
         if standpoint.state is not None:
             self._sums.load_state_dict(take_up(plan.store, standpoint, setting, self._accountant))
-        self._writer.resume(manifest, {"ended": self._ended}, standpoint.segments)  # last: a refusal drops nothing
+        self._writer.resume(trajectory.manifest, self._ended, standpoint.segments)  # last: a refusal drops nothing
 
     def close(self, error: type[BaseException] | None) -> None:
         """Finish the last segment and let go of the model and the optimizer, also after an error."""
@@ -167,7 +168,7 @@ class Session:
         try:
             if error is None or self._plan.group.world_size == 1:  # other processes may not have come this far
                 self._end_segment()
-                self._writer.close(self._about())
+                self._writer.close(self._manifest())
         finally:
             self._writer.release()
 
@@ -312,26 +313,33 @@ class Session:
         before, self._start = self._start, end
         segment, summary = self._accountant.close(end - before)
         t = len(self._writer)
-        self._writer.segment(segment, summary, self._checkpoint(), self._accountant.projector, self._about())
+        self._writer.segment(segment, summary, self._checkpoint(), self._accountant.projector, self._manifest())
         self._warnings.of(t, summary, segment.optimizer, end - before, self._sums.apart)
 
     def _checkpoint(self) -> Checkpoint:
         buffers = self._plan.model.named_buffers()
         return Checkpoint(self._start, {name: value.detach() for name, value in buffers})
 
-    def _about(self) -> dict[str, Any]:
-        """Describe the run for its manifest."""
-        plan = self._plan
-        return {
-            "pkexplain": __version__,
-            "torch": torch.__version__,
-            "ended": self._ended,
-            "num_examples": plan.num_examples,
-            "dtype": str(plan.like.dtype).removeprefix("torch."),
-            "recording": {"segments": plan.segments, "lookahead": plan.lookahead},
-            "optimizer": describe_optimizer(plan.optimizer),
-            "projection": plan.projection.describe(),
-            "columns": self._accountant.projector.columns if self._accountant.projector else None,
-            "model": self._fingerprint.describe(),
-            "inputs": self._inputs.seen,
-        }
+    def _manifest(self) -> Manifest:
+        """Describe the run; the writer adds what it has written."""
+        plan, projector = self._plan, self._accountant.projector
+        return Manifest(
+            run_id="",
+            pkexplain=__version__,
+            torch=str(torch.__version__),
+            ended=self._ended,
+            num_examples=plan.num_examples,
+            dtype="float64" if plan.like.dtype == torch.float64 else "float32",
+            recording=RecordingEntry(segments=plan.segments, lookahead=plan.lookahead),
+            optimizer=OptimizerEntry.of(plan.optimizer),
+            projection=plan.projection.describe(),
+            columns=projector.columns if projector else None,
+            model=self._fingerprint,
+            inputs=dict(self._inputs.seen),
+            segments=(),
+            states=(),
+            revision=0,
+            withdrawn=(),
+            files={},
+            format_version=FORMAT_VERSION,
+        )

@@ -9,7 +9,7 @@ from torch import Tensor
 from pkexplain.errors import warn
 from pkexplain.optimizers.base import CapturedBatch
 from pkexplain.record._gradient_check import CAPTURE_TOLERANCE
-from pkexplain.store.trajectory import SegmentSummary
+from pkexplain.store.manifest import SegmentSummary
 
 __all__ = ["SegmentWarnings"]
 

@@ -1,30 +1,22 @@
-"""What the files of a run must hold, given what its manifest says.
+"""What the files of a run must hold, given its manifest.
 
-A checksum tells that a file is the one that was written, not that it was written by a recorder. So everything that a
-number is made of is checked against the manifest, and the manifest against itself, before it is used: a run that comes
-from somebody else can be refused, and cannot do anything else.
+A checksum shows that a file is the one that was written, not that a recorder wrote it. So every tensor is checked
+against the manifest before a number is computed from it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields
-from itertools import pairwise
-from numbers import Real
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pkexplain.store.trajectory import FIRST_CHECKPOINT, SegmentFiles, SegmentSummary, Trajectory
+from pkexplain.store.trajectory import FIRST_CHECKPOINT, Trajectory
 
-__all__ = ["FILE_NAME", "Layout", "MisfitError"]
+__all__ = ["Layout", "MisfitError"]
 
-FILE_NAME = re.compile(
-    r"(?:(?:checkpoints|segments|rows|states)/[0-9]{5,9}(?:\.[0-9]{3,6})?(?:-[0-9]{1,9})?|projection)\.safetensors"
-)
-"""The names that files of tensors have."""
 _PROJECTION = "projection.safetensors"
 _MOST_AUDITED = 1 << 16
 
@@ -52,7 +44,7 @@ class Layout:
     """What every file of a run must hold.
 
     Attributes:
-        trajectory: The run, as its manifest describes it.
+        trajectory: The run.
         parameters: How many numbers θ holds.
         columns: k, how many numbers a row holds.
     """
@@ -65,17 +57,10 @@ class Layout:
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> Layout:
-        """Hold a manifest against itself.
-
-        Raises:
-            MisfitError: It is not that of a run.
-        """
-        columns, parameters = trajectory.details["columns"], _check_model(trajectory)
-        _number("columns", columns, 1, parameters)
-        _check_segments(trajectory)
-        _check_rest(trajectory)
-        roles: dict[str, Callable[[Mapping[str, Tensor]], None]] = {}
-        layout = cls(trajectory, parameters, columns, roles)
+        """Derive it from a run's manifest."""
+        manifest, roles = trajectory.manifest, {}
+        parameters = sum(block.numel for block in manifest.model.blocks)
+        layout = cls(trajectory, parameters, manifest.columns or 0, roles)
         roles[FIRST_CHECKPOINT], roles[_PROJECTION] = layout._check_checkpoint, layout._check_projection
         for files in trajectory.files:
             roles[files.checkpoint] = layout._check_checkpoint
@@ -85,7 +70,7 @@ class Layout:
         return layout
 
     def check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Hold a file against the manifest, once.
+        """Check a file against the manifest, once.
 
         Raises:
             MisfitError: It does not hold what the manifest says.
@@ -166,90 +151,5 @@ def _check_tensors(
                 raise MisfitError(f"its tensor {name} is not finite", ends.tolist(), "numbers")
 
 
-def _check_model(trajectory: Trajectory) -> int:
-    """Check that the blocks lie side by side; return how many numbers they hold."""
-    end, names = 0, [name for block in trajectory.fingerprint.blocks for name in block.parameters]
-    if not names or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
-        raise MisfitError("its parameters have no names of their own", names[:8], "different names")
-    for block in trajectory.fingerprint.blocks:
-        for size in [*(size for shape in block.shapes for size in shape), *(block.matrix or ())]:
-            _number("shapes", size, 0, 1 << 48)
-        rows, columns = block.matrix or (block.numel, 1)
-        if block.start != end or len(block.shapes) != len(block.parameters) or rows * columns != block.numel:
-            raise MisfitError("its blocks do not lie side by side", f"{block}", f"one that starts at {end}")
-        _number("group", block.group, 0, 1 << 31)
-        end += block.numel
-    return end
-
-
-def _check_segments(trajectory: Trajectory) -> None:
-    """Check the counts, the names and the numbers of the segments."""
-    _number("num_examples", trajectory.num_examples, 1, 1 << 48)
-    names: list[Any] = [name for files in trajectory.files for name in files.names]
-    for files in trajectory.files:
-        if len(files.rows) != len(files.counts) or not files.rows:
-            raise MisfitError("it does not count every file of rows", len(files.counts), len(files.rows))
-        for count in files.counts:
-            _number("counts", count, 0, trajectory.num_examples)
-        _check_names(files)
-    if len(set(names)) < len(names):
-        raise MisfitError("two segments have a file in common", len(names), len(set(names)))
-    most = max(sum(files.counts) for files in trajectory.files)
-    if most != trajectory.num_examples:
-        raise MisfitError("num_examples is not what its rows hold", trajectory.num_examples, most)
-    for summary in trajectory.summaries:
-        for each in fields(SegmentSummary):
-            value = getattr(summary, each.name)
-            for part in value if isinstance(value, tuple) else (value,):
-                if isinstance(part, bool) or not isinstance(part, Real):
-                    raise MisfitError(f"{each.name} is not a number", repr(part)[:80], "a number")
-        for name in ("last_step", "visits", "skipped_steps"):
-            _number(name, getattr(summary, name), 0, 1 << 62)
-        if not isinstance(summary.learning_rate_sum, tuple) or len(summary.rescaled) != 2:
-            got = summary.learning_rate_sum, summary.rescaled
-            raise MisfitError("its learning rates are no list, or rescaled is no range", got, "a list, and two numbers")
-    if any(after <= before for before, after in pairwise(trajectory.boundaries)):
-        raise MisfitError("its segments do not follow one another", trajectory.boundaries[:8], "ascending steps")
-
-
-def _check_names(files: SegmentFiles) -> None:
-    folders = {"segments": (files.vectors,), "rows": files.rows, "checkpoints": (files.checkpoint,)}
-    for folder, names in folders.items():
-        for name in names:
-            if not (isinstance(name, str) and FILE_NAME.fullmatch(name) and name.startswith(f"{folder}/")):
-                raise MisfitError("it names a file that no run has", repr(name)[:200], f"{folder}/00000…")
-
-
-def _check_rest(trajectory: Trajectory) -> None:
-    """Check what is shown to people, and what a run is gone on with: inputs, states and settings."""
-    for shape, kind in ((said["shape"], said["dtype"]) for said in trajectory.inputs.values()):
-        if not isinstance(getattr(torch, kind), torch.dtype):
-            raise MisfitError("its inputs have no dtype", repr(kind)[:80], "one of torch")
-        for size in shape:
-            _number("inputs", 0 if size is None else size, 0, 1 << 48)
-    details = trajectory.details
-    said = [trajectory.run_id, details["ended"], details["pkexplain"], details["torch"], details["optimizer"]["kind"]]
-    if not all(isinstance(text, str) for text in said) or not isinstance(details["optimizer"]["groups"], list):
-        raise MisfitError("it does not say what was recorded", repr(said)[:200], "words")
-    gone = details.get("withdrawn", [])
-    for example in gone:
-        _number("withdrawn", example, 0, trajectory.num_examples - 1)
-    if not isinstance(gone, list) or len(set(gone)) < len(gone):
-        raise MisfitError("it withdraws what it cannot", repr(gone)[:80], "different examples")
-    _number("revision", details["revision"], 0, 999_999_999)
-    if not isinstance(details["recording"], Mapping) or not details["recording"].keys() >= {"segments", "lookahead"}:
-        raise MisfitError("it does not say how it was recorded", repr(details["recording"])[:80], "its settings")
-    for state in details["states"]:
-        _number("states", state["segments"], 1, len(trajectory))
-        for name in state["files"]:
-            if not (isinstance(name, str) and FILE_NAME.fullmatch(name) and name.startswith("states/")):
-                raise MisfitError("it names a file that no run has", repr(name)[:200], "states/00000…")
-
-
 def _length(tensor: Tensor | None) -> int:
     return tensor.shape[0] if tensor is not None and tensor.ndim else 0
-
-
-def _number(name: str, value: Any, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise MisfitError(f"{name} cannot be", repr(value)[:80], f"an integer from {least} to {most}")

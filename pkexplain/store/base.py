@@ -1,4 +1,4 @@
-"""Where a run is kept: what every store can do, and the one in memory."""
+"""Where a run is kept: what every store can do."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from torch import Tensor
 
 from pkexplain.errors import RunBusyError, RunDamagedError, RunExistsError, RunNotFoundError
 from pkexplain.store._validation import Layout, MisfitError
+from pkexplain.store.manifest import FileEntry, Manifest
 from pkexplain.store.trajectory import Trajectory
 
-__all__ = ["FORMAT_VERSION", "Store", "busy", "damaged", "exists", "not_found"]
-
-FORMAT_VERSION = 5
+__all__ = ["Store", "busy", "damaged", "exists", "not_found"]
 
 
 class Store(ABC):
     """Where a run's manifest and tensors are kept."""
 
     @abstractmethod
-    def create(self, manifest: Mapping[str, Any]) -> None:
+    def create(self, manifest: Manifest) -> None:
         """Start a run.
 
         Raises:
@@ -32,7 +31,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def put(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
         """Write tensors under a name; they count once `commit` has named them.
 
         Returns:
@@ -43,7 +42,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def note(self, name: str, description: dict[str, Any]) -> None:
+    def note(self, name: str, entry: FileEntry) -> None:
         """Take a file into the next manifest that another process has put."""
 
     @abstractmethod
@@ -51,7 +50,7 @@ class Store(ABC):
         """Leave files out of the next manifest; they are removed once it is there."""
 
     @abstractmethod
-    def reopen(self) -> dict[str, Any]:
+    def reopen(self) -> Manifest:
         """Take up a run that is there, to write on in it; return its manifest."""
 
     @abstractmethod
@@ -63,11 +62,11 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def commit(self, manifest: Mapping[str, Any]) -> None:
-        """Replace the manifest, in one step."""
+    def commit(self, manifest: Manifest) -> None:
+        """Replace the manifest, in one step; the store fills in its files."""
 
     @abstractmethod
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """Read the manifest.
 
         Raises:
@@ -91,7 +90,7 @@ class Store(ABC):
             RunDamagedError: The manifest is not that of a run; files are checked against it as they are read.
         """
         manifest = self.manifest()
-        if not manifest.get("segments"):
+        if not manifest.segments:
             raise RunNotFoundError(
                 f"reading the run in {self}",
                 "it holds no finished segment",
@@ -101,12 +100,10 @@ class Store(ABC):
                 fix="Let the training loop finish one segment (an epoch, by default)",
             )
         try:
-            trajectory = Trajectory.from_manifest(manifest, self.read)
-            layout = Layout.of(trajectory)
-        except MisfitError as misfit:
-            raise damaged(self, "manifest.json", misfit.wrong, misfit.got, misfit.expected) from misfit
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            trajectory = Trajectory.of(manifest, self.read)
+        except (TypeError, ValueError, OverflowError) as error:
             raise damaged(self, "manifest.json", "it is not that of a run", f"{error!r}", "a run's manifest") from error
+        layout = Layout.of(trajectory)
 
         def read(name: str) -> Mapping[str, Tensor]:
             tensors = self.read(name)

@@ -1,9 +1,9 @@
-"""The run on disk, or in memory with the same interface.
+"""A run on disk.
 
-A run is a manifest and tensors in safetensors files; nothing is ever unpickled. A file is written beside its place,
-flushed to disk and renamed; the manifest, with the size and SHA-256 of every file and of itself, comes last. So a
-killed run keeps every finished segment, and a file that is missing, truncated, altered or of another run is found
-before a number is made of it.
+A run is a manifest and tensors in safetensors files; nothing is ever unpickled. A file is written under a temporary
+name, flushed to disk and renamed; the manifest, with the size and SHA-256 of every file and of itself, comes last. So
+a killed run keeps every finished segment, and a file that is missing, truncated, altered or of another run is found
+before a number is computed from it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pkexplain.errors import RunDamagedError, RunError
 from pkexplain.files import checksum_file, checksum_json, flush_and_rename
-from pkexplain.store._validation import FILE_NAME
-from pkexplain.store.base import FORMAT_VERSION, Store, busy, damaged, exists, not_found
+from pkexplain.store.base import Store, busy, damaged, exists, not_found
+from pkexplain.store.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manifest
 
 __all__ = ["DirectoryStore", "open_store"]
 
@@ -40,16 +41,16 @@ class DirectoryStore(Store):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Point at a directory, without touching it."""
         self.path = Path(path)
-        self._files: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, FileEntry] = {}
         self._dropped: set[str] = set()
         self._read: dict[str, Mapping[str, Tensor]] = {}
-        self._known: dict[str, Any] | None = None
+        self._known: Manifest | None = None
 
     def __str__(self) -> str:
         """Name the place."""
         return str(self.path)
 
-    def create(self, manifest: Mapping[str, Any]) -> None:
+    def create(self, manifest: Manifest) -> None:
         """Start a run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -61,10 +62,10 @@ class DirectoryStore(Store):
         self._sweep()
         self.commit(manifest)
 
-    def reopen(self) -> dict[str, Any]:
+    def reopen(self) -> Manifest:
         """Take up the run that is there, and sweep out what a killed writer has left."""
         manifest = self.manifest()
-        self._files, self._dropped = dict(manifest["files"]), set()
+        self._files, self._dropped = dict(manifest.files), set()
         self._sweep()
         return manifest
 
@@ -95,7 +96,7 @@ class DirectoryStore(Store):
         finally:
             lock.release()
 
-    def put(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
         """Write a file of tensors beside its place, flush it and rename it."""
         import safetensors.torch
 
@@ -111,15 +112,15 @@ class DirectoryStore(Store):
                 temporary.chmod(mode)  # safetensors makes files for the owner alone
             self._read.pop(name, None)
             self._dropped.discard(name)
-            self._files[name] = {"bytes": temporary.stat().st_size, "sha256": checksum_file(temporary)}
+            self._files[name] = FileEntry(bytes=temporary.stat().st_size, sha256=checksum_file(temporary))
             flush_and_rename(temporary, target)
         except (OSError, safetensors.SafetensorError) as error:
             raise self._unwritable(name, error) from error
         return self._files[name]
 
-    def note(self, name: str, description: dict[str, Any]) -> None:
+    def note(self, name: str, entry: FileEntry) -> None:
         """Take a file into the next manifest that another process has put."""
-        self._files[name] = description
+        self._files[name] = entry
 
     def drop(self, names: Iterable[str]) -> None:
         """Leave files out of the next manifest; they are removed once it is there."""
@@ -128,9 +129,9 @@ class DirectoryStore(Store):
             self._read.pop(name, None)
             self._dropped.add(name)
 
-    def commit(self, manifest: Mapping[str, Any]) -> None:
+    def commit(self, manifest: Manifest) -> None:
         """Replace the manifest, in one step."""
-        content = {**manifest, "format_version": FORMAT_VERSION, "files": self._files}
+        content = msgspec.to_builtins(msgspec.structs.replace(manifest, files=self._files))
         content["sha256"] = checksum_json(content)
         temporary = self.path / "manifest.tmp"
         try:
@@ -146,7 +147,7 @@ class DirectoryStore(Store):
             (self.path / name).unlink(missing_ok=True)
         self._dropped = set()
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """Read the manifest and check it against its own checksum."""
         file = self.path / "manifest.json"
         if not file.is_file():
@@ -165,19 +166,14 @@ class DirectoryStore(Store):
             raise self._damaged("manifest.json", "it cannot be read", f"{error}", "JSON with a checksum") from error
         if stated != found:
             raise self._damaged("manifest.json", "it was altered", f"sha256 {found}", f"sha256 {stated}")
-        version, files = content.get("format_version"), content.get("files")
-        if version != FORMAT_VERSION:
+        if content.get("format_version") != FORMAT_VERSION:
+            version = content.get("format_version")
             raise self._damaged("manifest.json", "its format is not known here", version, FORMAT_VERSION)
-        if not isinstance(files, dict) or not isinstance(content.get("segments"), list):
-            raise self._damaged("manifest.json", "it names no files and segments", files, "a mapping, and a list")
-        for name, described in files.items():
-            if not FILE_NAME.fullmatch(name):
-                raise self._damaged("manifest.json", "it names a file that no run has", name, "checkpoints/00000…")
-            kinds = {key: type(value) for key, value in described.items()} if isinstance(described, dict) else {}
-            if kinds != {"bytes": int, "sha256": str}:
-                raise self._damaged("manifest.json", f"it does not describe {name}", described, "bytes and sha256")
-        self._known = content
-        return content
+        try:
+            self._known = msgspec.convert(content, Manifest)
+        except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
+            raise self._damaged("manifest.json", "it is not that of a run", error, "a run's manifest") from error
+        return self._known
 
     def read(self, name: str) -> Mapping[str, Tensor]:
         """Read a file of tensors, mapped into memory, after one check of its size and checksum."""
@@ -197,20 +193,20 @@ class DirectoryStore(Store):
         Raises:
             RunDamagedError: The file is missing, truncated or altered.
         """
-        stated = (self._known or self.manifest())["files"].get(name)
+        stated = (self._known or self.manifest()).files.get(name)
         if stated is None:
             raise self._damaged(name, "the manifest does not name it", "no entry", "an entry")
         file = self.path / name
         self._keep_inside(name)
         if not file.is_file():
-            raise self._damaged(name, "it is missing", "no file", f"sha256 {stated['sha256']}")
+            raise self._damaged(name, "it is missing", "no file", f"sha256 {stated.sha256}")
         size, found = file.stat().st_size, checksum_file(file)
-        if size != stated["bytes"]:
-            wrong = "it was truncated" if size < stated["bytes"] else "it has grown"
+        if size != stated.bytes:
+            wrong = "it was truncated" if size < stated.bytes else "it has grown"
             got = f"{size} bytes, sha256 {found}"
-            raise self._damaged(name, wrong, got, f"{stated['bytes']} bytes, sha256 {stated['sha256']}")
-        if found != stated["sha256"]:
-            raise self._damaged(name, "it was altered", f"sha256 {found}", f"sha256 {stated['sha256']}")
+            raise self._damaged(name, wrong, got, f"{stated.bytes} bytes, sha256 {stated.sha256}")
+        if found != stated.sha256:
+            raise self._damaged(name, "it was altered", f"sha256 {found}", f"sha256 {stated.sha256}")
 
     def _keep_inside(self, name: str) -> None:
         """Refuse a link that leads out of the run: what is read, written or swept out there is not the run's."""

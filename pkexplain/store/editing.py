@@ -12,18 +12,19 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from pkexplain.errors import ConfigurationError
 from pkexplain.ids import check_ids
 from pkexplain.store.base import Store
 from pkexplain.store.directory import DirectoryStore, open_store
+from pkexplain.store.manifest import SegmentEntry, SegmentFiles
 from pkexplain.store.rows import Rows
 from pkexplain.store.scratch import empty_on_disk
-from pkexplain.store.trajectory import Segment, SegmentFiles
+from pkexplain.store.trajectory import Segment
 
 __all__ = ["merge", "withdraw"]
 
@@ -65,7 +66,7 @@ def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Pro
         parts = [_copy(store, segment.part(slice(a, b)).shards) for a, b in itertools.pairwise(edges)]
         return replace(segment, shards=tuple(parts))
 
-    _rewrite(store, "merging", dealt, {}, progress)
+    _rewrite(store, "merging", dealt, None, progress)
 
 
 def withdraw(
@@ -91,7 +92,7 @@ def withdraw(
     store = open_store(run)
     trajectory = store.trajectory()
     chosen = check_ids(ids, trajectory.num_examples, "withdraw(ids)")
-    before = trajectory.details.get("withdrawn", [])
+    before = trajectory.manifest.withdrawn
 
     def without(segment: Segment) -> Segment:
         known = chosen[chosen < sum(map(len, segment.shards))]
@@ -110,7 +111,7 @@ def withdraw(
             audit_rows=segment.audit_rows[kept],
         )
 
-    _rewrite(store, "withdrawing", without, {"withdrawn": sorted({*before, *chosen.tolist()})}, progress)
+    _rewrite(store, "withdrawing", without, tuple(sorted({*before, *chosen.tolist()})), progress)
 
 
 def _without(rows: Rows, places: Tensor) -> Rows:
@@ -136,12 +137,16 @@ def _copy(store: Store, shards: Sequence[Rows]) -> Rows:
 
 
 def _rewrite(
-    store: Store, what: str, change: Callable[[Segment], Segment], about: dict[str, Any], progress: Progress | None
+    store: Store,
+    what: str,
+    change: Callable[[Segment], Segment],
+    withdrawn: tuple[int, ...] | None,
+    progress: Progress | None,
 ) -> None:
-    """Write every segment anew, beside what is there, and change over in one step."""
+    """Write every segment again under new names, and change over in one step."""
     with store.lock():
         manifest, trajectory = store.reopen(), store.trajectory()
-        revision, entries, total = manifest["revision"] + 1, [], len(trajectory)
+        revision, entries, total = manifest.revision + 1, [], len(trajectory)
         for t, old in enumerate(trajectory.files):
             segment = trajectory.segment(t)
             changed = change(segment)
@@ -154,14 +159,14 @@ def _rewrite(
                     store.put(names[place], shard.tensors())
             store.put(new.vectors, changed.tensors())
             store.drop([old.vectors, *(name for name in old.rows if name not in names)])
-            files = replace(new, rows=tuple(names), checkpoint=old.checkpoint)
-            entries.append({"summary": manifest["segments"][t]["summary"], "files": vars(files)})
+            files = structs.replace(new, rows=tuple(names), checkpoint=old.checkpoint)
+            entries.append(SegmentEntry(summary=trajectory.summaries[t], files=files))
             if progress is not None:
                 progress(what, t + 1, total)
-        states = [] if about else manifest["states"]
-        if about:
-            store.drop(name for state in manifest["states"] for name in state["files"])
+        new = structs.replace(manifest, segments=tuple(entries), revision=revision)
+        if withdrawn is not None:
+            store.drop(name for state in manifest.states for name in state.files)  # they hold gradients, too
             if isinstance(store, DirectoryStore):
                 shutil.rmtree(Path(store.path) / "index", ignore_errors=True)  # it holds the rows, too
-        plain = {name: value for name, value in manifest.items() if name not in ("files", "format_version")}
-        store.commit({**plain, **about, "segments": entries, "states": states, "revision": revision})
+            new = structs.replace(new, states=(), withdrawn=withdrawn)
+        store.commit(new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,28 +52,6 @@ class ModelFingerprint:
         dtypes = {name: str(p.dtype) for name, p in model.named_parameters()}
         buffers = {name: tuple(b.shape) for name, b in model.named_buffers()}
         return cls(blocks, frozen, buffers, dtypes, _types(model))
-
-    def describe(self) -> dict[str, Any]:
-        """Describe it in plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_description(cls, described: Mapping[str, Any]) -> ModelFingerprint:
-        """Make it again from plain data."""
-        blocks = tuple(
-            Block(
-                name=b["name"],
-                parameters=tuple(b["parameters"]),
-                shapes=tuple(tuple(shape) for shape in b["shapes"]),
-                group=b["group"],
-                start=b["start"],
-                matrix=tuple(b["matrix"]) if b["matrix"] else None,
-            )
-            for b in described["blocks"]
-        )
-        frozen = {name: (tuple(shape), checksum) for name, (shape, checksum) in described["frozen"].items()}
-        buffers = {name: tuple(shape) for name, shape in described["buffers"].items()}
-        return cls(blocks, frozen, buffers, described["dtypes"], described["modules"])
 
     def check(self, model: nn.Module) -> None:
         """Compare with a model.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from pkexplain.errors import RunError
-from pkexplain.store.base import FORMAT_VERSION, Store, busy, exists, not_found
+from pkexplain.store.base import Store, busy, exists, not_found
+from pkexplain.store.manifest import FileEntry, Manifest
 
 __all__ = ["MemoryStore"]
 
@@ -21,7 +21,7 @@ class MemoryStore(Store):
 
     def __init__(self) -> None:
         """Make an empty place for one run."""
-        self._manifest: dict[str, Any] | None = None
+        self._manifest: Manifest | None = None
         self._lock = threading.Lock()
         self._tensors: dict[str, dict[str, Tensor]] = {}
 
@@ -29,18 +29,18 @@ class MemoryStore(Store):
         """Name the place."""
         return "memory"
 
-    def create(self, manifest: Mapping[str, Any]) -> None:
+    def create(self, manifest: Manifest) -> None:
         """Start a run."""
         if self._manifest is not None:
             raise exists(self)
         self.commit(manifest)
 
-    def put(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
         """Keep copies of tensors under a name."""
         kept = self._tensors[name] = {key: value.detach().cpu().clone() for key, value in tensors.items()}
-        return {"bytes": sum(t.nbytes for t in kept.values())}
+        return FileEntry(bytes=sum(t.nbytes for t in kept.values()), sha256="")
 
-    def note(self, name: str, description: dict[str, Any]) -> None:
+    def note(self, name: str, entry: FileEntry) -> None:
         """Refuse: another process has other memory."""
         fix = "Record into a directory that all processes see"
         raise RunError(
@@ -57,7 +57,7 @@ class MemoryStore(Store):
         for name in names:
             self._tensors.pop(name, None)
 
-    def reopen(self) -> dict[str, Any]:
+    def reopen(self) -> Manifest:
         """Take up the run that is there."""
         return self.manifest()
 
@@ -71,12 +71,16 @@ class MemoryStore(Store):
         finally:
             self._lock.release()
 
-    def commit(self, manifest: Mapping[str, Any]) -> None:
+    def commit(self, manifest: Manifest) -> None:
         """Replace the manifest."""
-        files = {name: {"bytes": sum(t.nbytes for t in kept.values())} for name, kept in self._tensors.items()}
-        self._manifest = json.loads(json.dumps({**manifest, "format_version": FORMAT_VERSION, "files": files}))
+        files = {
+            name: FileEntry(bytes=sum(t.nbytes for t in kept.values()), sha256="")
+            for name, kept in self._tensors.items()
+        }
+        content = msgspec.to_builtins(msgspec.structs.replace(manifest, files=files))
+        self._manifest = msgspec.convert(content, Manifest)  # checked as one that is read from a disk
 
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """Read the manifest."""
         if self._manifest is None:
             raise not_found(self)

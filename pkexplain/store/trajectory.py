@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,16 +12,10 @@ from torch import Tensor
 from pkexplain.projection.kinds import Projection, projection_from_description
 from pkexplain.projection.maps import Projector
 from pkexplain.store.fingerprint import ModelFingerprint
+from pkexplain.store.manifest import InputEntry, Manifest, SegmentFiles, SegmentSummary
 from pkexplain.store.rows import Rows
 
-__all__ = [
-    "FIRST_CHECKPOINT",
-    "Checkpoint",
-    "Segment",
-    "SegmentFiles",
-    "SegmentSummary",
-    "Trajectory",
-]
+__all__ = ["FIRST_CHECKPOINT", "Checkpoint", "Segment", "Trajectory"]
 
 _VECTORS = ("row_sum", "weight_decay", "optimizer", "audit_ids", "audit_rows", "withdrawn", "rate_sums")
 FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
@@ -154,109 +148,56 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class SegmentFiles:
-    """Where a segment is kept.
-
-    Attributes:
-        vectors: The file of what is not rows.
-        rows: The files of the rows, in order of the examples.
-        counts: How many rows each of them holds.
-        checkpoint: The file of the checkpoint at its end.
-    """
-
-    vectors: str
-    rows: tuple[str, ...]
-    counts: tuple[int, ...]
-    checkpoint: str
-
-    @classmethod
-    def named(cls, segment: int, counts: Sequence[int], revision: int = 0) -> SegmentFiles:
-        """Name the files of a segment; a revision of the run writes beside what it replaces."""
-        end = f"-{revision}.safetensors" if revision else ".safetensors"
-        return cls(
-            vectors=f"segments/{segment:05d}{end}",
-            rows=tuple(f"rows/{segment:05d}.{shard:03d}{end}" for shard in range(len(counts))),
-            counts=tuple(counts),
-            checkpoint=f"checkpoints/{segment + 1:05d}{end}",
-        )
-
-    @classmethod
-    def from_description(cls, described: Mapping[str, Any]) -> SegmentFiles:
-        """Make them again from plain data."""
-        return cls(described["vectors"], tuple(described["rows"]), tuple(described["counts"]), described["checkpoint"])
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of all of them."""
-        return (self.vectors, *self.rows, self.checkpoint)
-
-
-@dataclass(frozen=True)
-class SegmentSummary:
-    """The numbers of a segment that fit in the manifest.
-
-    Attributes:
-        last_step: Optimizer steps done when it ended.
-        visits: Examples seen in it, repeats included.
-        learning_rate_sum: The learning rate summed over its steps, for each parameter group.
-        displacement_gap: ‖P(Δθ − decay − optimizer) − Σ_i rows‖ / ‖P Δθ‖.
-        optimizer_share: ‖optimizer‖ / ‖Δθ‖.
-        capture_gap: The largest ‖Σ_i captured − gradient‖ / ‖gradient‖ of its first and every 16th step.
-        rescaled: The smallest and largest factor found between the captured and the applied gradient.
-        bent: The largest share of a step's applied gradient that is no multiple of the captured one.
-        skipped_steps: Steps that were not taken because a gradient was not finite (a loss scaler does that).
-    """
-
-    last_step: int
-    visits: int
-    learning_rate_sum: tuple[float, ...]
-    displacement_gap: float
-    optimizer_share: float
-    capture_gap: float
-    rescaled: tuple[float, float]
-    bent: float
-    skipped_steps: int
-
-    @classmethod
-    def from_description(cls, described: Mapping[str, Any]) -> SegmentSummary:
-        """Make the summary again from plain data."""
-        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in described.items()}
-        return cls(**plain)
-
-
-@dataclass(frozen=True)
 class Trajectory:
     """All checkpoints and segments of a run.
 
     Attributes:
-        run_id: A name no other run has.
-        num_examples: How many training examples there are.
-        dtype: Dtype of the checkpoints and of the arithmetic.
+        manifest: What the run says of itself.
         projection: The projection of the rows.
-        fingerprint: What the model must be.
-        inputs: Shape (without the batch, None where it varied) and type of the model's inputs, or an empty mapping.
-        summaries: One for each segment.
-        files: Where each segment is kept.
-        details: Everything else the manifest says, for people.
+        num_examples: How many training examples there are here.
         read: Reads the tensors of a file of the run, by name.
         first: The first example; more than 0 in a part of a run.
     """
 
-    run_id: str
-    num_examples: int
-    dtype: torch.dtype
+    manifest: Manifest
     projection: Projection
-    fingerprint: ModelFingerprint
-    inputs: Mapping[str, Any]
-    summaries: tuple[SegmentSummary, ...]
-    files: tuple[SegmentFiles, ...]
-    details: Mapping[str, Any]
+    num_examples: int
     read: Callable[[str], Mapping[str, Tensor]]
     first: int = 0
 
     def __len__(self) -> int:
         """Return the number of segments."""
-        return len(self.summaries)
+        return len(self.manifest.segments)
+
+    @property
+    def run_id(self) -> str:
+        """A name no other run has."""
+        return self.manifest.run_id
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the checkpoints and of the arithmetic."""
+        return getattr(torch, self.manifest.dtype)
+
+    @property
+    def fingerprint(self) -> ModelFingerprint:
+        """What the model must be."""
+        return self.manifest.model
+
+    @property
+    def inputs(self) -> Mapping[str, InputEntry]:
+        """Shape and dtype of the model's inputs, or an empty mapping."""
+        return self.manifest.inputs
+
+    @cached_property
+    def summaries(self) -> tuple[SegmentSummary, ...]:
+        """The numbers of each segment."""
+        return tuple(segment.summary for segment in self.manifest.segments)
+
+    @cached_property
+    def files(self) -> tuple[SegmentFiles, ...]:
+        """Where each segment is kept."""
+        return tuple(segment.files for segment in self.manifest.segments)
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -294,18 +235,11 @@ class Trajectory:
         return self.projection.restore(self.fingerprint.blocks, self.dtype, device, kept)
 
     @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any], read: Callable[[str], Mapping[str, Tensor]]) -> Trajectory:
-        """Make the trajectory from a run's manifest and a function that reads its files."""
-        known = ("run_id", "num_examples", "dtype", "projection", "model", "inputs", "segments", "files")
-        return cls(
-            run_id=manifest["run_id"],
-            num_examples=manifest["num_examples"],
-            dtype={"float32": torch.float32, "float64": torch.float64}[manifest["dtype"]],
-            projection=projection_from_description(manifest["projection"]),
-            fingerprint=ModelFingerprint.from_description(manifest["model"]),
-            inputs=manifest["inputs"],
-            summaries=tuple(SegmentSummary.from_description(s["summary"]) for s in manifest["segments"]),
-            files=tuple(SegmentFiles.from_description(s["files"]) for s in manifest["segments"]),
-            details={name: value for name, value in manifest.items() if name not in known},
-            read=read,
-        )
+    def of(cls, manifest: Manifest, read: Callable[[str], Mapping[str, Tensor]]) -> Trajectory:
+        """Make the trajectory from a run's manifest and a function that reads its files.
+
+        Raises:
+            ConfigurationError: Its projection is not known here.
+            TypeError: Its projection has other settings.
+        """
+        return cls(manifest, projection_from_description(manifest.projection), manifest.num_examples, read)

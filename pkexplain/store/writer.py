@@ -10,19 +10,20 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from pkexplain.distributed import ProcessGroup
 from pkexplain.errors import RunError
 from pkexplain.projection.maps import Projector
 from pkexplain.store.base import Store
-from pkexplain.store.trajectory import FIRST_CHECKPOINT, Checkpoint, Segment, SegmentFiles, SegmentSummary
+from pkexplain.store.manifest import Manifest, SegmentEntry, SegmentFiles, SegmentSummary, StateEntry
+from pkexplain.store.trajectory import FIRST_CHECKPOINT, Checkpoint, Segment
 
-__all__ = ["RunWriter", "describe_optimizer"]
+__all__ = ["RunWriter"]
 
 _STATES_KEPT = 2
-"""The last state, and the one before it, in case the user's own checkpoint beside the last was not written any more."""
+"""The last state, and the one before it, in case the user's own checkpoint for the last was never written."""
 
 _T = TypeVar("_T")
 
@@ -39,14 +40,11 @@ class RunWriter:
         """Take note; nothing is written yet."""
         self._store, self._group, self._first = store, group, group.rank == 0
         self._held = ExitStack()
-        self._about: dict[str, Any] = {}
-        self._segments: list[dict[str, Any]] = []
-        self._states: list[dict[str, Any]] = []
-        self.revision = 0
+        self._now: Manifest | None = None
 
     def __len__(self) -> int:
         """Return the number of finished segments."""
-        return len(self._segments)
+        return len(self._manifest.segments)
 
     def lock(self) -> None:
         """Keep every other writer out until `close`.
@@ -56,45 +54,51 @@ class RunWriter:
         """
         self._together(lambda: self._held.enter_context(self._store.lock()) if self._first else None)
 
-    def start(self, about: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    def start(self, manifest: Manifest, checkpoint: Checkpoint) -> None:
         """Start a run with its first checkpoint.
+
+        Args:
+            manifest: Of a run without segments; it is given the run's id.
+            checkpoint: θ_0.
 
         Raises:
             RunExistsError: There is one already.
             RunError: The place cannot be written to.
         """
-        self._about = {"run_id": self._group.all_gather(uuid.uuid4().hex)[0], **about}
+        self._now = replace(manifest, run_id=self._group.all_gather(uuid.uuid4().hex)[0])
 
         def write() -> None:
             if self._first:
-                self._store.create(self._manifest())
+                self._store.create(self._manifest)
                 self._store.put(FIRST_CHECKPOINT, checkpoint.tensors())
-                self._store.commit(self._manifest())
+                self._store.commit(self._manifest)
 
         self._together(write)
 
-    def resume(self, manifest: Mapping[str, Any], about: Mapping[str, Any], segments: int) -> None:
-        """Go on with a run after its first segments; what comes behind them is dropped.
+    def resume(self, manifest: Manifest, ended: str, segments: int) -> None:
+        """Continue a run after its first segments; what follows them is dropped.
 
         Args:
             manifest: The run's manifest.
-            about: What is different in it from now on.
+            ended: What it says of its end from now on.
             segments: How many segments stay.
         """
-        known = ("segments", "states", "files", "revision", "format_version")
-        self._about = {name: value for name, value in manifest.items() if name not in known} | dict(about)
-        self._segments, gone = list(manifest["segments"][:segments]), manifest["segments"][segments:]
-        self._states = [state for state in manifest["states"] if state["segments"] <= segments]
-        lost = [state for state in manifest["states"] if state["segments"] > segments]
-        self.revision = manifest["revision"] + 1
+        lost = [state for state in manifest.states if state.segments > segments]
+        gone = manifest.segments[segments:]
+        self._now = replace(
+            manifest,
+            segments=manifest.segments[:segments],
+            states=tuple(state for state in manifest.states if state.segments <= segments),
+            revision=manifest.revision + 1,
+            ended=ended,
+        )
 
         def write() -> None:
             if self._first:
                 self._store.reopen()
-                for entry in gone:
-                    self._store.drop(SegmentFiles.from_description(entry["files"]).names)
-                self._store.drop(name for state in lost for name in state["files"])
-                self._store.commit(self._manifest())
+                self._store.drop(name for segment in gone for name in segment.files.names)
+                self._store.drop(name for state in lost for name in state.files)
+                self._store.commit(self._manifest)
 
         self._together(write)
 
@@ -104,7 +108,7 @@ class RunWriter:
         summary: SegmentSummary,
         checkpoint: Checkpoint,
         projector: Projector | None,
-        about: Mapping[str, Any],
+        manifest: Manifest,
     ) -> None:
         """Write a finished segment.
 
@@ -113,24 +117,22 @@ class RunWriter:
             summary: Its numbers.
             checkpoint: θ at its end.
             projector: The projection.
-            about: What is new in the manifest.
+            manifest: What the run says of itself now, but for what this writer keeps count of.
         """
-        self._about |= about
-        counts = self._group.all_gather(len(segment.shards[0]))
-        files = SegmentFiles.named(len(self._segments), counts, self.revision)
-        own = files.rows[self._group.rank]
-        self._put_each(own, segment.shards[0].tensors())
+        counts, first = self._group.all_gather(len(segment.shards[0])), len(self) == 0
+        files = SegmentFiles.named(len(self), counts, self._manifest.revision)
+        self._put_each(files.rows[self._group.rank], segment.shards[0].tensors())
+        entries = (*self._manifest.segments, SegmentEntry(summary=summary, files=files))
 
         def write() -> None:
             if self._first:
-                if not self._segments and projector is not None:
+                if first and projector is not None:
                     self._store.put("projection.safetensors", projector.tensors())
                 self._store.put(files.vectors, segment.tensors())
                 self._store.put(files.checkpoint, checkpoint.tensors())
-                self._segments.append({"summary": vars(summary), "files": vars(files)})
-                self._store.commit(self._manifest())
-            else:
-                self._segments.append({"summary": vars(summary), "files": vars(files)})
+            self._now = self._counted(manifest, segments=entries)
+            if self._first:
+                self._store.commit(self._now)
 
         self._together(write)
 
@@ -141,28 +143,29 @@ class RunWriter:
             tensors: What is in flight here.
             optimizer: Checksum of the optimizer's state.
         """
-        after = len(self._segments)
-        end = f"-{self.revision}" if self.revision else ""
-        names = [f"states/{after:05d}.{rank:03d}{end}.safetensors" for rank in range(self._group.world_size)]
+        after, revision = len(self), self._manifest.revision
+        end = f"-{revision}" if revision else ""
+        names = tuple(f"states/{after:05d}.{rank:03d}{end}.safetensors" for rank in range(self._group.world_size))
         self._put_each(names[self._group.rank], tensors)
-        earlier = [state for state in self._states if state["segments"] != after]
-        gone = earlier[: max(0, len(earlier) + 1 - _STATES_KEPT)]
-        kept = earlier[len(gone) :]
-        gone = [state for state in self._states if state not in kept and state["files"] != names]
-        self._states = [*kept, {"segments": after, "files": names, "optimizer": optimizer}]
+        before = self._manifest.states
+        kept = [state for state in before if state.segments != after][1 - _STATES_KEPT :]
+        gone = [state for state in before if state not in kept and state.files != names]
+        new = StateEntry(segments=after, files=names, optimizer=optimizer)
+        self._now = replace(self._manifest, states=(*kept, new))
 
         def write() -> None:
             if self._first:
-                self._store.drop(name for state in gone for name in state["files"])
-                self._store.commit(self._manifest())
+                self._store.drop(name for state in gone for name in state.files)
+                self._store.commit(self._manifest)
 
         self._together(write)
 
-    def close(self, about: Mapping[str, Any]) -> None:
+    def close(self, manifest: Manifest) -> None:
         """Write the last manifest and let others write; examples count once a segment holds rows of them."""
-        self._about |= {n: value for n, value in about.items() if n != "num_examples" or not self._segments}
+        now = self._manifest
+        self._now = self._counted(manifest, num_examples=now.num_examples if now.segments else manifest.num_examples)
         try:
-            self._together(lambda: self._store.commit(self._manifest()) if self._first else None)
+            self._together(lambda: self._store.commit(self._manifest) if self._first else None)
         finally:
             self.release()
 
@@ -193,19 +196,14 @@ class RunWriter:
             raise mine or wrong[0]
         return found  # pyright: ignore[reportReturnType] - write() has returned it
 
-    def _manifest(self) -> dict[str, Any]:
-        dynamic = {"segments": self._segments, "states": self._states, "revision": self.revision}
-        return {**self._about, **dynamic}
+    @property
+    def _manifest(self) -> Manifest:
+        assert self._now is not None, "start or resume comes first"
+        return self._now
 
-
-def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Describe an optimizer's kind and parameter groups in plain data."""
-    plain = [
-        {
-            name: v if isinstance(v, (bool, int, str, float)) else repr(v)
-            for name, v in group.items()
-            if name != "params"
+    def _counted(self, manifest: Manifest, **changes: Any) -> Manifest:
+        """Put what this writer keeps count of into a manifest."""
+        ours = {
+            name: getattr(self._manifest, name) for name in ("run_id", "revision", "withdrawn", "segments", "states")
         }
-        for group in optimizer.param_groups
-    ]
-    return {"kind": type(optimizer).__name__, "groups": plain}
+        return replace(manifest, **{**ours, **changes})

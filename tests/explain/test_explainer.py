@@ -240,7 +240,7 @@ def top_ten(contributions):
 @pytest.mark.parametrize(("kind", "least"), [("Kronecker", 0.95), ("SparseSign", 0.8)])
 def test_projected_contributions_rank_as_those_without_projection(wide, kind, least):
     trajectory, found = wide[kind]
-    assert trajectory.details["columns"] < 0.6 * sum(block.numel for block in trajectory.fingerprint.blocks)
+    assert trajectory.manifest.columns < 0.6 * sum(block.numel for block in trajectory.fingerprint.blocks)
     _, expected = wide["Identity"]
     correlations = [spearmanr(a, b).statistic for a, b in zip(found, expected, strict=True)]
     overlap = [len(top_ten(a) & top_ten(b)) / 10 for a, b in zip(found, expected, strict=True)]
@@ -338,7 +338,7 @@ def test_an_output_that_does_not_depend_on_the_model_has_no_contributions(run, e
         (None, r"it is not a tensor\. Got NoneType"),
         ((), r"there is none\. Got nothing"),
         ((torch.zeros(64), torch.zeros(64)), r"input '1': no such input was seen while recording"),
-        ({"x": torch.zeros(64)}, r"input 'x': no such input was seen while recording\. Got 'x' beside 0"),
+        ({"x": torch.zeros(64)}, r"input 'x': no such input was seen while recording\. Got 'x' next to 0"),
     ],
 )
 def test_a_query_that_does_not_fit_is_refused(explainer, query, wrong):

@@ -14,9 +14,10 @@ from pkexplain.errors import ExampleIdError, QueryError
 from pkexplain.explain.queries import QueryBatch, as_queries
 from pkexplain.ids import check_ids, first_tensor
 from pkexplain.record._observers import InputShapes, LossDerivatives
+from pkexplain.store.manifest import InputEntry
 
 CPU = torch.device("cpu")
-SHAPES = {"0": {"shape": [3, None], "dtype": "float32"}, "mask": {"shape": [], "dtype": "int64"}}
+SHAPES = {"0": InputEntry(shape=(3, None), dtype="float32"), "mask": InputEntry(shape=(), dtype="int64")}
 
 
 @pytest.mark.parametrize(
@@ -59,8 +60,8 @@ def test_shapes_of_inputs_are_noted_and_sizes_that_vary_left_open():
     with shapes.noting(2):
         model(torch.zeros(7, 3, 1))  # of another batch: a forward pass in between
     assert shapes.seen == {
-        "0": {"shape": [3, None], "dtype": "float32"},
-        "mask": {"shape": [5], "dtype": "int64"},
+        "0": InputEntry(shape=(3, None), dtype="float32"),
+        "mask": InputEntry(shape=(5,), dtype="int64"),
     }
     assert not model._forward_pre_hooks
 

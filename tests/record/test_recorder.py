@@ -765,13 +765,13 @@ def test_a_run_says_how_it_ended():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         recorder = pk.Recorder(store, model, optimizer, num_examples=32, dtype=torch.float64)
         with contextlib.suppress(KeyboardInterrupt), recorder:
-            assert store.manifest()["ended"] == "still recording, or killed"
+            assert store.manifest().ended == "still recording, or killed"
             with recorder.step(range(16)):
                 F.cross_entropy(model(inputs[:16]), targets[:16]).backward()
                 optimizer.step()
             if error:
                 raise error
-        ends.append(store.manifest()["ended"])
+        ends.append(store.manifest().ended)
     assert ends == ["finished", "interrupted by KeyboardInterrupt"]
 
 

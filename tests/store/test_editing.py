@@ -50,7 +50,7 @@ def test_rows_lie_in_other_files_and_are_the_same(training, shards):
             assert torch.equal(joined, vars(one.shards[0])[name]), name
     np.testing.assert_array_equal(explained(training).contributions, contributions)
     files = {file.relative_to(training.run).as_posix() for file in training.run.rglob("*.safetensors")}
-    assert files == set(pk.DirectoryStore(training.run).manifest()["files"])
+    assert files == set(pk.DirectoryStore(training.run).manifest().files)
 
 
 def test_a_merged_run_is_trained_on(training):
@@ -93,7 +93,7 @@ def test_withdrawn_examples_are_on_one_line_and_all_others_stay(training, shards
     pk.withdraw(training.run, [5])
     both = explained(training)
     assert both.ledger.remainders["withdrawn"] == pytest.approx(before.contributions[[*GONE, 5]].sum(), rel=1e-9)
-    assert pk.DirectoryStore(training.run).manifest()["withdrawn"] == [3, 5, 17, 30]
+    assert pk.DirectoryStore(training.run).manifest().withdrawn == (3, 5, 17, 30)
 
 
 def test_the_rows_are_gone_from_every_file(training):
@@ -159,13 +159,13 @@ def test_killed_at_random_moments_a_change_was_made_or_not(training, kills):
 
         done += not killed_at_random(change, chance, longest=0.1)
         after = explained(training)
-        withdrawn = pk.DirectoryStore(training.run).manifest().get("withdrawn", [])
+        withdrawn = pk.DirectoryStore(training.run).manifest().withdrawn
         left = np.delete(np.arange(EXAMPLES), withdrawn)
         np.testing.assert_array_equal(after.contributions[left], before.contributions[left])
         assert after.total + after.ledger.remainders.get("withdrawn", 0.0) == pytest.approx(before.total, rel=1e-9)
         pk.merge(training.run)  # the next writer sweeps out what the killed one has left
         files = {file.relative_to(training.run).as_posix() for file in training.run.rglob("*.safetensors")}
-        assert files == set(pk.DirectoryStore(training.run).manifest()["files"])
+        assert files == set(pk.DirectoryStore(training.run).manifest().files)
         assert not list(training.run.rglob("*.tmp"))
         shutil.rmtree(training.run)
         shutil.copytree(whole, training.run)

@@ -11,17 +11,39 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 import pkexplain as pk
 from pkexplain.errors import RunDamagedError, RunError, RunExistsError, RunNotFoundError
 from pkexplain.files import checksum_file
-from pkexplain.store.base import FORMAT_VERSION
+from pkexplain.gradients.layers import Block
 from pkexplain.store.directory import DirectoryStore, open_store
+from pkexplain.store.fingerprint import ModelFingerprint
+from pkexplain.store.manifest import FORMAT_VERSION, InputEntry, Manifest, OptimizerEntry, RecordingEntry
 from pkexplain.store.memory import MemoryStore
 from tests.conftest import Run, digits, mlp
 from tests.faults import reseal
 
-MANIFEST = {"segments": [], "anything": [1, "two", 3.5, None]}
+MANIFEST = Manifest(
+    run_id="run",
+    pkexplain="1.0",
+    torch="2.0",
+    ended="finished",
+    num_examples=4,
+    dtype="float64",
+    recording=RecordingEntry(segments="epoch", lookahead="auto"),
+    optimizer=OptimizerEntry(kind="SGD", groups=({"lr": 0.1, "nesterov": False, "name": "all", "maximize": 1},)),
+    projection={"kind": "Identity"},
+    columns=None,
+    model=ModelFingerprint((Block("", ("weight",), ((2, 3),), 0, 0, (2, 3)),), {}, {}, {"weight": "x"}, {"": "Linear"}),
+    inputs={"0": InputEntry(shape=(3, None), dtype="float32")},
+    segments=(),
+    states=(),
+    revision=0,
+    withdrawn=(),
+    files={},
+    format_version=FORMAT_VERSION,
+)
 TENSORS = {
     "half": torch.randn(3, 4).half(),
     "single": torch.tensor([0.1, float("nan"), float("inf"), -0.0]),
@@ -74,12 +96,12 @@ def test_what_is_stored_does_not_follow_the_tensor(store):
 def test_a_manifest_comes_back(store):
     store.create(MANIFEST)
     store.put("projection.safetensors", {"a": torch.ones(3)})
-    store.commit({**MANIFEST, "more": 1})
+    changed = replace(MANIFEST, ended="interrupted", withdrawn=(3, 1))
+    store.commit(changed)
     found = reopened(store).manifest()
-    assert {name: found[name] for name in MANIFEST} == MANIFEST
-    assert found["more"] == 1
-    assert found["format_version"] == FORMAT_VERSION
-    assert set(found["files"]) == {"projection.safetensors"}
+    assert set(found.files) == {"projection.safetensors"}
+    assert found.format_version == FORMAT_VERSION
+    assert replace(found, files={}) == changed
 
 
 def test_a_place_that_holds_a_run_is_refused(store):
@@ -87,8 +109,8 @@ def test_a_place_that_holds_a_run_is_refused(store):
     with pytest.raises(
         RunExistsError, match=r"^recording into .*: it already holds a run\. .* Choose another directory"
     ):
-        reopened(store).create({**MANIFEST, "other": 1})
-    assert "other" not in reopened(store).manifest()
+        reopened(store).create(replace(MANIFEST, run_id="other"))
+    assert reopened(store).manifest().run_id == "run"
 
 
 def test_no_run(store):
@@ -349,7 +371,7 @@ def test_a_manifest_of_another_format_is_refused(damaged):
 def test_a_manifest_that_points_elsewhere_is_refused(damaged, name):
     path, run = damaged
     reseal(path, lambda manifest: manifest["files"].update({name: {"bytes": 1, "sha256": ""}}))
-    refused(path, run, "manifest.json", "it names a file that no run has", f"Got {name}; ")
+    refused(path, run, "manifest.json", "it is not that of a run", f"it names a file that no run has: {name!r}")
 
 
 def test_a_file_that_the_manifest_does_not_name_is_refused(damaged):
@@ -434,6 +456,6 @@ def test_a_store_whose_run_was_deleted_remembers_nothing_of_it(tmp_path):
     store.read("projection.safetensors")
     shutil.rmtree(tmp_path / "run")
     store.create(MANIFEST)
-    assert store.manifest()["files"] == {}
+    assert store.manifest().files == {}
     with pytest.raises(RunDamagedError, match="the manifest does not name it"):
         store.read("projection.safetensors")

@@ -1,0 +1,271 @@
+"""What a run's manifest says: one typed object, checked against itself whenever one is made.
+
+A checksum shows that a manifest is the one that was written, not that a recorder wrote it. So its types and ranges are
+checked on reading (by msgspec, whose errors name the path), and so is whether its parts agree: a run that comes from
+somebody else can be refused, and cannot do anything else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import msgspec
+import torch
+
+from pkexplain.store.fingerprint import ModelFingerprint
+
+__all__ = [
+    "FILE_NAME",
+    "FORMAT_VERSION",
+    "FileEntry",
+    "InputEntry",
+    "Manifest",
+    "OptimizerEntry",
+    "RecordingEntry",
+    "SegmentEntry",
+    "SegmentFiles",
+    "SegmentSummary",
+    "StateEntry",
+]
+
+FORMAT_VERSION = 5
+FILE_NAME = re.compile(
+    r"(?:(?:checkpoints|segments|rows|states)/[0-9]{5,9}(?:\.[0-9]{3,6})?(?:-[0-9]{1,9})?|projection)\.safetensors"
+)
+"""The names that files of tensors have."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+
+
+class _Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of a manifest."""
+
+
+class FileEntry(_Entry, frozen=True):
+    """A file of the run: its size, and its SHA-256 in hexadecimal (empty in memory)."""
+
+    bytes: Count
+    sha256: str
+
+
+class InputEntry(_Entry, frozen=True):
+    """One of the model's inputs: its shape without the batch, None where a size varied, and its dtype's name."""
+
+    shape: tuple[Count | None, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        """Refuse anything of torch that is not a dtype."""
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"torch has no dtype {self.dtype[:80]!r}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        return getattr(torch, self.dtype)
+
+
+class OptimizerEntry(_Entry, frozen=True):
+    """The optimizer's class, and its parameter groups' options without the parameters."""
+
+    kind: str
+    groups: tuple[dict[str, bool | int | float | str], ...]
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> OptimizerEntry:
+        """Describe an optimizer; an option that is no number or text is kept as its repr."""
+        return cls(
+            kind=type(optimizer).__name__,
+            groups=tuple(
+                {
+                    name: value if isinstance(value, (bool, int, float, str)) else repr(value)
+                    for name, value in group.items()
+                    if name != "params"
+                }
+                for group in optimizer.param_groups
+            ),
+        )
+
+
+class RecordingEntry(_Entry, frozen=True):
+    """The recorder's settings that a resumed run goes on with."""
+
+    segments: str | int
+    lookahead: str | int
+
+
+class SegmentSummary(_Entry, frozen=True):
+    """The numbers of a segment that fit in the manifest.
+
+    Attributes:
+        last_step: Optimizer steps done when it ended.
+        visits: Examples seen in it, repeats included.
+        learning_rate_sum: The learning rate summed over its steps, for each parameter group.
+        displacement_gap: ‖P(Δθ − weight decay − optimizer) − Σ_i rows‖ / ‖P Δθ‖.
+        optimizer_share: ‖optimizer‖ / ‖Δθ‖.
+        capture_gap: The largest ‖Σ_i captured − gradient‖ / ‖gradient‖ of its first and every 16th step.
+        rescaled: The smallest and largest factor found between the captured and the applied gradient.
+        bent: The largest share of a step's applied gradient that is no multiple of the captured one.
+        skipped_steps: Steps that were not taken because a gradient was not finite (a loss scaler does that).
+    """
+
+    last_step: Count
+    visits: Count
+    learning_rate_sum: tuple[float, ...]
+    displacement_gap: float
+    optimizer_share: float
+    capture_gap: float
+    rescaled: tuple[float, float]
+    bent: float
+    skipped_steps: Count
+
+
+class SegmentFiles(_Entry, frozen=True):
+    """Where a segment is kept.
+
+    Attributes:
+        vectors: The file of everything but rows.
+        rows: The files of the rows, in the order of the examples.
+        counts: How many rows each of them holds.
+        checkpoint: The file of the checkpoint at its end.
+    """
+
+    vectors: str
+    rows: tuple[str, ...]
+    counts: tuple[Count, ...]
+    checkpoint: str
+
+    def __post_init__(self) -> None:
+        """Check the names, and that every file of rows is counted."""
+        _check_names("segments", [self.vectors])
+        _check_names("rows", self.rows)
+        _check_names("checkpoints", [self.checkpoint])
+        if len(self.rows) != len(self.counts) or not self.rows:
+            raise ValueError(f"{len(self.rows)} files of rows, {len(self.counts)} counts")
+
+    @classmethod
+    def named(cls, segment: int, counts: Sequence[int], revision: int = 0) -> SegmentFiles:
+        """Name the files of a segment; a revision of the run has names of its own, so nothing is overwritten."""
+        end = f"-{revision}.safetensors" if revision else ".safetensors"
+        return cls(
+            vectors=f"segments/{segment:05d}{end}",
+            rows=tuple(f"rows/{segment:05d}.{shard:03d}{end}" for shard in range(len(counts))),
+            counts=tuple(counts),
+            checkpoint=f"checkpoints/{segment + 1:05d}{end}",
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all of them."""
+        return (self.vectors, *self.rows, self.checkpoint)
+
+
+class SegmentEntry(_Entry, frozen=True):
+    """A segment: its numbers and its files."""
+
+    summary: SegmentSummary
+    files: SegmentFiles
+
+
+class StateEntry(_Entry, frozen=True):
+    """What a resumed recording needs, after so many segments: a file of each process, and the optimizer's checksum."""
+
+    segments: Annotated[int, msgspec.Meta(ge=1)]
+    files: tuple[str, ...]
+    optimizer: str
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        _check_names("states", self.files)
+
+
+class Manifest(_Entry, frozen=True):
+    """Everything about a run that is not a tensor.
+
+    Attributes:
+        run_id: A name no other run has.
+        pkexplain: The version that recorded it.
+        torch: The version it was recorded with.
+        ended: How recording ended, in words.
+        num_examples: How many training examples there are.
+        dtype: Dtype of the checkpoints and of the arithmetic.
+        recording: The recorder's settings.
+        optimizer: The optimizer at the end of the last segment.
+        projection: Kind and settings of the projection, as `Projection.describe` gives them.
+        columns: k, how many numbers a row holds; None before the first segment.
+        model: What the model must be.
+        inputs: The model's inputs by name, or position; empty where none was a tensor with a batch dimension.
+        segments: The finished segments.
+        states: Where a recording can go on.
+        revision: How often files of the run were replaced.
+        withdrawn: Examples that were withdrawn.
+        files: Every file of tensors; the store fills this in.
+        format_version: Of the manifest and the files.
+    """
+
+    run_id: str
+    pkexplain: str
+    torch: str
+    ended: str
+    num_examples: Count
+    dtype: Literal["float32", "float64"]
+    recording: RecordingEntry
+    optimizer: OptimizerEntry
+    projection: dict[str, Any]
+    columns: int | None
+    model: ModelFingerprint
+    inputs: dict[str, InputEntry]
+    segments: tuple[SegmentEntry, ...]
+    states: tuple[StateEntry, ...]
+    revision: Annotated[int, msgspec.Meta(ge=0, le=999_999_999)]
+    withdrawn: tuple[Count, ...]
+    files: dict[str, FileEntry]
+    format_version: int
+
+    def __post_init__(self) -> None:
+        """Check that its parts agree."""
+        _check_names("", self.files)
+        parameters = _check_blocks(self.model)
+        if len(set(self.withdrawn)) < len(self.withdrawn) or max(self.withdrawn, default=-1) >= self.num_examples:
+            raise ValueError("it withdraws an example twice, or one that is none - at `$.withdrawn`")
+        if any(state.segments > len(self.segments) for state in self.states):
+            raise ValueError("a state follows a segment that is none - at `$.states`")
+        if not self.segments:
+            return
+        if self.columns is None or not 1 <= self.columns <= parameters:
+            raise ValueError(f"rows of {self.columns} numbers, from {parameters} parameters - at `$.columns`")
+        counts = [segment.files.counts for segment in self.segments]
+        if max(map(sum, counts)) != self.num_examples or not self.num_examples:
+            raise ValueError(f"{max(map(sum, counts))} rows - at `$.num_examples`")
+        names = [name for segment in self.segments for name in segment.files.names]
+        if len(set(names)) < len(names):
+            raise ValueError("two segments have a file in common - at `$.segments`")
+        steps = [0, *(segment.summary.last_step for segment in self.segments)]
+        if any(after <= before for before, after in pairwise(steps)):
+            raise ValueError("its segments do not follow one another - at `$.segments`")
+
+
+def _check_names(folder: str, names: Sequence[str] | Mapping[str, FileEntry]) -> None:
+    for name in names:
+        if not FILE_NAME.fullmatch(name) or (folder and not name.startswith(f"{folder}/")):
+            raise ValueError(f"it names a file that no run has: {name[:200]!r}")
+
+
+def _check_blocks(model: ModelFingerprint) -> int:
+    """Check that the blocks follow one another in the flat vector; return how many numbers they hold."""
+    end, names = 0, [name for block in model.blocks for name in block.parameters]
+    if not names or len(set(names)) < len(names):
+        raise ValueError("its parameters have no names of their own - at `$.model.blocks`")
+    for block in model.blocks:
+        sizes = [*(size for shape in block.shapes for size in shape), *(block.matrix or ())]
+        fits = all(0 <= size <= 1 << 48 for size in sizes) and 0 <= block.group < 1 << 31
+        rows, columns = block.matrix or (block.numel, 1)
+        if not fits or block.start != end or len(block.shapes) != len(block.parameters):
+            raise ValueError(f"block {block.name!r} does not start at {end} - at `$.model.blocks`")
+        if rows * columns != block.numel:
+            raise ValueError(f"block {block.name!r} is no matrix of {rows} × {columns} - at `$.model.blocks`")
+        end += block.numel
+    return end
