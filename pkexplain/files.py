@@ -5,17 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["checksum_file", "checksum_json", "flush_and_rename"]
+import torch
+from torch import Tensor
+
+__all__ = ["checksum", "checksum_file", "checksum_json", "write_atomically"]
+
+
+def checksum(*parts: str | bytes | Tensor) -> str:
+    """Return the SHA-256 of texts, bytes and tensors' numbers, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
 
 
 def checksum_file(file: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        digest = hashlib.sha256()
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
@@ -23,18 +39,29 @@ def checksum_file(file: Path) -> str:
 
 def checksum_json(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of plain data, in hexadecimal: of its JSON with sorted keys."""
-    plain = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(plain.encode()).hexdigest()
+    return checksum(json.dumps(content, sort_keys=True, separators=(",", ":")))
 
 
-def flush_and_rename(temporary: Path, target: Path) -> None:
-    """Put a written file in its place, in one step that survives a crash of the machine."""
-    for path, flags in ((temporary, os.O_RDWR), (None, os.O_RDONLY)):
-        if path is None:
-            os.replace(temporary, target)
-            path = target.parent
-        descriptor = os.open(path, flags)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+@contextmanager
+def write_atomically(target: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; afterwards it replaces ``target`` in one step that survives a crash.
+
+    The temporary file's name is its own, so several processes may write the same target: the last one wins. After an
+    error it is removed, and ``target`` is as it was.
+    """
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        _flush(temporary, os.O_RDWR)
+        os.replace(temporary, target)
+        _flush(target.parent, os.O_RDONLY)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,14 +1,12 @@
 """What retrained models said, kept on disk, one small file for each retraining, so that an evaluation can be resumed.
 
-A file is written beside its place, flushed and renamed, under a name made of the example ids and the seed. So several
-processes may work in one directory: the worst that happens is that two retrain the same. Nothing is ever unpickled.
+A file is written in one step, under a name made from the example ids and the seed. So several processes may work in
+one directory: the worst that happens is that two retrain the same model. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +16,11 @@ import numpy as np
 from filelock import FileLock
 
 from pkexplain.errors import EvaluationError, warn
-from pkexplain.files import flush_and_rename
+from pkexplain.files import checksum, checksum_json, write_atomically
 
 __all__ = ["Answers", "KeptAnswers", "key_of"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,7 @@ class Answers:
 
 def key_of(ids: np.ndarray, seed: int) -> str:
     """Name a retraining by its example ids, in order, and its seed."""
-    digest = hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").tobytes())
-    digest.update(f"seed {seed}".encode())
-    return digest.hexdigest()[:32]
+    return checksum(np.ascontiguousarray(ids, dtype="<i8").tobytes(), f"seed {seed}")[:32]
 
 
 class KeptAnswers:
@@ -91,7 +87,7 @@ class KeptAnswers:
         try:
             content = json.loads(place.read_text(encoding="utf-8"))
             stated = content.pop("sha256")
-            if stated != _checksum(content) or content["key"] != key:
+            if stated != checksum_json(content) or content["key"] != key:
                 raise ValueError("its content does not fit its checksum or its name")
             outputs = np.array([float.fromhex(number) for number in content["outputs"]])
             classes = None if content["classes"] is None else np.array(content["classes"], dtype=np.int64)
@@ -114,7 +110,7 @@ class KeptAnswers:
         classes = None if answers.classes is None else answers.classes.tolist()
         content = {"key": key, "outputs": outputs, "classes": classes}
         try:
-            _write(self._path / f"{key}.json", {**content, "sha256": _checksum(content)})
+            _write(self._path / f"{key}.json", {**content, "sha256": checksum_json(content)})
         except OSError as error:
             raise self._unusable(f"{key}.json could not be written", str(error)) from error
 
@@ -125,11 +121,6 @@ class KeptAnswers:
         )
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _write(place: Path, content: Mapping[str, Any]) -> None:
-    temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")  # a name of its own: others may write, too
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    flush_and_rename(temporary, place)
+    with write_atomically(place) as temporary:
+        temporary.write_text(json.dumps(content), encoding="utf-8")

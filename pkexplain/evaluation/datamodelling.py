@@ -10,7 +10,6 @@ subsets counts, so contributions of any scale can be judged.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from pkexplain.evaluation._checking import as_finite, bad, refuse_constant, refuse_too_few
 from pkexplain.evaluation._statistics import Estimate, correlations, draw_weights, estimate, resampled_means
 from pkexplain.evaluation.retraining import Job, Retraining
+from pkexplain.files import checksum
 from pkexplain.results.text import tabulate
 
 __all__ = [
@@ -102,9 +102,7 @@ class SubsetOutputs:
 
     def checksum(self) -> str:
         """Name these outputs: only scores against the same can be compared."""
-        digest = hashlib.sha256(self.masks.tobytes())
-        digest.update(self.repeats.tobytes())
-        return digest.hexdigest()
+        return checksum(self.masks.tobytes(), self.repeats.tobytes())
 
 
 @dataclass(frozen=True)

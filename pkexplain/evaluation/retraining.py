@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pkexplain.evaluation._checking import bad
 from pkexplain.evaluation._keeping import Answers, KeptAnswers, key_of
 from pkexplain.explain.outputs import Logit, LogProbability, Margin, Output, as_output
 from pkexplain.explain.queries import QueryBatch, as_queries
+from pkexplain.files import checksum
 
 __all__ = ["Job", "Retrain", "Retraining"]
 
@@ -187,9 +187,7 @@ class Retraining:
     def _setting(self) -> dict[str, Any]:
         """Describe what answers that are kept together have in common."""
         named = {**{str(i): value for i, value in enumerate(self.queries.args)}, **self.queries.kwargs}
-        queries = hashlib.sha256()
-        for name, value in named.items():
-            queries.update(f"{name} {_checksum(value)}".encode())
+        queries = checksum(*(f"{name} {_checksum(value)}" for name, value in named.items()))
         parts = [type(self.output).__name__]
         fields = dataclasses.fields(self.output) if dataclasses.is_dataclass(self.output) else ()
         for field in fields:
@@ -198,7 +196,7 @@ class Retraining:
         return {
             "num_examples": self.num_examples,
             "queries": len(self.queries),
-            "queries_sha256": queries.hexdigest(),
+            "queries_sha256": queries,
             "output": " ".join(parts),
         }
 
@@ -227,7 +225,4 @@ def _describe(value: Any) -> str:
 
 
 def _checksum(value: Tensor) -> str:
-    plain = value.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
-    digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return checksum(f"{value.dtype} {tuple(value.shape)}", value)

@@ -15,14 +15,13 @@ import os
 import secrets
 import stat
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pkexplain.files import checksum_file, flush_and_rename
+from pkexplain.files import checksum_file, write_atomically
 from pkexplain.index.faiss_index import CompressedSearch
 
 __all__ = ["KeptIndex", "cache_directory"]
@@ -68,32 +67,26 @@ class KeptIndex:
     def save(self, search: CompressedSearch) -> None:
         """Keep an index; where that cannot be, it lives in memory alone.
 
-        Both files are written beside their places, flushed and renamed, the description last: until it is there,
-        nothing is read.
+        The description is written last: until it is there, nothing is read.
         """
-        directory, process = self._file.parent, os.getpid()
-        temporary = [directory / f"{self._file.stem}.{process}.{kind}.tmp" for kind in ("faiss", "json")]
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
+        description = self._file.with_suffix(".json")
+        with contextlib.suppress(OSError, RuntimeError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             key = _read_key() or _make_key()
-            search.write(str(temporary[0]))
-            described: dict[str, Any] = {
-                "state": self._state,
-                "factory": search.factory,
-                "bytes": temporary[0].stat().st_size,
-                "sha256": checksum_file(temporary[0]),
-                "radii": search.radii.tolist(),
-            }
-            signed = {**described, "hmac": _sign(described, key)}
-            temporary[1].write_text(json.dumps(signed), encoding="utf-8")
-            self._file.with_suffix(".json").unlink(missing_ok=True)
-            for written, place in zip(temporary, (self._file, self._file.with_suffix(".json")), strict=True):
-                flush_and_rename(written, place)
-        except (OSError, RuntimeError):
-            for file in temporary:
-                with contextlib.suppress(OSError):
-                    file.unlink(missing_ok=True)
+            with write_atomically(self._file) as temporary:
+                search.write(str(temporary))
+                described: dict[str, Any] = {
+                    "state": self._state,
+                    "factory": search.factory,
+                    "bytes": temporary.stat().st_size,
+                    "sha256": checksum_file(temporary),
+                    "radii": search.radii.tolist(),
+                }
+                description.unlink(missing_ok=True)
+            with write_atomically(description) as temporary:
+                signed = {**described, "hmac": _sign(described, key)}
+                temporary.write_text(json.dumps(signed), encoding="utf-8")
 
     def _remove_leftovers(self) -> None:
         """Remove what a killed build left: files that were never renamed, and indices that were never described."""
@@ -133,15 +126,9 @@ def _make_key() -> bytes:
     """Make a key that this user alone can read."""
     directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, name = tempfile.mkstemp(suffix=".tmp", prefix="index.key.", dir=directory)  # for its owner alone
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(_KEY_BYTES))
-        flush_and_rename(Path(name), directory / "index.key")
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    with write_atomically(directory / "index.key") as temporary:
+        temporary.touch(mode=0o600, exist_ok=False)  # for its owner alone, before there is anything in it
+        temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
     key = _read_key()  # of two that start at once, the later one's
     if key is None:
         raise OSError(f"the key in {directory} cannot be read again")

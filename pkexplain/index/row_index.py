@@ -5,13 +5,13 @@ Whatever an index leaves out or rounds away, it only proposes: what it proposes 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from pkexplain.files import checksum
 from pkexplain.index._cache import KeptIndex
 from pkexplain.index.exact import ExactSearch, RunRows
 from pkexplain.index.faiss_index import CompressedSearch, faiss_or_none
@@ -83,10 +83,8 @@ class RowIndex:
         self.factory = factory
         self._exactly = ExactSearch(self._rows, self._device)
         self._compressed = None if self.exact else self._empty()
-        state = hashlib.sha256(f"{trajectory.rows_id} {factory}".encode())
-        for row_sum in self._rows.row_sums:
-            state.update(row_sum.numpy().tobytes())
-        self._kept = KeptIndex(directory, state.hexdigest()) if directory and not self.exact else None
+        state = checksum(f"{trajectory.rows_id} {factory}", *self._rows.row_sums)
+        self._kept = KeptIndex(directory, state) if directory and not self.exact else None
         self._ready = self.exact
 
     def _empty(self) -> CompressedSearch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from pkexplain.distributed import ProcessGroup
 from pkexplain.errors import ConfigurationError, ModelMismatchError, RunDamagedError
+from pkexplain.files import checksum
 from pkexplain.gradients.capture import GRADIENT_CLASSES
 from pkexplain.gradients.factors import MatrixGradient
 from pkexplain.ids import check_ids
@@ -22,7 +22,6 @@ from pkexplain.optimizers.displacement import RowSum
 from pkexplain.optimizers.segment import SegmentAccountant
 from pkexplain.record._state import deserialise
 from pkexplain.store.base import Store, damaged
-from pkexplain.store.fingerprint import checksum_tensor
 from pkexplain.store.trajectory import Trajectory
 
 __all__ = ["Standpoint", "checksum_optimizer", "find_standpoint", "recorded_arguments", "take_up"]
@@ -33,17 +32,15 @@ _SAVED_CLASSES = (RowSum, Pending, CapturedBatch, *GRADIENT_CLASSES)
 
 def checksum_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
     """Return the SHA-256 of what an optimizer remembers of some parameters, or None where it remembers nothing."""
-    digest, found = hashlib.sha256(), False
+    lines = []
     for place, parameter in enumerate(parameters):
         state = optimizer.state.get(parameter, {})
         for name in sorted(state):
             value = state[name]
             if value is None:
                 continue
-            found = True
-            kept = checksum_tensor(value) if isinstance(value, Tensor) else repr(value)
-            digest.update(f"{place} {name} {kept}\n".encode())
-    return digest.hexdigest() if found else None
+            lines.append(f"{place} {name} {checksum(value) if isinstance(value, Tensor) else repr(value)}\n")
+    return checksum(*lines) if lines else None
 
 
 def recorded_arguments(store: Store, trajectory: Trajectory, num_examples: int | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pkexplain.errors import RunDamagedError, RunError
-from pkexplain.files import checksum_file, checksum_json, flush_and_rename
+from pkexplain.files import checksum_file, checksum_json, write_atomically
 from pkexplain.store.base import Store, busy, damaged, exists, not_found
 from pkexplain.store.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manifest
 
@@ -97,7 +97,7 @@ class DirectoryStore(Store):
             lock.release()
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
-        """Write a file of tensors beside its place, flush it and rename it."""
+        """Write a file of tensors, in one step."""
         import safetensors.torch
 
         content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -105,15 +105,14 @@ class DirectoryStore(Store):
         self._keep_inside(name)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_suffix(".tmp")
-            safetensors.torch.save_file(content, temporary)
-            with contextlib.suppress(FileNotFoundError):  # on another machine than the first process
-                mode = (self.path / "manifest.json").stat().st_mode
-                temporary.chmod(mode)  # safetensors makes files for the owner alone
-            self._read.pop(name, None)
-            self._dropped.discard(name)
-            self._files[name] = FileEntry(bytes=temporary.stat().st_size, sha256=checksum_file(temporary))
-            flush_and_rename(temporary, target)
+            with write_atomically(target) as temporary:
+                safetensors.torch.save_file(content, temporary)
+                with contextlib.suppress(FileNotFoundError):  # on another machine than the first process
+                    mode = (self.path / "manifest.json").stat().st_mode
+                    temporary.chmod(mode)  # safetensors makes files for the owner alone
+                self._read.pop(name, None)
+                self._dropped.discard(name)
+                self._files[name] = FileEntry(bytes=temporary.stat().st_size, sha256=checksum_file(temporary))
         except (OSError, safetensors.SafetensorError) as error:
             raise self._unwritable(name, error) from error
         return self._files[name]
@@ -133,13 +132,12 @@ class DirectoryStore(Store):
         """Replace the manifest, in one step."""
         content = msgspec.to_builtins(msgspec.structs.replace(manifest, files=self._files))
         content["sha256"] = checksum_json(content)
-        temporary = self.path / "manifest.tmp"
         try:
             text = json.dumps(content)
             if len(text) > _LARGEST_MANIFEST:
                 raise OSError(f"{len(text)} bytes, more than any reader takes: record fewer, longer segments")
-            temporary.write_text(text, encoding="utf-8")
-            flush_and_rename(temporary, self.path / "manifest.json")
+            with write_atomically(self.path / "manifest.json") as temporary:
+                temporary.write_text(text, encoding="utf-8")
             self._known = None
         except OSError as error:
             raise self._unwritable("manifest.json", error) from error

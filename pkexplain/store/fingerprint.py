@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pkexplain.errors import ModelMismatchError
+from pkexplain.files import checksum
 from pkexplain.gradients.layers import Block
 
-__all__ = ["ModelFingerprint", "checksum_tensor"]
-
-
-def checksum_tensor(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    if tensor.numel():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+__all__ = ["ModelFingerprint"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +37,7 @@ class ModelFingerprint:
     def of(cls, model: nn.Module, blocks: tuple[Block, ...]) -> ModelFingerprint:
         """Take a model's fingerprint."""
         recorded = {name for block in blocks for name in block.parameters}
-        frozen = {
-            name: (tuple(p.shape), checksum_tensor(p)) for name, p in model.named_parameters() if name not in recorded
-        }
+        frozen = {name: (tuple(p.shape), checksum(p)) for name, p in model.named_parameters() if name not in recorded}
         dtypes = {name: str(p.dtype) for name, p in model.named_parameters()}
         buffers = {name: tuple(b.shape) for name, b in model.named_buffers()}
         return cls(blocks, frozen, buffers, dtypes, _types(model))
@@ -74,8 +63,8 @@ class ModelFingerprint:
         for name, dtype in self.dtypes.items():
             if str(named[name].dtype) != dtype:
                 raise _mismatch(name, named[name].dtype, dtype)
-        for name, (_, checksum) in self.frozen.items():
-            if checksum_tensor(named[name]) != checksum:
+        for name, (_, values) in self.frozen.items():
+            if checksum(named[name]) != values:
                 raise _mismatch(name, "other values", "the values it was frozen at")
         buffers = {n: tuple(b.shape) for n, b in model.named_buffers()}
         for name, shape in self.buffers.items():

@@ -440,7 +440,7 @@ def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert first.read_bytes().startswith(b"<!doctype html>")
 
 
-@pytest.mark.parametrize(("owner", "step"), [(os, "fsync"), (Path, "replace")])
+@pytest.mark.parametrize(("owner", "step"), [(os, "fsync"), (os, "replace")])
 def test_a_failed_write_leaves_the_old_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, step: str
 ) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pkexplain.errors import ConfigurationError
+from pkexplain.files import write_atomically
 from pkexplain.results.comparison import Comparison
 from pkexplain.results.explanation import Explanation
 from pkexplain.results.numbers import clean, decimals, fixed, percent, significant, size, wall_time
@@ -236,18 +237,8 @@ def write_report(
     training_set = None if dataset is None else TrainingSet(dataset, label_names)
     name = functools.partial(name_label, label_names) if training_set is None else training_set.name
     sections = [build_section(each, training_set, name=name) for each in explanations]
-    return _write(Path(path), render_page(sections, title, comparison))
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    page, target = render_page(sections, title, comparison), Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(target) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+    return target
