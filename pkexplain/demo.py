@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.utils.data import TensorDataset
 from pkexplain.errors import MissingDependencyError, RunError
 from pkexplain.explain.explainer import Explainer
 from pkexplain.explain.outputs import Margin
+from pkexplain.progress import Progress, no_progress
 from pkexplain.projection.kinds import Projection
 from pkexplain.record.recorder import Recorder
 from pkexplain.results.explanation import Explanation
@@ -33,8 +33,6 @@ BATCH = 64
 LEARNING_RATE = 0.02
 MOMENTUM = 0.9
 _PIXEL_MEAN, _PIXEL_DEVIATION = 0.1307, 0.3081
-
-Progress = Callable[[str, int, int], None]
 
 
 def load_digits(seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
@@ -101,7 +99,7 @@ def train_cnn(
     projection: Projection | None = None,
     epochs: int = EPOCHS,
     seed: int = 0,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> None:
     """Train with SGD, momentum and mini-batches, recorded where a run is given.
 
@@ -160,7 +158,7 @@ def run_demo(out: str | Path, *, epochs: int = EPOCHS, progress: Progress | None
     Args:
         out: A directory for the run and the report; a run of an earlier demo in it is replaced, any other is not.
         epochs: Passes over the training set.
-        progress: Told how far each stage is.
+        progress: Told the progress of each stage.
 
     Returns:
         What was found.
@@ -171,7 +169,7 @@ def run_demo(out: str | Path, *, epochs: int = EPOCHS, progress: Progress | None
     """
     from pkexplain.results.report import write_report
 
-    report_progress = progress or (lambda what, done, total: None)
+    report_progress = progress or no_progress
     out, seconds, clock = Path(out), {}, time.perf_counter
 
     def lap(stage: str, since: float) -> float:

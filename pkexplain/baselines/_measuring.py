@@ -1,35 +1,33 @@
-"""How long a piece of work takes, and how much memory it takes beside what was there."""
+"""How long a piece of work takes, and how much memory it adds."""
 
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 __all__ = ["Measurement", "available_bytes"]
 
-_STATM = Path("/proc/self/statm")
 _SECONDS_BETWEEN = 0.005
 
 
 class Measurement:
     """A context manager that measures the block in it.
 
-    Memory is coarse. Beside a CPU it is the largest growth of the process's resident memory, seen every five
-    milliseconds; what torch already held and uses again is not in it. Beside a GPU it is the growth of what torch
-    allocated there. It is nan where the system does not say.
+    Memory is coarse. On a CPU it is the largest growth of the process's resident memory, sampled every five
+    milliseconds; memory that torch already held and reuses is not in it. On a GPU it is the growth of what torch
+    allocated there.
 
     Args:
         device: Where the work is done.
 
     Attributes:
         seconds: Wall time.
-        peak_bytes: Memory beside what was there before, at its highest.
+        peak_bytes: Peak memory over what was used before.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -62,9 +60,7 @@ class Measurement:
     def _used(self) -> float:
         if self._device.type == "cuda":
             return float(torch.cuda.memory_allocated(self._device))
-        if not _STATM.exists():
-            return math.nan
-        return float(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return float(psutil.Process().memory_info().rss)
 
 
 def available_bytes(device: torch.device) -> float:
@@ -74,12 +70,8 @@ def available_bytes(device: torch.device) -> float:
         device: Where.
 
     Returns:
-        Bytes; inf where the system does not say.
+        Bytes.
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return math.inf
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+    return float(psutil.virtual_memory().available)

@@ -249,13 +249,13 @@ def index(
     from pkexplain.progress import ProgressBar
     from pkexplain.store.directory import DirectoryStore
 
-    store, bar = DirectoryStore(run), ProgressBar()
+    store = DirectoryStore(run)
     trajectory, directory = store.trajectory(), store.path / "index"
     if benchmark:
         _compare(trajectory, queries, factory)
         return
     built = RowIndex(trajectory, factory, directory)
-    built.prepare(lambda done, total: bar("index", done, total))
+    built.prepare(ProgressBar())
     size = f"{trajectory.num_examples:,} rows of {built.rows.dimension:,} numbers"
     if built.exact:
         typer.echo(f"Flat: the {size} are searched where they are stored; there is nothing to build.")

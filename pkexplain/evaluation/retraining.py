@@ -17,11 +17,11 @@ from pkexplain.evaluation._keeping import Answers, KeptAnswers, key_of
 from pkexplain.explain.outputs import Logit, LogProbability, Margin, Output, as_output
 from pkexplain.explain.queries import QueryBatch, as_queries
 from pkexplain.files import checksum
+from pkexplain.progress import Progress, no_progress
 
 __all__ = ["Job", "Retrain", "Retraining"]
 
 Retrain = Callable[[np.ndarray, int], nn.Module]
-Progress = Callable[[str, int, int], None]
 Job = tuple[np.ndarray, int]
 """The example ids to train on, sorted, and the seed."""
 
@@ -46,7 +46,7 @@ class Retraining:
         num_examples: The size of the whole training set; ids are row numbers below it.
         kept: A directory in which to keep what every retrained model said, so that an interrupted evaluation goes on
             where it was. Several processes may use one.
-        progress: Told how far long work is, for example `pkexplain.ProgressBar`.
+        progress: Told the progress of long work, for example `pkexplain.ProgressBar`.
         backwards: Work from the end of the list. With two processes in one directory, one forwards and one backwards,
             each does half of the work and both get all of it.
 
@@ -74,7 +74,7 @@ class Retraining:
         self.queries = as_queries(queries, {}, torch.device("cpu"))
         self.output = _fixed_output(output)
         self._retrain, self._backwards = retrain, backwards
-        self._progress = progress or (lambda what, done, total: None)
+        self._progress = progress or no_progress
         self._known: dict[str, Answers] = {}
         self._kept = None if kept is None else KeptAnswers(Path(kept), self._setting())
         self._uses_ids = self._uses_seed = False

@@ -7,7 +7,6 @@ and its products with the vectors of the ledger.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +16,7 @@ from pkexplain.explain._output_field import OutputField, Products
 from pkexplain.explain.outputs import Output
 from pkexplain.explain.quadrature import Part, Quadrature
 from pkexplain.explain.queries import QueryBatch
+from pkexplain.progress import Progress, no_progress
 
 __all__ = ["Covectors", "integrate", "outputs_at_checkpoints"]
 
@@ -51,7 +51,7 @@ class Covectors:
 
 
 @dataclass
-class _Progress:
+class _State:
     """The parts of one query, their integrals and their errors."""
 
     allowed: float
@@ -69,7 +69,7 @@ def integrate(
     output: Output,
     quadrature: Quadrature,
     tolerance: float,
-    on_part: Callable[[int, int], None] = lambda done, planned: None,
+    progress: Progress = no_progress,
 ) -> Covectors:
     """Integrate the output gradient over every segment, halving parts until the quadrature gap meets the tolerance.
 
@@ -81,7 +81,7 @@ def integrate(
         output: What is explained, settled.
         quadrature: The rule and the budget.
         tolerance: Allowed quadrature gap, relative to |f_T − f_0|.
-        on_part: Told how many parts are done and how many are planned so far.
+        progress: Told how many parts are done and how many are planned so far.
 
     Returns:
         The covectors of all queries.
@@ -89,7 +89,7 @@ def integrate(
     outputs, values = _at_checkpoints(field_, queries, output)
     segments = outputs.shape[1] - 1
     allowed = tolerance * (outputs[:, -1] - outputs[:, 0]).abs()
-    progress = [_Progress(float(a), quadrature.budget * segments, forward_passes=segments + 1) for a in allowed]
+    states = [_State(float(a), quadrature.budget * segments, forward_passes=segments + 1) for a in allowed]
     wanted: dict[Part, list[int]] = {Part(t, 0, 0): list(range(len(queries))) for t in range(segments)}
     nodes, weights = quadrature.rule()
     done = planned = 0
@@ -98,22 +98,22 @@ def integrate(
         for part in sorted(wanted):
             members = torch.tensor(wanted[part])
             some, some_output = queries.select(members), output.select(members)
-            _values_at(field_, part, some, some_output, wanted[part], values, progress)
+            _values_at(field_, part, some, some_output, wanted[part], values, states)
             integral = None
             for node, weight in zip(nodes, weights, strict=True):
                 field_.move_to(part.segment, part.start + part.width * float(node))
                 products = field_.products(some, some_output, part.segment) * (float(weight) * part.width)
                 integral = products if integral is None else integral + products
             for q, values_of in zip(wanted[part], integral.values if integral else (), strict=True):
-                state, mine = progress[q], Products(values_of, field_.columns)
+                state, mine = states[q], Products(values_of, field_.columns)
                 change = values[(part.segment, part.end)][q] - values[(part.segment, part.start)][q]
                 state.integrals[part] = mine
                 state.errors[part] = change - float(mine.buffers) - float(mine.displacement)
                 state.backward_passes += len(nodes)
             done += 1
-            on_part(done, planned)
-        wanted = _refine(progress, quadrature)
-    return _gather(field_, progress, outputs)
+            progress("covectors", done, planned)
+        wanted = _refine(states, quadrature)
+    return _gather(field_, states, outputs)
 
 
 def outputs_at_checkpoints(field_: OutputField, queries: QueryBatch, output: Output) -> Tensor:
@@ -146,7 +146,7 @@ def _values_at(
     output: Output,
     members: list[int],
     values: _Values,
-    progress: list[_Progress],
+    states: list[_State],
 ) -> None:
     """Make sure that f is known at both ends of a part."""
     for tau in (part.start, part.end):
@@ -155,13 +155,13 @@ def _values_at(
             field_.move_to(part.segment, tau)
             for q, value in zip(members, field_.value(queries, output).tolist(), strict=True):
                 known[q] = value
-                progress[q].forward_passes += 1
+                states[q].forward_passes += 1
 
 
-def _refine(progress: list[_Progress], quadrature: Quadrature) -> dict[Part, list[int]]:
+def _refine(states: list[_State], quadrature: Quadrature) -> dict[Part, list[int]]:
     """Choose the parts to halve for every query that is not settled, and take them out of its account."""
     wanted: dict[Part, list[int]] = defaultdict(list)
-    for q, state in enumerate(progress):
+    for q, state in enumerate(states):
         if not quadrature.unsettled(state.errors.values(), state.allowed):
             state.settled = True
             continue
@@ -173,11 +173,11 @@ def _refine(progress: list[_Progress], quadrature: Quadrature) -> dict[Part, lis
     return wanted
 
 
-def _gather(field_: OutputField, progress: list[_Progress], outputs: Tensor) -> Covectors:
+def _gather(field_: OutputField, states: list[_State], outputs: Tensor) -> Covectors:
     segments = outputs.shape[1] - 1
-    some = next(iter(progress[0].integrals.values())).values
-    whole = Products(some.new_zeros(len(progress), segments, len(some)), field_.columns)
-    for q, state in enumerate(progress):
+    some = next(iter(states[0].integrals.values())).values
+    whole = Products(some.new_zeros(len(states), segments, len(some)), field_.columns)
+    for q, state in enumerate(states):
         for part, integral in state.integrals.items():
             whole.values[q, part.segment] += integral.values
     return Covectors(
@@ -188,7 +188,7 @@ def _gather(field_: OutputField, progress: list[_Progress], outputs: Tensor) -> 
         optimizer=whole.optimizer.double().cpu(),
         audit=whole.audit.double().cpu(),
         outputs=outputs,
-        forward_passes=torch.tensor([state.forward_passes for state in progress]),
-        backward_passes=torch.tensor([state.backward_passes for state in progress]),
-        settled=torch.tensor([state.settled for state in progress]),
+        forward_passes=torch.tensor([state.forward_passes for state in states]),
+        backward_passes=torch.tensor([state.backward_passes for state in states]),
+        settled=torch.tensor([state.settled for state in states]),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +23,13 @@ from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.queries import QueryBatch
 from pkexplain.explain.removal import Curvature, Removal, final_gradient
 from pkexplain.gradients.layers import find_layers
+from pkexplain.progress import Progress
 from pkexplain.results.explanation import Check, Cost, Ledger
 from pkexplain.store.base import Store, damaged
 from pkexplain.store.directory import DirectoryStore
 
 __all__ = ["Account", "RunExplainer"]
 
-Progress = Callable[[str, int, int], None]
 """Told what is done, how much of it, and how much there is."""
 
 
@@ -65,7 +64,7 @@ class RunExplainer:
         tolerance: Allowed quadrature gap, relative to |f_T − f_0|.
         quadrature: The rule of integration over a segment, and its budget.
         device: Where to compute; None for where the model is.
-        progress: Told how far long work is.
+        progress: Told the progress of long work.
         group: A `torch.distributed` process group that shares the rows out, or None.
     """
 
@@ -108,7 +107,7 @@ class RunExplainer:
     def prepare(self) -> None:
         """Build the index, where there is none."""
         if not self.ranking.index.ready:
-            self.ranking.index.prepare(lambda done, total: self._progress("index", done, total))
+            self.ranking.index.prepare(self._progress)
 
     def prediction(self, queries: QueryBatch, at_once: int) -> Tensor:
         """Run the final model, ``(queries, …)``.
@@ -157,8 +156,7 @@ class RunExplainer:
 
     def corrected(self, queries: QueryBatch, output: Output) -> CorrectedCovectors:
         """Integrate the output gradient over every segment, and correct it so that the rows add up."""
-        report = lambda done, planned: self._progress("covectors", done, planned)  # noqa: E731 - a name for a callback
-        covectors = integrate(self.field, queries, output, self.quadrature, self._tolerance, report)
+        covectors = integrate(self.field, queries, output, self.quadrature, self._tolerance, self._progress)
         return correct(covectors, self._row_sums, self._withdrawn)
 
     def _path(self, queries: QueryBatch, output: Output) -> Account:
@@ -214,8 +212,8 @@ class RunExplainer:
     def curvature(self, loss: LossCurvature | None) -> Curvature:
         """Make the curvature of every segment, once for each loss."""
         if loss not in self._curvatures:
-            report = lambda done, total: self._progress("curvature", done, total)  # noqa: E731 - as above
-            self._curvatures[loss] = Curvature(self.trajectory, self.segments, self.projector, loss, report)
+            pieces = self.trajectory, self.segments, self.projector
+            self._curvatures[loss] = Curvature(*pieces, loss, self._progress)
         return self._curvatures[loss]
 
     def _removal(self, queries: QueryBatch, output: Output, removal: Removal) -> Account:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from pkexplain.errors import ConfigurationError, ExampleIdError
 from pkexplain.explain._ensemble import check_alike, mean_checks, mean_cost, mean_ledger
 from pkexplain.explain._ranking import mean_scan, rank
-from pkexplain.explain._single_run import Progress, RunExplainer
+from pkexplain.explain._single_run import RunExplainer
 from pkexplain.explain.outputs import Output, settle_output
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.queries import QueryBatch, as_queries
 from pkexplain.explain.removal import Removal
 from pkexplain.ids import check_ids
 from pkexplain.index.row_index import RowIndex
+from pkexplain.progress import Progress, no_progress
 from pkexplain.results.explanation import Explanation
 from pkexplain.store.base import Store
 from pkexplain.store.directory import open_store
@@ -44,7 +45,7 @@ class Explainer:
         tolerance: Allowed quadrature gap before any correction, relative to |f_T − f_0|.
         quadrature: The rule of integration over a segment, and its budget.
         device: Where to compute; by default where the model is.
-        progress: Told how far long work is, for example `pkexplain.ProgressBar`.
+        progress: Told the progress of long work, for example `pkexplain.ProgressBar`.
         group: A `torch.distributed` process group whose processes share the rows out: each makes an explainer, asks
             the same questions and searches its own part, and all get the same answers.
 
@@ -75,7 +76,7 @@ class Explainer:
         if not runs or (group is not None and len(runs) > 1):
             fix = "Pass a run, or a list of runs without a process group"
             raise _refused("Explainer([…])", "these runs cannot be averaged", len(runs), "1 or more", "Explainer", fix)
-        report = progress or (lambda what, done, total: None)
+        report = progress or no_progress
         index = "Flat" if len(runs) > 1 else index  # an index knows the rows of one run only
         setting = (index, tolerance, quadrature or Quadrature(), device, report, group)
         self._runs = [RunExplainer(open_store(each), model, *setting) for each in runs]

@@ -17,7 +17,7 @@ How this departs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ from pkexplain.explain._output_field import OutputField
 from pkexplain.explain.loss_curvature import LossCurvature, loss_curvature_of
 from pkexplain.explain.outputs import Output
 from pkexplain.explain.queries import QueryBatch
+from pkexplain.progress import Progress, no_progress
 from pkexplain.projection.maps import Projector
 from pkexplain.store.trajectory import Segment, Trajectory
 
@@ -165,7 +166,7 @@ class Curvature:
         segments: Sequence[Segment],
         projector: Projector,
         loss: LossCurvature | None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress = no_progress,
     ) -> None:
         """Read the rows of every segment once."""
         self._trajectory, self._projector = trajectory, projector
@@ -186,7 +187,7 @@ class Curvature:
             some = min(examples, _MOST_ROWS)
             curved *= examples / some * examples * self._steps(t) / (trajectory.summaries[t].visits * share)
             self._segments.append(self._shrinking(segment, chosen, curved))
-            progress(t + 1, len(segments))
+            progress("curvature", t + 1, len(segments))
 
     def _steps(self, t: int) -> int:
         return self._trajectory.boundaries[t + 1] - self._trajectory.boundaries[t]

@@ -13,7 +13,6 @@ How this departs from faiss's own inner-product indices, which expect rows of ab
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from pkexplain.errors import ConfigurationError, MissingDependencyError
 from pkexplain.index.exact import MEMORY_BUDGET, RunRows
+from pkexplain.progress import Progress
 
 __all__ = ["CompressedSearch", "faiss_or_none", "load_faiss"]
 
@@ -36,8 +36,6 @@ _SEARCH_DEPTH = 512
 _GPU_CANDIDATES = 2048
 """Most that faiss finds on a GPU in one search."""
 _ITERATIONS, _OVERSAMPLING = 4, 16
-
-Progress = Callable[[int, int], None]
 
 
 def faiss_or_none() -> Any:
@@ -130,12 +128,12 @@ class CompressedSearch:
         """Root mean square distance of the rows of each cell from its centre, ``(cells,)``; empty without cells."""
         return self._radii
 
-    def build(self, rows: RunRows, on_rows: Progress) -> None:
+    def build(self, rows: RunRows, progress: Progress) -> None:
         """Train the index and fill it, in blocks.
 
         Args:
             rows: The rows of the run.
-            on_rows: Told how many rows are in, and of how many.
+            progress: Told how many rows are in, and of how many.
 
         Raises:
             ConfigurationError: faiss cannot train this index on this run.
@@ -160,7 +158,7 @@ class CompressedSearch:
                 squares += np.bincount(cell[:, 0], np.maximum(distances[:, 0], 0), cells)
                 counts += np.bincount(cell[:, 0], minlength=cells)
             self._core.add(vectors)
-            on_rows(block.stop, len(rows))
+            progress("index", block.stop, len(rows))
         self._radii = np.sqrt(squares / np.maximum(counts, 1)).astype(np.float32)
         self._index.ntotal = self._core.ntotal
         self._finish()

@@ -5,7 +5,6 @@ Whatever an index leaves out or rounds away, it only proposes: what it proposes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from pkexplain.files import checksum
 from pkexplain.index._cache import KeptIndex
 from pkexplain.index.exact import ExactSearch, RunRows
 from pkexplain.index.faiss_index import CompressedSearch, faiss_or_none
+from pkexplain.progress import Progress, no_progress
 from pkexplain.store.trajectory import Trajectory
 
 __all__ = ["RowIndex", "choose_factory"]
@@ -107,14 +107,14 @@ class RowIndex:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the index beside the run; 0 where none is kept."""
+        """Bytes of the index kept with the run; 0 where none is kept."""
         return self._kept.size if self._kept else 0
 
-    def prepare(self, on_rows: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Load a compressed index from beside the run, or build it and keep it there; exact search needs neither.
+    def prepare(self, progress: Progress = no_progress) -> None:
+        """Load the compressed index kept with the run, or build it and keep it there; exact search needs neither.
 
         Args:
-            on_rows: Told how many rows are in, and of how many.
+            progress: Told how many rows are in, and of how many.
 
         Raises:
             ConfigurationError: faiss cannot train this index on this run.
@@ -123,7 +123,7 @@ class RowIndex:
             return
         if self._kept is None or not self._kept.load(self._compressed, len(self._rows)):
             self._compressed = self._empty()
-            self._compressed.build(self._rows, on_rows)
+            self._compressed.build(self._rows, progress)
             if self._kept is not None:
                 self._kept.save(self._compressed)
         self._compressed.move(self._device)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pkexplain.errors import ConfigurationError
 from pkexplain.ids import check_ids
+from pkexplain.progress import Progress, no_progress
 from pkexplain.store.base import Store
 from pkexplain.store.directory import DirectoryStore, open_store
 from pkexplain.store.manifest import SegmentEntry, SegmentFiles
@@ -30,10 +31,8 @@ __all__ = ["merge", "withdraw"]
 
 _ROWS_AT_ONCE = 4096
 
-Progress = Callable[[str, int, int], None]
 
-
-def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Progress | None = None) -> None:
+def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Progress = no_progress) -> None:
     """Lay the rows of a run out in another number of files a segment; no number changes.
 
     A run that several processes recorded has one file of rows for each of them. Where they wrote to disks of their own,
@@ -42,7 +41,7 @@ def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Pro
     Args:
         run: The run.
         shards: How many files of rows a segment gets.
-        progress: Told how far it is.
+        progress: Told how many segments are done.
 
     Raises:
         ConfigurationError: There cannot be so many.
@@ -70,7 +69,7 @@ def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Pro
 
 
 def withdraw(
-    run: str | os.PathLike[str] | Store, ids: Sequence[int] | Tensor, *, progress: Progress | None = None
+    run: str | os.PathLike[str] | Store, ids: Sequence[int] | Tensor, *, progress: Progress = no_progress
 ) -> None:
     """Take examples out of a run: their rows are gone from every file, their sum stays on the ledger.
 
@@ -82,7 +81,7 @@ def withdraw(
     Args:
         run: The run.
         ids: Row numbers of the examples, ``(examples,)``.
-        progress: Told how far it is.
+        progress: Told how many segments are done.
 
     Raises:
         ExampleIdError: The ids are out of range, repeated or no integers.
@@ -141,7 +140,7 @@ def _rewrite(
     what: str,
     change: Callable[[Segment], Segment],
     withdrawn: tuple[int, ...] | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     """Write every segment again under new names, and change over in one step."""
     with store.lock():
@@ -161,8 +160,7 @@ def _rewrite(
             store.drop([old.vectors, *(name for name in old.rows if name not in names)])
             files = structs.replace(new, rows=tuple(names), checkpoint=old.checkpoint)
             entries.append(SegmentEntry(summary=trajectory.summaries[t], files=files))
-            if progress is not None:
-                progress(what, t + 1, total)
+            progress(what, t + 1, total)
         new = structs.replace(manifest, segments=tuple(entries), revision=revision)
         if withdrawn is not None:
             store.drop(name for state in manifest.states for name in state.files)  # they hold gradients, too

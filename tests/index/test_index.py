@@ -170,7 +170,7 @@ def test_an_index_does_not_depend_on_the_size_of_the_blocks(large, factory, monk
     monkeypatch.setattr(search, "MEMORY_BUDGET", 4 << 20)
     told = []
     index = RowIndex(large, factory)
-    index.prepare(lambda done, total: told.append((done, total)))
+    index.prepare(lambda what, done, total: told.append((done, total)))
     assert len(told) > 3
     assert told[-1] == (1700, 1700)
     assert (index.search(queries, 10) == whole).all()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import functools
+import io
 import math
 import os
 import re
-import struct
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,17 +128,12 @@ def png_uri(picture: np.ndarray) -> str:
     Returns:
         The URI.
     """
-    height, width = picture.shape[:2]
-    kind = {1: 0, 3: 2, 4: 6}[picture.shape[2] if picture.ndim == 3 else 1]
-    rows = np.ascontiguousarray(picture).reshape(height, -1)
-    pixels = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1).tobytes()
+    from PIL import Image
 
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(pixels, 9)), chunk(b"IEND", b""))
-    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode("ascii")
+    grey = picture.ndim == 3 and picture.shape[2] == 1
+    encoded = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture[:, :, 0] if grey else picture)).save(encoded, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
 
 
 def _bins(values: Sequence[float]) -> list[tuple[int, int, float]]:
