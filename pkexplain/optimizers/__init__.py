@@ -1,6 +1,6 @@
-"""How a gradient becomes a displacement: the update rules, and the rows and factors that a segment gives each example.
+"""How a gradient becomes a displacement: the update rules, and each example's rows over a segment.
 
-`rules` names the optimizers that are supported and registers new ones; `scalar` is for rules that scale a gradient by
+`rules` holds the supported optimizers and registers new ones; `scalar` is for rules that scale a gradient by
 one number (SGD), `adaptive` for rules with a diagonal preconditioner (Adam).
 """
 

@@ -16,21 +16,21 @@ __all__ = ["RateSums"]
 class RateSums:
     """The learning rate summed over a segment, as each block of parameters feels it.
 
-    It is what a gradient of one, the same at every step, would have moved: with SGD and momentum μ, soon
-    learning rate / (1 − μ) a step. Where the optimizer multiplies elementwise with A, the rows and covectors of the run
-    see S⁻¹ A S⁻¹ in place of A, with the run's preconditioner S; of that the mean is taken, weighted with the squared
-    gradient in the same coordinates:
+    It is how far a gradient of one, the same at every step, would have moved: with SGD and momentum μ, soon
+    learning rate / (1 − μ) a step. If the optimizer multiplies elementwise by A, the run's rows and covectors see
+    S⁻¹ A S⁻¹ in place of A, with the run's preconditioner S; its mean is taken, weighted by the squared gradient in the
+    same coordinates:
 
         Σ_p (Σ_s A_p) g_p² / Σ_p S_p² g_p²
 
     Args:
-        spans: Where each block of parameters lies in the flat vector.
+        spans: Each block's slice of the flat vector.
     """
 
     def __init__(self, spans: Mapping[int, slice]) -> None:
-        """Start the first segment with nothing in the moment."""
+        """Start the first segment with an empty momentum buffer."""
         self._spans = spans
-        self._moment: dict[int, Number] = dict.fromkeys(spans, 0.0)
+        self._buffer: dict[int, Number] = dict.fromkeys(spans, 0.0)
         self._begin()
 
     def _begin(self) -> None:
@@ -38,35 +38,35 @@ class RateSums:
         self._energy: dict[int, Number] = {}
 
     @property
-    def moment(self) -> dict[int, Number]:
-        """What the unit gradient has left in the moment of each block."""
-        return self._moment
+    def buffer(self) -> dict[int, Number]:
+        """What the unit gradient has left in each block's momentum buffer."""
+        return self._buffer
 
-    def load_state_dict(self, moment: Mapping[int, Any]) -> None:
-        """Begin with what was in the moment.
+    def load_state_dict(self, buffer: Mapping[int, Any]) -> None:
+        """Restore the momentum buffer.
 
         Raises:
-            ValueError: It is no such thing.
+            ValueError: It does not fit the parameters.
         """
         for block, span in self._spans.items():
-            value = moment[block]
+            value = buffer[block]
             shape = (span.stop - span.start,)
             fits = value.shape == shape if isinstance(value, Tensor) else isinstance(value, float)
             if not fits or not torch.as_tensor(value).isfinite().all():
-                raise ValueError(f"no moment of block {block}")
-            self._moment[block] = value
+                raise ValueError(f"no buffer of block {block}")
+            self._buffer[block] = value
 
     def step(self, numbers: Mapping[int, LinearStep], gradient: Tensor) -> None:
         """Follow one optimizer step.
 
         Args:
             numbers: The step's numbers for each block.
-            gradient: The gradient that it applied, ``(parameters,)``.
+            gradient: The gradient that the step applied, ``(parameters,)``.
         """
         for block, span in self._spans.items():
             n = numbers[block]
-            moment = self._moment[block] = n.momentum * self._moment[block] + n.gain
-            moved = self._moved[block] = _add(self._moved[block], n.buffer_step, moment)
+            buffer = self._buffer[block] = n.momentum * self._buffer[block] + n.gain
+            moved = self._moved[block] = _add(self._moved[block], n.buffer_step, buffer)
             moved = self._moved[block] = _add(moved, n.gradient_step, 1.0)
             if isinstance(moved, Tensor):
                 g = gradient[span]
@@ -95,7 +95,7 @@ class RateSums:
 
 
 def _add(total: Number, factor: Number, number: Number) -> Number:
-    """Add a product; in place where the total is a tensor, which nobody else holds."""
+    """Add a product; in place if the total is a tensor, as nothing else holds it."""
     if isinstance(total, Tensor) and isinstance(factor, Tensor):
         return total.addcmul_(factor, number) if isinstance(number, Tensor) else total.add_(factor, alpha=number)
     return total if isinstance(factor, float) and factor == 0.0 else total + factor * number

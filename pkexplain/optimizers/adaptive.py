@@ -1,12 +1,13 @@
-"""The account of an optimizer that divides by a second moment.
+"""Displacements under an optimizer that divides by a second moment (Adam and its relatives).
 
-How far a gradient moves each coordinate depends on v̂ of later steps too, so a batch's gradients wait, in factors, until
-most of that is known; then they are multiplied elementwise with what the steps did and projected:
+How far a gradient moves each coordinate also depends on the v̂ of later steps, so a batch's gradients wait, in factored
+form, until most of that is known. Then they are multiplied elementwise by what the steps did, and projected:
 
-    row_i = P S⁻¹ (C_r ⊙ g_i),    C_r = gradient_step_r + gain_r Σ_{s ≥ r} momentum_{r+1} ⋯ momentum_s moment_step_s
+    row_i = P S⁻¹ (C_r ⊙ g_i),    C_r = gradient_step_r + gain_r Σ_{s ≥ r} momentum_{r+1} ⋯ momentum_s buffer_step_s
 
-What a batch leaves in the moment after that is passed on with one factor for each block and step, the one that fits the
-batches' sum best. The misfit is in full space, exact, on the ledger's ``optimizer`` line.
+What a batch leaves in the momentum buffer after that is scaled by one factor for each block and step, the one that
+best fits the sum of the batches. The error of that fit is computed exactly, in full space, and is on the ledger's
+``optimizer`` line.
 """
 
 from __future__ import annotations
@@ -22,29 +23,38 @@ from torch import Tensor
 from pkexplain.gradients.batch_norm import RowMixture
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers._adaptive_tail import Tail
-from pkexplain.optimizers.base import HELD_BYTES, Book, CapturedBatch, Factors, Setting, Target, Totals, reached
+from pkexplain.optimizers.base import (
+    HELD_BYTES,
+    CapturedBatch,
+    DisplacementAccumulator,
+    Factors,
+    RecordingSpec,
+    Target,
+    Totals,
+    add_to_rows,
+)
 from pkexplain.optimizers.displacement import Reach, look_back
 from pkexplain.optimizers.rules import LinearStep, Number
 from pkexplain.projection.maps import Projector
 
-__all__ = ["Lookahead", "LookaheadBook", "Pending"]
+__all__ = ["AdaptiveAccumulator", "Lookahead", "Pending"]
 
 _ROUNDING = 32
-"""Multiples of a dtype's ε, of the terms of a sum, up to which the sum is rounding."""
+"""A sum smaller than this many ε of its terms (ε of the dtype) is taken for rounding error."""
 _DAMPING = 0.1
-"""Part of a block's mean √v̂ that is added to every coordinate's in the preconditioner."""
+"""Share of a block's mean √v̂ that is added to every coordinate in the preconditioner."""
 
 
 @dataclass(frozen=True)
 class Lookahead:
-    """How long gradients wait.
+    """How long gradients wait before they are projected.
 
     Attributes:
-        share: They wait until no more than this share of them is in the moment.
-        share_at_end: At the end of a segment those wait on, into the next, of which more than this is in the moment;
-            they are projected twice.
-        steps: The most steps they wait.
-        held_bytes: The most memory for them.
+        share: They wait until at most this share of them is left in the momentum buffer.
+        share_at_end: At the end of a segment, gradients with more than this share left keep waiting into the next
+            segment; they are projected twice.
+        steps: The largest number of steps they wait.
+        held_bytes: The most memory they may take.
     """
 
     share: float
@@ -63,7 +73,7 @@ class Lookahead:
 
 @dataclass
 class Pending:
-    """A step's batches, waiting: its place in the list of steps, −1 once its segment is over."""
+    """The waiting batches of one step, with its position in the list of steps; −1 once its segment is over."""
 
     place: int
     batches: Sequence[CapturedBatch]
@@ -71,12 +81,12 @@ class Pending:
     gradient: Tensor
     still: dict[int, Tensor]
     nbytes: int
-    carried: dict[int, Number] | None = None  # what of it is in the moment, once its segment is over
+    carried: dict[int, Number] | None = None  # what the momentum buffer holds of it, once its segment is over
 
 
 @dataclass(frozen=True)
 class _Visit:
-    """A projected batch, waiting for the end of the segment: what it passes on counts from a fold of the tail."""
+    """A projected batch that waits for the end of the segment; what it passes on counts from a fold of the tail."""
 
     fold: int
     everywhere: int
@@ -88,19 +98,19 @@ class _Visit:
     passed: Factors
 
 
-class LookaheadBook(Book):
-    """Follows what the examples do, for optimizers with a number for each coordinate.
+class AdaptiveAccumulator(DisplacementAccumulator):
+    """Accumulates displacements under optimizers with one number for each coordinate.
 
     Args:
-        setting: What is recorded.
+        spec: What is recorded, and in which dtype.
         lookahead: How long gradients wait.
-        projector: The projection, where it is known.
+        projector: The projection, if it is already known.
     """
 
-    def __init__(self, setting: Setting, lookahead: Lookahead, projector: Projector | None = None) -> None:
+    def __init__(self, spec: RecordingSpec, lookahead: Lookahead, projector: Projector | None = None) -> None:
         """Begin the first segment."""
-        super().__init__(setting, projector)
-        self._lookahead, self._tail = lookahead, Tail(setting)
+        super().__init__(spec, projector)
+        self._lookahead, self._tail = lookahead, Tail(spec)
         self._pending: list[Pending] = []
         self._steps: list[Mapping[int, LinearStep]] = []
         self._visits: list[_Visit] = []
@@ -127,25 +137,25 @@ class LookaheadBook(Book):
             self._finish(self._target.projector, self._pending[:settled], over=False)
             self._pending = self._pending[settled:]
             self._forget_steps()
-            if sum(visit.everywhere for visit in self._visits) >= self._setting.num_examples:
-                self._settle_visits(self._target)  # as many rows wait as there are: adding them up frees memory
+            if sum(visit.everywhere for visit in self._visits) >= self._spec.num_examples:
+                self._settle_visits(self._target)  # adding them up frees memory
 
     def _still(self, batches: Sequence[CapturedBatch], scale: Factors, gradient: Tensor) -> dict[int, Tensor]:
-        """Find, in front of BatchNorms, coordinates whose gradient is the rounding of terms that cancel.
+        """Find coordinates before a BatchNorm whose gradient is only the rounding error of terms that cancel.
 
-        A bias there, or the weight of a constant input, has no gradient. Its √v̂ is rounding too and would make
-        displacements of it; they belong to no example, and what it moves is on the ``optimizer`` line.
+        A bias there, or the weight of a constant input, has no gradient. Its √v̂ is rounding error too, and dividing by
+        it would turn that into displacements. They belong to no example, so they go to the ``optimizer`` line.
 
         Returns:
-            For each block in front of a BatchNorm, 0 for such coordinates and 1 for others, ``(numel,)``.
+            For each block before a BatchNorm, 0 for such coordinates and 1 for the others, ``(numel,)``.
         """
         pieces = [piece for batch in batches for piece in batch.pieces]
         still: dict[int, Tensor] = {}
         for b in sorted({position for position, piece in pieces if isinstance(piece, RowMixture)}):
             gross = sum((piece.gross() for position, piece in pieces if position == b), torch.zeros_like(gradient[:1]))
-            gross = self._setting.group.all_reduce(gross)
+            gross = self._spec.group.all_reduce(gross)
             rounding = _ROUNDING * torch.finfo(gradient.dtype).eps * abs(scale[b]) * gross
-            still[b] = (gradient[self._setting.blocks[b].span].abs() > rounding).to(gradient.dtype)
+            still[b] = (gradient[self._spec.blocks[b].span].abs() > rounding).to(gradient.dtype)
         return still
 
     def close(self) -> Totals:
@@ -157,49 +167,49 @@ class LookaheadBook(Book):
         self._steps = []
         self._settle_visits(target)
         rows, derivatives = target.rows.close()
-        audit_rows = self._setting.group.all_reduce(self._audit.rows.close()[0])
+        audit_rows = self._spec.group.all_reduce(self._audit.rows.close()[0])
         return Totals(rows, derivatives, audit_rows, self._tail.close())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is in the moment between two segments, and the gradients that wait on."""
+        """Return the momentum buffer between two segments, and the gradients that keep waiting."""
         return super().state_dict() | {"tail": self._tail.state_dict, "pending": self._pending}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin with what was in the moment."""
+        """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         self._tail.load_state_dict(*state["tail"])
         self._pending = list(state["pending"])
 
     def _settle_visits(self, target: Target) -> None:
-        """Add the projected batches to the rows, with what they passed on up to now; the tail was just folded."""
+        """Add the projected batches to the rows, with what they passed on so far; the tail was just folded."""
         factors = self._tail.factors()
         for sums in (target.rows, self._audit.rows):
             sums.pass_on(*factors[0])
         for visit in self._visits:
-            moved, kept = factors[visit.fold]
+            moved, buffered = factors[visit.fold]
             moved = {b: 1 + visit.passed[b] * moved[b] for b in moved}
-            kept = {b: visit.passed[b] * kept[b] for b in kept}
-            reached(self._setting, target.rows, visit.ids, visit.rows, visit.derivatives, moved, kept)
+            buffered = {b: visit.passed[b] * buffered[b] for b in buffered}
+            add_to_rows(self._spec, target.rows, visit.ids, visit.rows, visit.derivatives, moved, buffered)
             if len(visit.audited):
                 places = self._audit.places(visit.ids[visit.audited])
-                self._audit.rows.add(places, visit.audit_rows, visit.derivatives[visit.audited], moved, kept)
+                self._audit.rows.add(places, visit.audit_rows, visit.derivatives[visit.audited], moved, buffered)
         self._visits = []
 
     def _held(self) -> list[CapturedBatch]:
         return [batch for pending in self._pending for batch in pending.batches]
 
     def _bind(self) -> Target:
-        """Fix the preconditioner and the projection from the gradients that wait, as the last step would apply them.
+        """Fix the preconditioner and the projection from the waiting gradients, as the last step would apply them.
 
-        Not as the steps did apply them: the first divide by a v̂ of one batch, and their few outliers would take the
-        directions from everyone else.
+        Not as the steps did apply them: the first steps divide by the v̂ of a single batch, and their few outliers
+        would dominate the directions.
         """
-        last, like = self._steps[-1], self._setting.like
-        parts = [(n.gradient_step + n.gain * n.buffer_step, self._setting.blocks[b].numel) for b, n in last.items()]
+        last, like = self._steps[-1], self._spec.like
+        parts = [(n.gradient_step + n.gain * n.buffer_step, self._spec.blocks[b].numel) for b, n in last.items()]
         operator = torch.cat([_spread(number, numel, like) for number, numel in parts]).abs_()
-        preconditioner = _preconditioner(operator, list(self._setting.spans.values()))
+        preconditioner = _preconditioner(operator, list(self._spec.spans.values()))
         ratio = operator / preconditioner
-        spans = self._setting.spans
+        spans = self._spec.spans
         seen = [
             [(b, g.scaled(ratio[spans[b]] * pending.still.get(b, 1.0))) for b, g in batch.pieces]
             for pending in self._pending
@@ -208,10 +218,10 @@ class LookaheadBook(Book):
         return self._fix(seen, preconditioner)
 
     def _settled(self) -> int:
-        """How many of the oldest steps need not wait any longer; some at a time, as each time costs a look back."""
+        """Count the oldest steps that need not wait any longer; several at a time, as each time costs a pass back."""
         shares = self._shares()
         ready = sum(not self._waits(age, share, self._lookahead.share) for age, share in enumerate(reversed(shares)))
-        if self._setting.group.all_reduce_max(sum(p.nbytes for p in self._pending)) > self._lookahead.held_bytes:
+        if self._spec.group.all_reduce_max(sum(p.nbytes for p in self._pending)) > self._lookahead.held_bytes:
             ready = max(ready, -(-len(self._pending) // 4))
         return ready if 4 * ready >= len(self._pending) - ready else 0
 
@@ -219,7 +229,7 @@ class LookaheadBook(Book):
         return share > most and age < self._lookahead.steps
 
     def _shares(self) -> list[float]:
-        """The share of each waiting step's gradient that is still in the moment, the largest of all blocks."""
+        """Return the share of each waiting step's gradient that is still in the buffer, the largest of all blocks."""
         remains, by_place = 1.0, {}
         for place in range(len(self._steps) - 1, -1, -1):
             by_place[place] = remains
@@ -227,7 +237,7 @@ class LookaheadBook(Book):
         return [by_place.get(pending.place, remains) for pending in self._pending]
 
     def _forget_steps(self) -> None:
-        """Drop the steps from before the oldest that waits."""
+        """Drop the steps before the oldest one that waits."""
         first = min((pending.place for pending in self._pending), default=len(self._steps))
         if first > 0:
             self._steps = self._steps[first:]
@@ -235,12 +245,12 @@ class LookaheadBook(Book):
                 pending.place -= first
 
     def _finish(self, projector: Projector, pendings: Sequence[Pending], over: bool) -> None:
-        """Project what some steps' batches have moved, block by block, and hand on what they leave in the moment.
+        """Project what some steps' batches have moved, block by block, and pass on what is left in the buffer.
 
         Args:
             projector: The projection.
             pendings: The steps.
-            over: Whether the segment ends here; then those with much left in the moment wait on.
+            over: Whether the segment ends here; then those with much left in the momentum buffer keep waiting.
         """
         shares = self._shares()
         on = [
@@ -250,34 +260,34 @@ class LookaheadBook(Book):
         entries = [[self._entry(projector, batch) for batch in pending.batches] for pending in pendings]
         passed: list[dict[int, float]] = [{} for _ in pendings]
         left: list[dict[int, Number]] = [{} for _ in pendings]
-        for b, block in enumerate(self._setting.blocks):
+        for b, block in enumerate(self._spec.blocks):
             reaches = {r.step: r for r in look_back([n[b] for n in self._steps], [p.place for p in pendings])}
             for i, pending in enumerate(pendings):
-                moved, kept = _of(reaches[pending.place], pending, b)
-                moved = _spread(moved, block.numel, self._setting.like)
+                moved, buffered = _of(reaches[pending.place], pending, b)
+                moved = _spread(moved, block.numel, self._spec.like)
                 if b in pending.still:
-                    moved, kept = moved * pending.still[b], kept * pending.still[b]
+                    moved, buffered = moved * pending.still[b], buffered * pending.still[b]
                 for batch, entry in zip(pending.batches, entries[i], strict=True):
                     self._project(projector, b, batch, entry, moved * pending.scale[b])
                 gradient = pending.gradient[block.span]
                 by_all = moved * gradient
                 self._tail.examples[block.span] -= by_all
-                passed[i][b], left[i][b] = 0.0, kept
+                passed[i][b], left[i][b] = 0.0, buffered
                 if not on[i]:
-                    passed[i][b] = self._tail.add(b, by_all, kept * gradient, self._steps[-1][b].buffer_step)
+                    passed[i][b] = self._tail.add(b, by_all, buffered * gradient, self._steps[-1][b].buffer_step)
         for i, pending in enumerate(pendings):
             for batch, entry in zip(pending.batches, entries[i], strict=True):
-                derivatives = batch.loss_derivatives(next(iter(pending.scale.values())), self._setting.like)
+                derivatives = batch.loss_derivatives(next(iter(pending.scale.values())), self._spec.like)
                 self._visits.append(
                     _Visit(len(self._tail.folds), batch.everywhere, batch.ids, *entry, derivatives, passed[i])
                 )
             pending.place, pending.carried = -1, left[i] if on[i] else None
 
     def _entry(self, projector: Projector, batch: CapturedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Make room for a batch's rows, the positions of its audited examples, and their rows."""
+        """Allocate a batch's rows and its audited examples' rows; return them with the audited positions."""
         chosen = self._audit.positions(batch.ids)
-        new = self._setting.like.new_zeros
-        return new(len(batch.ids), projector.columns), chosen, new(len(chosen), self._setting.size)
+        new = self._spec.like.new_zeros
+        return new(len(batch.ids), projector.columns), chosen, new(len(chosen), self._spec.size)
 
     def _project(
         self,
@@ -292,13 +302,13 @@ class LookaheadBook(Book):
             if position == b:
                 projector.add_displacements(rows, b, gradients, factors)
                 if len(chosen):
-                    audit_rows[:, self._setting.blocks[b].span] += gradients.select(chosen).dense() * factors
+                    audit_rows[:, self._spec.blocks[b].span] += gradients.select(chosen).dense() * factors
 
 
 def _of(reach: Reach, pending: Pending, block: int) -> tuple[Number, Number]:
     if pending.carried is None:
-        return reach.moved, reach.kept
-    return pending.carried[block] * reach.moved, pending.carried[block] * reach.kept
+        return reach.moved, reach.buffered
+    return pending.carried[block] * reach.moved, pending.carried[block] * reach.buffered
 
 
 def _moves(n: LinearStep) -> bool:
@@ -314,11 +324,11 @@ def _spread(number: Number, numel: int, like: Tensor) -> Tensor:
 
 
 def _preconditioner(operator: Tensor, spans: Sequence[slice]) -> Tensor:
-    """Choose S near the root of the operator; a coordinate that has hardly had a gradient gets no more than its block.
+    """Choose S close to the root of the operator; a coordinate with hardly any gradient gets its block's mean.
 
     Args:
         operator: How far each coordinate's gradient moves it, ``(parameters,)``.
-        spans: Where the blocks lie.
+        spans: The blocks' slices of the flat vector.
     """
     preconditioner = torch.ones_like(operator)
     for span in spans:

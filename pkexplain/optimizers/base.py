@@ -21,14 +21,24 @@ from pkexplain.projection.kinds import Projection
 from pkexplain.projection.maps import Projector
 from pkexplain.store.scratch import zeros_on_disk
 
-__all__ = ["HELD_BYTES", "Audit", "Book", "CapturedBatch", "Factors", "Setting", "Target", "Totals", "reached"]
+__all__ = [
+    "HELD_BYTES",
+    "Audit",
+    "CapturedBatch",
+    "DisplacementAccumulator",
+    "Factors",
+    "RecordingSpec",
+    "Target",
+    "Totals",
+    "add_to_rows",
+]
 
 HELD_BYTES = 1 << 30
-"""Most memory for gradients that wait for the projection to be fixed."""
+"""The most memory for gradients that wait for the projection to be fixed."""
 
 _AUDIT_EXAMPLES = 16
 _AUDIT_NUMBERS = 1 << 23
-"""Most numbers a segment keeps without projection: 32 MiB in float32."""
+"""The most numbers that a segment keeps unprojected: 32 MiB in float32."""
 
 
 Factors = Mapping[int, float]
@@ -37,17 +47,17 @@ Factors = Mapping[int, float]
 
 @dataclass
 class CapturedBatch:
-    """What one backward pass left behind.
+    """What one backward pass produced.
 
     Attributes:
         ids: Row numbers in the training set, ``(batch,)``.
-        pieces: Block positions with per-example gradients, as long as they wait to be projected.
-        rows: Their sum in projection space, ``(batch, columns)``, where it is.
-        audited: Where the audited examples are in the batch, ``(chosen,)``.
+        pieces: Block positions and their per-example gradients, while they wait to be projected.
+        rows: Their sum in projection space, ``(batch, columns)``, once they are projected.
+        audited: Positions of the audited examples in the batch, ``(chosen,)``.
         audit_rows: Their gradients without projection, ``(chosen, parameters)``.
-        derivatives: Loss derivatives, ``(batch,)``, or None where the model's output was not seen.
+        derivatives: Loss derivatives, ``(batch,)``; None if the model's output was not seen.
         summed: Parameters whose gradient has arrived.
-        everywhere: Examples in the batch over all processes; by default those that are here.
+        everywhere: Examples in the batch over all processes; by default those of this process.
     """
 
     ids: Tensor
@@ -65,36 +75,36 @@ class CapturedBatch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the gradients that wait."""
+        """Bytes of the waiting gradients."""
         return sum(gradients.nbytes for _, gradients in self.pieces)
 
     def compact(self) -> None:
-        """Keep what waits in the form that holds less memory."""
+        """Keep the waiting gradients in the form that takes less memory."""
         everyone = torch.arange(len(self.ids), device=self.ids.device)
         for place, (position, gradients) in enumerate(self.pieces):
             compact = gradients.compact()
-            # a copy, as a layer's input may be a parameter that moves, or a buffer that the next batch is written into
+            # a copy: a layer's input may be a parameter that changes, or a buffer that the next batch is written into
             self.pieces[place] = position, gradients.select(everyone) if compact is gradients else compact
 
     def loss_derivatives(self, factor: float, like: Tensor) -> Tensor:
-        """Return the loss derivatives as the optimizer saw them, nan where there are none, ``(batch,)``."""
+        """Return the loss derivatives as the optimizer saw them, nan if there are none, ``(batch,)``."""
         if self.derivatives is None:
             return like.new_full((len(self.ids),), float("nan"))
         return self.derivatives.to(like) * factor
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is recorded, and in which numbers.
+class RecordingSpec:
+    """What is recorded, and in which dtype.
 
     Attributes:
         blocks: The recorded parameters.
-        projection: How rows are compressed.
+        projection: How the rows are compressed.
         num_examples: How many rows there are.
         like: An empty tensor of the arithmetic's dtype and device.
         group: The processes that train.
-        audited: The audited examples, where they are chosen already.
-        scratch: Where rows are gathered that are too many for memory; None for the system's place for such files.
+        audited: The audited examples, if they are already chosen.
+        scratch: Directory for rows that do not fit in memory; None for the system's temporary directory.
     """
 
     blocks: tuple[Block, ...]
@@ -107,37 +117,37 @@ class Setting:
 
     @property
     def size(self) -> int:
-        """How many parameters there are."""
+        """The number of parameters."""
         return sum(block.numel for block in self.blocks)
 
     @property
     def spans(self) -> dict[int, slice]:
-        """Where each block lies in the flat vector."""
+        """Each block's slice of the flat vector."""
         return {position: block.span for position, block in enumerate(self.blocks)}
 
     def rows(self, columns: Mapping[int, slice], width: int) -> RowAccumulator:
-        """Make an accumulator for the rows that this process keeps."""
+        """Make an accumulator for the rows of this process."""
         mine = self.group.shard(self.num_examples)
         zeros = partial(zeros_on_disk, like=self.like, directory=self.scratch)
         return RowAccumulator(mine.stop - mine.start, columns, width, self.like, zeros)
 
 
 class Audit:
-    """The few examples whose displacements are also kept without projection.
+    """A few examples whose displacements are also kept unprojected, to measure what the projection loses.
 
     Args:
-        setting: What is recorded.
+        spec: What is recorded, and in which dtype.
     """
 
-    def __init__(self, setting: Setting) -> None:
-        """Choose them, evenly over the training set."""
-        count, device = setting.num_examples, setting.like.device
-        chosen = min(_AUDIT_EXAMPLES, count, _AUDIT_NUMBERS // setting.size)
+    def __init__(self, spec: RecordingSpec) -> None:
+        """Choose them, evenly spaced in the training set."""
+        count, device = spec.num_examples, spec.like.device
+        chosen = min(_AUDIT_EXAMPLES, count, _AUDIT_NUMBERS // spec.size)
         evenly = torch.arange(chosen, device=device) * count // max(chosen, 1)
-        self.ids = evenly if setting.audited is None else setting.audited.to(device)
+        self.ids = evenly if spec.audited is None else spec.audited.to(device)
         self._place = torch.full((count,), -1, device=device)
         self._place[self.ids] = torch.arange(len(self.ids), device=device)
-        self.rows = RowAccumulator(len(self.ids), setting.spans, setting.size, setting.like)
+        self.rows = RowAccumulator(len(self.ids), spec.spans, spec.size, spec.like)
 
     def positions(self, ids: Tensor) -> Tensor:
         """Find the audited examples in a batch, ``(chosen,)``."""
@@ -150,10 +160,10 @@ class Audit:
 
 @dataclass(frozen=True)
 class Totals:
-    """What the examples did in a segment.
+    """The sums of a segment.
 
     Attributes:
-        rows: Displacements in projection space of those whose rows are kept here, ``(kept, columns)``.
+        rows: Displacements in projection space of this process's examples, ``(kept, columns)``.
         derivatives: Their loss derivatives, ``(kept,)``.
         audit_rows: The audited examples' displacements, ``(audited, parameters)``.
         examples: The sum of all displacements, without projection, ``(parameters,)``.
@@ -167,37 +177,37 @@ class Totals:
 
 @dataclass(frozen=True)
 class Target:
-    """Where rows go once the projection is fixed."""
+    """The projection, once it is fixed, and the rows that it fills."""
 
     projector: Projector
     rows: RowAccumulator
 
 
-def reached(
-    setting: Setting,
+def add_to_rows(
+    spec: RecordingSpec,
     rows: RowAccumulator,
     ids: Tensor,
     gradients: Tensor,
     derivatives: Tensor,
     moved: Factors,
-    kept: Factors,
+    buffered: Factors,
 ) -> None:
-    """Add a batch's gradients to the rows, each in the process that keeps it; see `RowAccumulator.add`."""
-    ids, gradients, derivatives = setting.group.all_to_all(setting.num_examples, ids, gradients, derivatives)
-    rows.add(ids, gradients, derivatives, moved, kept)
+    """Add a batch's gradients to the rows, each in the process that holds its row; see `RowAccumulator.add`."""
+    ids, gradients, derivatives = spec.group.all_to_all(spec.num_examples, ids, gradients, derivatives)
+    rows.add(ids, gradients, derivatives, moved, buffered)
 
 
-class Book(ABC):
-    """Follows what the examples do, from the gradients of a step to the rows of a segment.
+class DisplacementAccumulator(ABC):
+    """Accumulates the examples' displacements, from the gradients of each step to the rows of a segment.
 
     Args:
-        setting: What is recorded.
-        projector: The projection, where it is known.
+        spec: What is recorded, and in which dtype.
+        projector: The projection, if it is already known.
     """
 
-    def __init__(self, setting: Setting, projector: Projector | None = None) -> None:
+    def __init__(self, spec: RecordingSpec, projector: Projector | None = None) -> None:
         """Begin the first segment."""
-        self._setting, self._audit = setting, Audit(setting)
+        self._spec, self._audit = spec, Audit(spec)
         self._target = None if projector is None else self._aim(projector)
 
     @property
@@ -212,7 +222,7 @@ class Book(ABC):
 
     @abstractmethod
     def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
-        """Take one block's gradients as the backward pass reaches them."""
+        """Take one block's gradients when the backward pass reaches it."""
 
     @abstractmethod
     def step(
@@ -221,13 +231,13 @@ class Book(ABC):
         """Follow one optimizer step.
 
         Args:
-            batches: The batches whose gradients it applies.
+            batches: The batches whose gradients the step applies.
             numbers: The step's numbers for each block.
-            scale: What the captured gradients were multiplied with before the step, for each block.
+            scale: The factor between captured and applied gradients, for each block.
             gradient: Their sum, scaled, ``(parameters,)``.
 
         Returns:
-            The sum of the batches' rows as captured, ``(columns,)``; None where they are not projected yet.
+            The sum of the batches' rows as captured, ``(columns,)``; None if they are not projected yet.
         """
 
     @abstractmethod
@@ -235,35 +245,35 @@ class Book(ABC):
         """End the segment and begin the next."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is in the moment between two segments: tensors, numbers and dataclasses of them."""
-        rows = self._target.rows.moment if self._target else None
-        return {"rows": rows, "audit": self._audit.rows.moment}
+        """Return the state between two segments: tensors, numbers and dataclasses of them."""
+        rows = self._target.rows.buffer if self._target else None
+        return {"rows": rows, "audit": self._audit.rows.buffer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin with what was in the moment."""
+        """Restore what `state_dict` returned."""
         if self._target is not None:
             self._target.rows.load_state_dict(state["rows"])
         self._audit.rows.load_state_dict(state["audit"])
 
     def _warm(self, waiting: Sequence[CapturedBatch]) -> bool:
-        """Whether enough gradients wait for the projection to be fixed."""
+        """Whether enough gradients wait to fix the projection."""
         examples = sum(batch.everywhere for batch in waiting)
-        held = self._setting.group.all_reduce_max(sum(batch.nbytes for batch in waiting))
-        return examples >= self._setting.projection.warm_up or held >= HELD_BYTES
+        held = self._spec.group.all_reduce_max(sum(batch.nbytes for batch in waiting))
+        return examples >= self._spec.projection.warm_up or held >= HELD_BYTES
 
     def _fix(
         self, seen: Sequence[Sequence[tuple[int, ExampleGradients]]], preconditioner: Tensor | None = None
     ) -> Target:
-        """Fix the projection from the gradients that have been seen."""
-        setting, group = self._setting, self._setting.group
-        like = setting.like
-        projector = setting.projection.bind(setting.blocks, like.dtype, like.device, seen, preconditioner, group)
-        if group.world_size > 1:  # the same to the last bit
-            kept = group.broadcast(projector.tensors())
-            projector = setting.projection.restore(setting.blocks, like.dtype, like.device, kept)
+        """Fix the projection from the gradients seen so far."""
+        spec, group = self._spec, self._spec.group
+        like = spec.like
+        projector = spec.projection.bind(spec.blocks, like.dtype, like.device, seen, preconditioner, group)
+        if group.world_size > 1:  # identical to the last bit in every process
+            buffered = group.broadcast(projector.tensors())
+            projector = spec.projection.restore(spec.blocks, like.dtype, like.device, buffered)
         self._target = self._aim(projector)
         return self._target
 
     def _aim(self, projector: Projector) -> Target:
         columns = {position: part.columns for position, part in enumerate(projector.maps)}
-        return Target(projector, self._setting.rows(columns, projector.columns))
+        return Target(projector, self._spec.rows(columns, projector.columns))

@@ -2,9 +2,9 @@
 
 For the recursion of `pkexplain.optimizers.rules`, a gradient g of step r moves the parameters, up to step e, by
 
-    −(gradient_step_r + gain_r W_r) g,    W_r = moment_step_r + momentum_{r+1} W_{r+1},   W_{e+1} = 0,
+    −(gradient_step_r + gain_r W_r) g,    W_r = buffer_step_r + momentum_{r+1} W_{r+1},   W_{e+1} = 0,
 
-and leaves gain_r · momentum_{r+1} ⋯ momentum_e · g in the moment, which goes on moving them in the next segment.
+and leaves gain_r · momentum_{r+1} ⋯ momentum_e · g in the momentum buffer, which keeps moving them in the next segment.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from torch import Tensor
 
 from pkexplain.optimizers.rules import LinearStep, Number
 
-__all__ = ["MomentumAccount", "Reach", "RowAccumulator", "RowSum", "copy_exactly", "look_back"]
+__all__ = ["MomentumBuffer", "Reach", "RowAccumulator", "RowSum", "copy_exactly", "look_back"]
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What a gradient of one step has done by the end.
+    """How far the gradient of one step has moved the parameters by the end.
 
     Attributes:
-        step: The step's place in the list; −1 for what was in the moment before the first.
-        moved: What the gradient is multiplied with to give minus its displacement.
-        kept: What of it is in the moment.
+        step: The step's position in the list; −1 for what was in the momentum buffer before the first.
+        moved: The factor from the gradient to minus its displacement.
+        buffered: The factor from the gradient to what is left of it in the momentum buffer.
     """
 
     step: int
     moved: Number
-    kept: Number
+    buffered: Number
 
 
 def look_back(steps: Sequence[LinearStep], wanted: Sequence[int] | None = None) -> Iterator[Reach]:
-    """Go from the last step to the first and say what a gradient of each has done since.
+    """Go from the last step to the first and compute how far each step's gradient has reached.
 
     Args:
         steps: The numbers of one block of parameters, step by step.
-        wanted: Places to say it for; None for all. −1, a moment from before the first step, is always the last.
+        wanted: Positions to return; None for all. −1, the buffer from before the first step, always comes last.
     """
     chosen = None if wanted is None else set(wanted)
     reach: Number = 0.0  # momentum_{r+1} W_{r+1}
@@ -55,14 +55,14 @@ def look_back(steps: Sequence[LinearStep], wanted: Sequence[int] | None = None) 
 
 
 class RowAccumulator:
-    """Displacement rows of some examples, gathered over a segment, and what is still in the moment.
+    """Displacement rows of some examples, summed over a segment, and what is still in the momentum buffer.
 
     Args:
-        examples: How many rows there are.
+        examples: The number of rows.
         columns: The columns of each block of parameters.
-        width: Width of a row.
+        width: Numbers in a row.
         like: A tensor of the sums' dtype and device.
-        zeros: Makes room for the rows, ``(examples, width)``; by default in memory.
+        zeros: Allocates the rows, ``(examples, width)``; by default in memory.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class RowAccumulator:
         like: Tensor,
         zeros: Callable[[int, int], Tensor] | None = None,
     ) -> None:
-        """Start the first segment, with nothing in the moment."""
+        """Start the first segment with an empty momentum buffer."""
         self._examples, self._columns, self._width, self._zeros = examples, columns, width, zeros or like.new_zeros
-        self._moment: RowSum | None = None
+        self._buffer: RowSum | None = None
         self._moved = self._new_sum()
 
     def _new_sum(self) -> RowSum:
@@ -83,59 +83,59 @@ class RowAccumulator:
         return RowSum(rows, torch.zeros_like(rows[:, 0]), torch.zeros_like(rows[:, 0]))
 
     @property
-    def moment(self) -> RowSum | None:
-        """What is still in the moment, between two segments; None for nothing."""
-        return self._moment
+    def buffer(self) -> RowSum | None:
+        """What is in the momentum buffer between two segments; None if it is empty."""
+        return self._buffer
 
-    def load_state_dict(self, moment: RowSum | None) -> None:
-        """Begin with what was in the moment."""
-        if moment is not None:
-            self._moment, count = self._new_sum(), len(moment.rows)  # there may be more examples now
-            for mine, kept in zip(vars(self._moment).values(), vars(moment).values(), strict=True):
-                copy_exactly(mine[:count], kept)
+    def load_state_dict(self, buffer: RowSum | None) -> None:
+        """Restore the momentum buffer."""
+        if buffer is not None:
+            self._buffer, count = self._new_sum(), len(buffer.rows)  # there may be more examples now
+            for mine, buffered in zip(vars(self._buffer).values(), vars(buffer).values(), strict=True):
+                copy_exactly(mine[:count], buffered)
 
     def add(
-        self, ids: Tensor, rows: Tensor, derivatives: Tensor, moved: Mapping[int, float], kept: Mapping[int, float]
+        self, ids: Tensor, rows: Tensor, derivatives: Tensor, moved: Mapping[int, float], buffered: Mapping[int, float]
     ) -> None:
-        """Add a batch's gradients, each block's columns with the factors of the block.
+        """Add a batch's gradients, each block's columns times the block's factors.
 
         Args:
             ids: Row numbers, ``(batch,)``.
             rows: Gradients in projection space, ``(batch, width)``.
             derivatives: Loss derivatives, ``(batch,)``.
-            moved: How far they moved the parameters.
-            kept: What of them is in the moment.
+            moved: How far they moved the parameters, for each block.
+            buffered: How much of them is left in the momentum buffer, for each block.
         """
         ids, rows, derivatives = (value.to(self._moved.rows.device) for value in (ids, rows, derivatives))
         parts = _Parts.of(ids, rows, derivatives, self._columns)
         self._moved.add(parts, moved, self._columns)
-        if any(kept.values()):
-            if self._moment is None:
-                self._moment = self._new_sum()
-            self._moment.add(parts, kept, self._columns)
+        if any(buffered.values()):
+            if self._buffer is None:
+                self._buffer = self._new_sum()
+            self._buffer.add(parts, buffered, self._columns)
 
-    def pass_on(self, moved: Mapping[int, float], kept: Mapping[int, float]) -> None:
-        """Let what is in the moment move the parameters.
+    def pass_on(self, moved: Mapping[int, float], buffered: Mapping[int, float]) -> None:
+        """Let the momentum buffer move the parameters.
 
         Args:
             moved: How far, for each block.
-            kept: What of it stays in the moment.
+            buffered: How much of it stays in the buffer.
         """
-        if self._moment is None:
+        if self._buffer is None:
             return
-        parts = _Parts.of(None, self._moment.rows, self._moment.derivatives(), self._columns)
+        parts = _Parts.of(None, self._buffer.rows, self._buffer.derivatives(), self._columns)
         self._moved.add(parts, moved, self._columns)
-        if any(kept.values()):
-            self._moment.shrink(parts, kept, self._columns)
+        if any(buffered.values()):
+            self._buffer.shrink(parts, buffered, self._columns)
         else:
-            self._moment = None
+            self._buffer = None
 
     def close(self) -> tuple[Tensor, Tensor]:
         """End the segment and start the next.
 
         Returns:
-            Rows ``(examples, width)`` in parameter units, and for each the loss derivative averaged over what it
-            holds with the kernel as weight, ``(examples,)``.
+            Rows ``(examples, width)`` in parameter units, and for each row the kernel-weighted mean of the loss
+            derivatives that it holds, ``(examples,)``.
         """
         moved, self._moved = self._moved, self._new_sum()
         return moved.rows.neg_(), moved.derivatives()
@@ -143,7 +143,7 @@ class RowAccumulator:
 
 @dataclass
 class _Parts:
-    """Gradients of some examples, or of all (``ids`` None), with the size that each block's columns have."""
+    """Gradients of some examples, or of all (``ids`` None), with the squared norm of each block's columns."""
 
     ids: Tensor | None
     rows: Tensor
@@ -156,7 +156,7 @@ class _Parts:
         return cls(ids, rows, derivatives, torch.stack(parts, dim=1).square_())
 
     def weight(self, factors: Mapping[int, float], columns: Mapping[int, slice]) -> Tensor:
-        """Compute ‖part‖ / |derivative| of each row multiplied with the factors, 0 where nothing is left of it."""
+        """Compute ‖row‖ / |derivative| of each row times the factors; 0 where the row is zero."""
         values = self.sizes.new_tensor([factors[block] for block in columns])
         size = self.sizes @ values.square()
         return torch.where(size > 0, size.sqrt() / self.derivatives.abs(), 0.0)
@@ -164,14 +164,14 @@ class _Parts:
 
 @dataclass
 class RowSum:
-    """A sum of rows, and the mean of their loss derivatives weighted with the kernel, that is ‖part‖ / |derivative|."""
+    """A sum of rows, and the mean of their loss derivatives weighted by the kernel, ‖row‖ / |derivative|."""
 
     rows: Tensor
     weight: Tensor
     weighted: Tensor
 
     def add(self, parts: _Parts, factors: Mapping[int, float], columns: Mapping[int, slice]) -> None:
-        """Add gradients, each block's columns with the factor of the block."""
+        """Add gradients, each block's columns times the block's factor."""
         for span, factor in _spans(factors, columns):
             if parts.ids is None:
                 self.rows[:, span].add_(parts.rows[:, span], alpha=factor)
@@ -182,39 +182,39 @@ class RowSum:
             total.add_(part) if parts.ids is None else total.index_add_(0, parts.ids, part)
 
     def shrink(self, parts: _Parts, factors: Mapping[int, float], columns: Mapping[int, slice]) -> None:
-        """Multiply the sum, whose rows ``parts`` are, in place; what it holds counts as one visit from then on."""
+        """Scale the sum, whose own rows are ``parts``, in place; it counts as one visit from then on."""
         for span, factor in _spans(factors, columns):
             self.rows[:, span] *= factor
         self.weight = parts.weight(factors, columns)
         self.weighted = _times(self.weight, parts.derivatives)
 
     def derivatives(self) -> Tensor:
-        """Return the mean loss derivatives, 0 where there is nothing, ``(examples,)``."""
+        """Return the mean loss derivatives, 0 for empty rows, ``(examples,)``."""
         return torch.where(self.weight == 0, 0.0, self.weighted / self.weight)
 
 
 def _spans(factors: Mapping[int, float], columns: Mapping[int, slice]) -> list[tuple[slice, float]]:
-    """Give the columns that have a factor in common together where that is all of them."""
+    """Pair columns and factors; one pair for all columns if their factors agree."""
     pairs = [(columns[block], factors[block]) for block in columns]
     return [(slice(None), pairs[0][1])] if len({factor for _, factor in pairs}) == 1 else pairs
 
 
 def _times(weight: Tensor, derivatives: Tensor) -> Tensor:
-    """Multiply; nan, a loss derivative that was not seen, counts only where there is weight."""
+    """Multiply; nan, a loss derivative that was not seen, only counts where the weight is not 0."""
     return torch.where(weight == 0, 0.0, weight * derivatives)
 
 
-class MomentumAccount:
-    """What one source of gradients (all examples together, or weight decay) did to the parameters of a segment.
+class MomentumBuffer:
+    """How far one source of gradients (all examples together, or weight decay) moved the parameters in a segment.
 
     Args:
-        spans: Where each block of parameters lies in the flat vector.
-        like: A vector of the right size, format and device.
+        spans: Each block's slice of the flat vector.
+        like: A vector of the right size, dtype and device.
     """
 
     def __init__(self, spans: Mapping[int, slice], like: Tensor) -> None:
-        """Start the first segment with an empty moment."""
-        self._spans, self._moment, self._moved = spans, torch.zeros_like(like), torch.zeros_like(like)
+        """Start the first segment with an empty momentum buffer."""
+        self._spans, self._buffer, self._moved = spans, torch.zeros_like(like), torch.zeros_like(like)
         self._used: set[int] = set()
 
     def step(self, numbers: Mapping[int, LinearStep], sources: Mapping[int, Tensor]) -> None:
@@ -226,12 +226,12 @@ class MomentumAccount:
         """
         for block in self._used.union(sources):
             n, span = numbers[block], self._spans[block]
-            moment, moved = self._moment[span], self._moved[span]
-            moment.mul_(n.momentum)
+            buffer, moved = self._buffer[span], self._moved[span]
+            buffer.mul_(n.momentum)
             if block in sources:
-                _add(moment, n.gain, sources[block])
+                _add(buffer, n.gain, sources[block])
                 _add(moved, n.gradient_step, sources[block], -1)
-            _add(moved, n.buffer_step, moment, -1)
+            _add(moved, n.buffer_step, buffer, -1)
         self._used.update(sources)
 
     def shrink(self, numbers: Mapping[int, LinearStep], parameters: Tensor) -> None:
@@ -240,13 +240,13 @@ class MomentumAccount:
             _add(self._moved[span], numbers[block].decoupled_weight_decay, parameters[span], -1)
 
     @property
-    def moment(self) -> Tensor:
-        """What is still in the moment, ``(parameters,)``."""
-        return self._moment
+    def buffer(self) -> Tensor:
+        """The momentum buffer, ``(parameters,)``."""
+        return self._buffer
 
-    def load_state_dict(self, moment: Tensor, blocks: Iterable[int]) -> None:
-        """Begin with what was in the moment of some blocks."""
-        copy_exactly(self._moment, moment)
+    def load_state_dict(self, buffer: Tensor, blocks: Iterable[int]) -> None:
+        """Restore the momentum buffer of some blocks."""
+        copy_exactly(self._buffer, buffer)
         self._used.update(blocks)
 
     @property
@@ -255,20 +255,20 @@ class MomentumAccount:
         return sorted(self._used)
 
     def close(self) -> Tensor:
-        """End the segment: return what was moved, ``(parameters,)``, and start the next."""
+        """End the segment: return the displacement, ``(parameters,)``, and start the next."""
         moved, self._moved = self._moved, torch.zeros_like(self._moved)
         return moved
 
 
-def copy_exactly(mine: Tensor, kept: Tensor) -> None:
-    """Copy a tensor of the same shape and dtype; none is stretched to fit.
+def copy_exactly(mine: Tensor, other: Tensor) -> None:
+    """Copy a tensor of the same shape and dtype; nothing is broadcast.
 
     Raises:
         ValueError: It has another shape or dtype.
     """
-    if mine.shape != kept.shape or mine.dtype != kept.dtype:
-        raise ValueError(f"a tensor {tuple(kept.shape)} of {kept.dtype}, not {tuple(mine.shape)} of {mine.dtype}")
-    mine.copy_(kept)
+    if mine.shape != other.shape or mine.dtype != other.dtype:
+        raise ValueError(f"a tensor {tuple(other.shape)} of {other.dtype}, not {tuple(mine.shape)} of {mine.dtype}")
+    mine.copy_(other)
 
 
 def _add(total: Tensor, factor: Number, vector: Tensor, sign: int = 1) -> None:

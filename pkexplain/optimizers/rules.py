@@ -1,12 +1,12 @@
 """How an optimizer turns a gradient into a displacement.
 
-Every rule here is a linear recursion on a moment m that a gradient g feeds, with the step's numbers taken as recorded:
+Every rule here is a linear recursion on a momentum buffer m, fed by a gradient g, with the step's numbers as recorded:
 
     m ← momentum · m + gain · g,        Δθ = −(buffer_step · m + gradient_step · g)
 
-A number is a scalar, or one for each coordinate where the optimizer divides by a second moment; that moment is taken as
-it was, so credit through it is not split among examples. A new optimizer is a class with one method that reads these
-numbers, and the two of its weight decay, of a step that has just happened.
+A number is a scalar, or one for each coordinate if the optimizer divides by a second moment. That moment is taken as it
+was: credit through it is not split among examples. A new optimizer is a class with one method that reads these numbers,
+and the two of its weight decay, from a step that was just taken.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class LinearStep:
     """One optimizer step of one parameter, linear in the gradient.
 
     Attributes:
-        momentum: The momentum coefficient: what the momentum buffer keeps, 0 where there is none.
-        gain: How much of the gradient enters the moment.
-        buffer_step: How far the moment moves the parameter, in learning-rate units.
+        momentum: The momentum coefficient: how much the momentum buffer keeps; 0 without one.
+        gain: How much of the gradient enters the momentum buffer.
+        buffer_step: How far the momentum buffer moves the parameter, in learning-rate units.
         gradient_step: How far the gradient itself moves it.
         weight_decay: Multiple of θ that is added to the gradient (L2 weight decay).
         decoupled_weight_decay: Multiple of θ that is subtracted from θ (decoupled weight decay).
@@ -69,12 +69,12 @@ class LinearStep:
 
     @classmethod
     def skipped(cls, learning_rate: float = 0.0) -> LinearStep:
-        """Make the step of a parameter without a gradient, which torch leaves alone together with its state."""
+        """Make the step of a parameter without a gradient: torch leaves it and its state alone."""
         return cls(1.0, 0.0, 0.0, 0.0, learning_rate=learning_rate)
 
     @classmethod
     def joined(cls, steps: Sequence[LinearStep], sizes: Sequence[int], like: Tensor) -> LinearStep:
-        """Make one step of parameters that lie side by side.
+        """Join the steps of parameters that follow one another in the flat vector.
 
         Args:
             steps: The step of each parameter.
@@ -99,7 +99,7 @@ class LinearStep:
 
 
 def _plain(value: Number, size: int) -> Number:
-    """Take a tensor without dimensions for the scalar it is, and refuse one that does not fit the parameter."""
+    """Turn a 0-d tensor into a float, and refuse a tensor that does not fit the parameter."""
     if isinstance(value, Tensor) and value.ndim == 0:
         return float(value)
     if isinstance(value, Tensor) and value.numel() != size:
@@ -115,7 +115,7 @@ def _plain(value: Number, size: int) -> Number:
 
 
 class UpdateRule(Protocol):
-    """What a supported optimizer needs: its class, and how to read a step that has just happened."""
+    """What a supported optimizer needs: its class, and how to read a step that was just taken."""
 
     optimizer: type[torch.optim.Optimizer]
 
@@ -188,7 +188,7 @@ class AdamW(Adam):
 
 
 class NAdam:
-    """`torch.optim.NAdam` (Dozat 2016): the gradient moves the parameters beside the moment."""
+    """`torch.optim.NAdam` (Dozat 2016): the gradient also moves the parameters directly."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.NAdam
 
@@ -204,7 +204,7 @@ class NAdam:
 
 
 class RAdam:
-    """`torch.optim.RAdam` (Liu et al. 2020): in its first steps the moment is not divided by √v̂."""
+    """`torch.optim.RAdam` (Liu et al. 2020): in its first steps the momentum buffer is not divided by √v̂."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.RAdam
 
@@ -238,7 +238,7 @@ class Adamax:
 
 
 class RMSprop:
-    """`torch.optim.RMSprop`: the gradient is divided before it enters the moment; `centered` as recorded."""
+    """`torch.optim.RMSprop`: the gradient is divided before it enters the momentum buffer; `centered` as recorded."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.RMSprop
 
@@ -273,11 +273,11 @@ _RULES: list[UpdateRule] = [SGD(), Adam(), AdamW(), NAdam(), RAdam(), Adamax(), 
 
 
 def register_update_rule(rule: UpdateRule) -> None:
-    """Make an optimizer known to every `Recorder` of this process; a rule for the same class is replaced.
+    """Register an optimizer with every `Recorder` of this process; a rule for the same class is replaced.
 
-    Where a rule makes another step than the optimizer, the difference is on the ledger's ``optimizer`` line. Try a new
-    one with every option switched on and ``lookahead="exact"``: what is left there should be rounding. A rule that
-    copies the step (``gradient_step`` as the quotient of step and gradient) makes any optimizer close and says nothing.
+    If a rule's step differs from the optimizer's, the difference is on the ledger's ``optimizer`` line. Try a new rule
+    with every option switched on and ``lookahead="exact"``: what is left there should be rounding error. A rule that
+    copies the step (``gradient_step`` as the step divided by the gradient) makes any optimizer close and means nothing.
 
     Args:
         rule: An object with the attribute ``optimizer`` and the method ``read`` of `UpdateRule`.
@@ -289,7 +289,7 @@ def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """Find the rule of an optimizer.
 
     Raises:
-        UnsupportedOptimizerError: There is none; the message lists those that have one.
+        UnsupportedOptimizerError: It has none; the message lists the optimizers that have one.
     """
     for rule in _RULES:
         if type(optimizer) is rule.optimizer:

@@ -1,7 +1,7 @@
 """Watches a training loop: hooks the model and the optimizer, closes segments, saves and resumes.
 
-Start at `pkexplain.record.recorder`. Nothing here is imported by `pkexplain.explain`: the two share the store, and what
-lies under it, and nothing else.
+Start at `pkexplain.record.recorder`. `pkexplain.explain` imports nothing from here: the two share only the store and
+the layers below it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training loop and the arguments of a recorder must keep to, and what is said where they do not."""
+"""What a recorder's arguments and a training loop must satisfy, and the errors and warnings if they do not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = [
     "check_arguments",
     "not_between_steps",
     "not_finite",
-    "stranger",
+    "unknown_parameter",
     "used_by_hand",
     "warn_of_missing",
     "without_backward",
@@ -24,10 +24,10 @@ __all__ = [
 
 
 def check_arguments(model: nn.Module, **given: Any) -> None:
-    """Refuse what cannot be recorded, by argument.
+    """Refuse arguments that cannot be recorded.
 
     Raises:
-        ConfigurationError: An argument cannot be.
+        ConfigurationError: An argument is invalid.
     """
     n, segments, lookahead = given["num_examples"], given["segments"], given["lookahead"]
     rules: list[tuple[str, bool, str, str]] = [
@@ -39,7 +39,7 @@ def check_arguments(model: nn.Module, **given: Any) -> None:
     for name, fits, expected, fix in rules:
         if not fits:
             source = "the signature of Recorder"
-            wrong = "the value cannot be"
+            wrong = "the value is invalid"
             raise ConfigurationError(
                 f"Recorder({name}=…)", wrong, got=repr(given[name]), expected=expected, source=source, fix=fix
             )
@@ -57,9 +57,9 @@ def check_arguments(model: nn.Module, **given: Any) -> None:
     if sharded:
         raise _not_this_model(
             "its parameters are sharded over processes (FSDP2, tensor parallel); what is missing is the layers' inputs "
-            "and gradients in front of the reduce-scatter, and checkpoints by shard",
+            "and gradients before the reduce-scatter, and sharded checkpoints",
             f"a DTensor, {sharded[0]!r}",
-            "a model that every process holds whole",
+            "a model of which every process holds all",
             "Train with DistributedDataParallel, or freeze the body and record a head or an adapter",
         )
     mixed = [name for name, part in model.named_modules() if isinstance(part, nn.SyncBatchNorm)]
@@ -83,39 +83,39 @@ def _is_count(value: Any) -> bool:
 
 
 def broken(wrong: str, got: str, fix: str) -> RecordingError:
-    """Say how the training loop broke the contract of `Recorder.step`."""
+    """Make the error for a training loop that broke the contract of `Recorder.step`."""
     expected = "a forward pass, a backward pass and one optimizer step in each block"
     return RecordingError("recorder.step(ids)", wrong, got=got, expected=expected, source="the training loop", fix=fix)
 
 
 def without_backward() -> RecordingError:
-    """Say that there is no gradient to record."""
+    """Make the error for a step without a gradient to record."""
     fix = "Call loss.backward() inside the 'with recorder.step(ids):' block, before optimizer.step()"
     return broken("backward was never called", "no gradient of a recorded parameter", fix)
 
 
 def not_between_steps(recording: bool) -> RecordingError:
-    """Say that a run cannot be put down here."""
-    got = "a step that is not done" if recording else "a recorder that is not open"
-    fix = "Call it between two steps, after the optimizer has stepped"
-    return broken("recorder.save() was called where a run cannot be put down", got, fix)
+    """Make the error for a `Recorder.save` in the wrong place."""
+    got = "an unfinished step" if recording else "a recorder that is not open"
+    fix = "Call it between two steps, after optimizer.step()"
+    return broken("recorder.save() was called where a run cannot be saved", got, fix)
 
 
-def stranger(name: str) -> RecordingError:
-    """Say that the optimizer moves a parameter which was not there, or frozen, when the recorder was made."""
+def unknown_parameter(name: str) -> RecordingError:
+    """Make the error for a parameter that was missing or frozen when the recorder was made."""
     return RecordingError(
         f"recording parameter {name!r}",
-        "the optimizer moves it, and the recorder does not know it",
-        got="a parameter that was added or thawed after the recorder was made",
+        "the optimizer updates it, and the recorder does not know it",
+        got="a parameter that was added or unfrozen after the recorder was made",
         expected="the parameters that the optimizer held, with requires_grad=True, when the recorder was made",
         source="optimizer.param_groups",
-        fix="Give it to the optimizer and leave it thawed until the recorder is made; frozen after that, it is "
-        "recorded from the step on which it is thawed",
+        fix="Give it to the optimizer and keep it trainable until the recorder is made; if it is frozen after that, it "
+        "is recorded from the step on which it is unfrozen",
     )
 
 
 def used_by_hand(parameters: Sequence[str]) -> RecordingError:
-    """Say which parameters have a gradient that no layer captured."""
+    """Make the error for parameters with a gradient that no layer captured."""
     return RecordingError(
         f"recording parameters {', '.join(parameters)}",
         "the per-example gradients captured do not sum to the gradient",
@@ -128,7 +128,7 @@ def used_by_hand(parameters: Sequence[str]) -> RecordingError:
 
 
 def not_finite(batches: Sequence[CapturedBatch]) -> NonFiniteGradientError:
-    """Say which examples' loss derivatives are not finite, or whose batch it was."""
+    """Make the error that names the examples whose loss derivatives are not finite, or else the whole batch."""
     blamed = [
         int(i)
         for batch in batches
@@ -138,7 +138,7 @@ def not_finite(batches: Sequence[CapturedBatch]) -> NonFiniteGradientError:
     ids = blamed or [int(i) for batch in batches for i in batch.ids]
     return NonFiniteGradientError(
         "recorder.step(ids)",
-        "the loss or a gradient is not finite; the optimizer has not stepped",
+        "the loss or a gradient is not finite; the optimizer did not step",
         got=f"nan or infinity from example{'s' * (len(ids) > 1)} {', '.join(map(str, ids[:8]))}",
         expected="finite gradients",
         source="the backward pass",
@@ -147,10 +147,10 @@ def not_finite(batches: Sequence[CapturedBatch]) -> NonFiniteGradientError:
 
 
 def warn_of_missing(short: Mapping[str, float]) -> None:
-    """Warn that the examples give only a part of some parameters' gradients; which part is missing, by parameter."""
+    """Warn that examples account for only a share of some parameters' gradients; given the missing share of each."""
     worst = max(short, key=lambda name: short[name])
     warn(
         f"pkexplain: the examples' gradients do not sum to the gradient of {len(short)} parameters, by up to "
         f"{short[worst]:.1%} ({worst}). What is missing goes to the ledger's optimizer line. A penalty on the "
-        "weights is better given as weight_decay; a weight used outside its module's forward is not seen."
+        "weights is better passed as weight_decay; a weight used outside its module's forward is not seen."
     )

@@ -1,4 +1,4 @@
-"""The gradient as autograd sums it, and the part of it that the examples gave."""
+"""The gradient as autograd sums it, and the share of it that belongs to examples."""
 
 from __future__ import annotations
 
@@ -8,57 +8,57 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.gradients.factors import ExampleGradients
-from pkexplain.optimizers.base import CapturedBatch, Setting
+from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
 from pkexplain.record._contract import used_by_hand, warn_of_missing
 
 __all__ = ["CAPTURE_TOLERANCE", "ROUNDING", "GradientSums"]
 
 CAPTURE_TOLERANCE = 1e-2
-"""Where more of a gradient is missing a layer is used in a way no hook sees, or the loss has a penalty."""
+"""If a larger share of a gradient is missing, a layer is used in a way no hook sees, or the loss has a penalty."""
 ROUNDING = 1e-4
-"""A smaller one is rounding, in float32 too."""
+"""A smaller gap is rounding error, also in float32."""
 
 
 class GradientSums:
-    """Follows the gradient of a step, parameter by parameter, and holds the examples' gradients against it.
+    """Follows the gradient of a step, parameter by parameter, and checks the examples' gradients against it.
 
     Attributes:
-        captured: What the backward passes made, ``(parameters,)``.
-        apart: Whether the examples give only a part of it, so that their sum is followed by itself.
+        captured: What the backward passes computed, ``(parameters,)``.
+        apart: Whether examples account for only a share of it, so that their sum is followed separately.
 
     Args:
-        setting: What is recorded.
+        spec: What is recorded, and in which dtype.
         parameters: The parameters, in the order of the flat vector.
     """
 
-    def __init__(self, setting: Setting, parameters: Sequence[nn.Parameter]) -> None:
-        """Begin with nothing."""
-        self._setting, self._parameters = setting, parameters
-        self.captured = setting.like.new_zeros(setting.size)
+    def __init__(self, spec: RecordingSpec, parameters: Sequence[nn.Parameter]) -> None:
+        """Start with zeros."""
+        self._spec, self._parameters = spec, parameters
+        self.captured = spec.like.new_zeros(spec.size)
         self._attributed: Tensor | None = None
         self._checked = False
 
     @property
     def apart(self) -> bool:
-        """Whether the examples give only a part of the gradient."""
+        """Whether examples account for only a share of the gradient."""
         return self._attributed is not None
 
     @property
     def attributed(self) -> Tensor:
-        """The part that the examples gave, ``(parameters,)``; the same vector where it is the whole."""
+        """The share that belongs to examples, ``(parameters,)``; the same vector if that is all of it."""
         return self.captured if self._attributed is None else self._attributed
 
     def load_state_dict(self, apart: bool) -> None:
-        """Begin as a recorder that has checked the first step already."""
+        """Start like a recorder that has already checked its first step."""
         self._checked = True
         if apart:
             self.follow()
 
     def hooks(self, active: Callable[[], CapturedBatch | None]) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        """Begin to listen to every parameter's gradient, before it is averaged over processes.
+        """Start listening to every parameter's gradient, before it is averaged over processes.
 
         Args:
-            active: Returns the batch whose backward pass it is; None for one of the user's own, between the steps.
+            active: Returns the batch of the current backward pass; None for one of the user's own, between steps.
         """
         start = 0
         for index, parameter in enumerate(self._parameters):
@@ -75,49 +75,49 @@ class GradientSums:
         return add
 
     def receive(self, position: int, gradients: ExampleGradients) -> None:
-        """Take one block's gradients as the backward pass reaches them."""
+        """Take one block's gradients when the backward pass reaches it."""
         if self._attributed is not None:
-            self._attributed[self._setting.blocks[position].span] += gradients.total().to(self._attributed.dtype)
+            self._attributed[self._spec.blocks[position].span] += gradients.total().to(self._attributed.dtype)
 
     def follow(self) -> None:
-        """Follow the examples' part by itself from here on."""
+        """Follow the examples' share separately from now on."""
         if self._attributed is None:
             self._attributed = torch.zeros_like(self.captured)
 
     def join(self) -> None:
-        """Add the sums of all processes up."""
-        self._setting.group.all_reduce(self.captured)
+        """Sum over all processes."""
+        self._spec.group.all_reduce(self.captured)
         if self._attributed is not None:
-            self._setting.group.all_reduce(self._attributed)
+            self._spec.group.all_reduce(self._attributed)
 
     def finite(self) -> bool:
-        """Whether no process has a gradient that is not finite."""
-        return self._setting.group.all_reduce_max(float(not torch.isfinite(self.captured.sum()))) == 0
+        """Whether the gradient is finite in every process."""
+        return self._spec.group.all_reduce_max(float(not torch.isfinite(self.captured.sum()))) == 0
 
     def clear(self) -> None:
-        """Drop the sums of a step that is done, or will not be."""
+        """Drop the sums of a step that is done, or was skipped."""
         for vector in (self.captured, self._attributed):
             if vector is not None:
                 vector.zero_()
 
     def check(self, batches: Sequence[CapturedBatch]) -> float:
-        """Hold the sum of what was captured against every block's gradient, once, before the first step.
+        """Check the sum of what was captured against every block's gradient, once, before the first step.
 
-        A gradient that no layer captured is refused. Where the examples give only a part of one (a penalty in the loss)
-        their sum is followed by itself from here on, so that the rest goes to the ledger's ``optimizer`` line.
+        A gradient that no layer captured is refused. If examples account for only a share of one (a penalty in the
+        loss), their sum is followed separately from now on, so that the rest goes to the ledger's ``optimizer`` line.
 
         Returns:
-            The largest gap that is rounding; the others have that line.
+            The largest gap that is rounding error; larger gaps are on that line.
         """
         if self._checked:
             return 0.0
         attributed, short, rounding = torch.zeros_like(self.captured), {}, 0.0
-        for position, block in enumerate(self._setting.blocks):
+        for position, block in enumerate(self._spec.blocks):
             whole, part = self.captured[block.span], attributed[block.span]
             pieces = [g for batch in batches for b, g in batch.pieces if b == position]
             for gradients in pieces:
                 part += gradients.total().to(part.dtype)
-            self._setting.group.all_reduce(part)
+            self._spec.group.all_reduce(part)
             gap = float((part - whole).norm() / whole.norm()) if whole.norm() > 0 else 0.0
             if gap > CAPTURE_TOLERANCE and not pieces:
                 raise used_by_hand(block.parameters)

@@ -1,4 +1,4 @@
-"""Hooks on the model that a recording reads: the loss derivatives of the outputs and the shapes of the inputs."""
+"""Hooks on the model: the loss derivatives of its outputs, and the shapes of its inputs."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ __all__ = ["InputShapes", "LossDerivatives"]
 
 
 class LossDerivatives:
-    """Watches ∂(loss)/∂y of the model's output, of the loss as it was back-propagated (a mean's 1/batch included).
+    """Watches ∂(loss)/∂y at the model's output, for the loss as it was back-propagated (including a mean's 1/batch).
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Remember the model; nothing is watched yet."""
+        """Keep the model; nothing is watched yet."""
         self._model = model
 
     @contextmanager
     def noting(self, batch: Any) -> Iterator[None]:
         """Set ``batch.derivatives``, ``(batch,)``: each example's loss derivative along its unit direction u_i.
 
-        For an output of one number u_i is +1 and the derivative has a sign; for several, u_i is the direction in which
-        the loss falls fastest and the derivative is −‖∂ℓ_i/∂y_i‖.
+        If the output is one number, u_i is +1 and the derivative has a sign. Otherwise u_i is the direction in which
+        the loss falls fastest, and the derivative is −‖∂ℓ_i/∂y_i‖.
         """
 
         def arrive(gradient: Tensor) -> None:
@@ -54,14 +54,14 @@ class LossDerivatives:
 
 
 class InputShapes:
-    """Notes the shapes and types of the model's tensor inputs, without the batch; a size that varies becomes None.
+    """Notes the shapes and dtypes of the model's tensor inputs, without the batch; a size that varies becomes None.
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Remember the model; nothing is noted yet."""
+        """Keep the model; nothing is noted yet."""
         self._model = model
         self.seen: dict[str, InputEntry] = {}
 

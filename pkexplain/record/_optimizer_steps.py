@@ -1,4 +1,4 @@
-"""What the optimizer does in a step: the gradient it is given, the numbers it moves each block with."""
+"""What the optimizer does in a step: the gradient it is given, and the numbers by which it moves each block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.rules import LinearStep, UpdateRule
-from pkexplain.record._contract import broken, stranger
+from pkexplain.record._contract import broken, unknown_parameter
 
 __all__ = ["StepReader"]
 
@@ -27,7 +27,7 @@ class StepReader:
         optimizer: Its optimizer.
         rule: The optimizer's update rule.
         blocks: The recorded parameters.
-        like: An empty tensor of the dtype and device of what is read.
+        like: An empty tensor of the dtype and device to read in.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class StepReader:
         self.applied = like
 
     def refuse_closure(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Refuse a loss that the optimizer evaluates by itself, as often as it likes.
+        """Refuse a closure, which the optimizer may evaluate any number of times.
 
         Raises:
             RecordingError: ``step`` was given a closure.
@@ -60,26 +60,26 @@ class StepReader:
                 "Call loss.backward() yourself, then optimizer.step() without arguments",
             )
 
-    def refuse_strangers(self) -> None:
-        """Refuse a parameter that the optimizer moves and the recorder does not know.
+    def refuse_unknown_parameters(self) -> None:
+        """Refuse a parameter that the optimizer updates and the recorder does not know.
 
         Raises:
-            RecordingError: There is one, added or thawed since.
+            RecordingError: There is one, added or unfrozen after the recorder was made.
         """
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.requires_grad and id(parameter) not in self._known:
                     names = [name for name, p in self._model.named_parameters() if p is parameter]
-                    raise stranger(names[0] if names else f"of shape {tuple(parameter.shape)}")
+                    raise unknown_parameter(names[0] if names else f"of shape {tuple(parameter.shape)}")
 
     @property
     def skips(self) -> bool:
-        """Whether the step will leave everything as it is, a loss scaler having found a gradient that is not finite."""
+        """Whether the step will change nothing, because a loss scaler found a gradient that is not finite."""
         found = getattr(self._optimizer, "found_inf", None)
         return found is not None and bool(found)
 
     def begin(self) -> None:
-        """Note, before a step, the gradient that it is given and which parameters have no state yet.
+        """Read, before a step, the gradient it is given and which parameters have no state yet.
 
         Raises:
             RecordingError: A gradient is sparse.
@@ -89,7 +89,7 @@ class StepReader:
         self._first = [not any(isinstance(value, Tensor) for value in state.values()) for state in states]
 
     def _gradient(self) -> Tensor:
-        """Return the gradient that the optimizer is given, ``(parameters,)``; a fused one may change it in place."""
+        """Copy the gradient that the optimizer is given, ``(parameters,)``; a fused one may change it in place."""
         if any(p.grad is not None and p.grad.is_sparse for p in self._parameters):
             fix = "Make the embedding with sparse=False"
             raise broken("a gradient is sparse", "a sparse gradient, which the update rules do not know", fix)
@@ -99,7 +99,7 @@ class StepReader:
         return applied if scale is None else applied / scale.to(applied)
 
     def numbers(self) -> dict[int, LinearStep]:
-        """Read the step that has just happened, for each block."""
+        """Read the step that was just taken, for each block."""
         group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         numbers: dict[int, LinearStep] = {}
         index = 0

@@ -17,21 +17,21 @@ from pkexplain.gradients.capture import GRADIENT_CLASSES
 from pkexplain.gradients.factors import MatrixGradient
 from pkexplain.ids import check_ids
 from pkexplain.optimizers.adaptive import Pending
-from pkexplain.optimizers.base import CapturedBatch, Setting
+from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
 from pkexplain.optimizers.displacement import RowSum
 from pkexplain.optimizers.segment import SegmentAccountant
 from pkexplain.record._state import deserialise
 from pkexplain.store.base import Store, damaged
 from pkexplain.store.trajectory import Trajectory
 
-__all__ = ["Standpoint", "checksum_optimizer", "find_standpoint", "recorded_arguments", "take_up"]
+__all__ = ["Standpoint", "checksum_optimizer", "find_standpoint", "recorded_arguments", "restore_state"]
 
 _SAVED_CLASSES = (RowSum, Pending, CapturedBatch, *GRADIENT_CLASSES)
-"""All that the state of an optimizer's account is made of; a file that names another class is refused."""
+"""Every class that a saved state may contain; a file that names another one is refused."""
 
 
 def checksum_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
-    """Return the SHA-256 of what an optimizer remembers of some parameters, or None where it remembers nothing."""
+    """Return the SHA-256 of an optimizer's state for some parameters; None if it has no state."""
     lines = []
     for place, parameter in enumerate(parameters):
         state = optimizer.state.get(parameter, {})
@@ -44,11 +44,11 @@ def checksum_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn
 
 
 def recorded_arguments(store: Store, trajectory: Trajectory, num_examples: int | None) -> dict[str, Any]:
-    """Return what a recorder must be given to go on with a run.
+    """Return the arguments of a recorder that continues a run.
 
     Args:
         store: The run.
-        trajectory: The same, read.
+        trajectory: What it holds.
         num_examples: How many examples there are now; None for as many as before.
 
     Raises:
@@ -75,12 +75,12 @@ def recorded_arguments(store: Store, trajectory: Trajectory, num_examples: int |
 
 @dataclass(frozen=True)
 class Standpoint:
-    """Where in a run its training goes on.
+    """The point of a run from which training continues.
 
     Attributes:
         segments: Finished segments that stay.
-        state: What is in the optimizer's moment there; None where the optimizer starts anew.
-        file: The file that says so.
+        state: The saved state at this point; None if the optimizer starts from scratch.
+        file: The file that holds the state.
     """
 
     segments: int
@@ -91,39 +91,39 @@ class Standpoint:
 def find_standpoint(
     store: Store, trajectory: Trajectory, point: Tensor, optimizer: str | None, group: ProcessGroup
 ) -> Standpoint:
-    """Find the last place in a run where the model and the optimizer can go on.
+    """Find the last point of a run from which this model and optimizer can continue.
 
     Args:
         store: The run.
         trajectory: What it holds.
-        point: θ as the model has it now, ``(parameters,)``.
-        optimizer: Checksum of what the optimizer remembers, or None.
+        point: The model's current θ, ``(parameters,)``.
+        optimizer: Checksum of the optimizer's state, or None.
         group: The processes that train.
 
     Raises:
         ModelMismatchError: The model is at none of the run's checkpoints.
-        ConfigurationError: The optimizer's state does not belong there, or what was in flight there is not known.
+        ConfigurationError: The optimizer's state is from another point, or no state was saved at this one.
     """
     states = {state.segments: state for state in trajectory.manifest.states}
     order, now = range(len(trajectory), 0, -1), point.cpu()
 
-    def stands(t: int) -> bool:
+    def is_at(t: int) -> bool:
         return torch.equal(trajectory.checkpoint(t).parameters, now)
 
     if optimizer is None:
-        fitting = next(filter(stands, order), None)
+        fitting = next(filter(is_at, order), None)
         if fitting is None:
-            raise _stands_nowhere(store, trajectory, states)
+            raise _no_checkpoint(store, trajectory, states)
         return Standpoint(fitting, None)
     wanted = (t for t in order if t in states and states[t].optimizer == optimizer)
-    fitting = next(filter(stands, wanted), None)
+    fitting = next(filter(is_at, wanted), None)
     if fitting is None:
-        raise _unknown_moment(store, trajectory, states, list(filter(stands, order)))
+        raise _unknown_state(store, trajectory, states, list(filter(is_at, order)))
     files = states[fitting].files
     if len(files) != group.world_size:
         raise ConfigurationError(
             f"resuming the run in {store}",
-            "every process has its own part of what is in flight",
+            "every process saved a state of its own",
             got=f"{group.world_size} processes",
             expected=f"{len(files)}",
             source="the run's states",
@@ -139,11 +139,11 @@ def find_standpoint(
     return Standpoint(fitting, found, name)
 
 
-def _stands_nowhere(store: Store, trajectory: Trajectory, states: Mapping[int, Any]) -> ModelMismatchError:
+def _no_checkpoint(store: Store, trajectory: Trajectory, states: Mapping[int, Any]) -> ModelMismatchError:
     steps = [trajectory.boundaries[t] for t in sorted(states) or range(1, len(trajectory) + 1)]
     return ModelMismatchError(
         f"resuming the run in {store}",
-        "the model stands at none of its checkpoints",
+        "the model is at none of its checkpoints",
         got="other parameters",
         expected=f"those after step {', '.join(map(str, steps))}",
         source="the run's checkpoints",
@@ -151,21 +151,21 @@ def _stands_nowhere(store: Store, trajectory: Trajectory, states: Mapping[int, A
     )
 
 
-def _unknown_moment(
+def _unknown_state(
     store: Store, trajectory: Trajectory, states: Mapping[int, Any], here: Sequence[int]
 ) -> ModelMismatchError | ConfigurationError:
-    """Say why an optimizer that remembers something cannot go on: for where the model stands, no state is like it."""
+    """Make the error for an optimizer whose state matches none that was saved at the model's checkpoints."""
     if not here:
-        return _stands_nowhere(store, trajectory, states)
+        return _no_checkpoint(store, trajectory, states)
     step = trajectory.boundaries[here[0]]
     if any(t in states for t in here):
-        wrong, expected = "the optimizer remembers other steps", f"the state it had at step {step}"
+        wrong, expected = "the optimizer's state is from another step", f"the state it had at step {step}"
         fix = "Load the optimizer from what you saved right after recorder.save()"
     else:
         known = ", ".join(f"step {trajectory.boundaries[t]}" for t in sorted(states)) or "none"
-        wrong = "what is in the optimizer's moment is not known"
+        wrong = "the momentum buffer at this step was not saved"
         expected = f"a call of recorder.save() at that step (there are {len(states)} states: {known})"
-        fix = "Go on from a step with a state, or with a new optimizer, which has nothing in its moment"
+        fix = "Resume from a step with a saved state, or with a new optimizer, whose momentum buffer is empty"
     return ConfigurationError(
         f"resuming the run in {store}",
         wrong,
@@ -176,60 +176,60 @@ def _unknown_moment(
     )
 
 
-def take_up(store: Store, standpoint: Standpoint, setting: Setting, accountant: SegmentAccountant) -> bool:
-    """Give an accountant what was in flight.
+def restore_state(store: Store, standpoint: Standpoint, spec: RecordingSpec, accountant: SegmentAccountant) -> bool:
+    """Restore an accountant's saved state.
 
     Args:
         store: The run.
-        standpoint: Where it goes on, with something in flight.
-        setting: What is recorded.
+        standpoint: The point from which it continues, with a state.
+        spec: What is recorded, and in which dtype.
         accountant: The accountant, new.
 
     Returns:
-        Whether the examples' part of the gradient is followed by itself.
+        Whether the examples' share of the gradient is followed separately.
 
     Raises:
-        RunDamagedError: What was in flight does not fit the run.
+        RunDamagedError: The state does not fit the run.
     """
     try:
         state = dict(standpoint.state or {})
         accounts = state["accounts"]
-        book = accounts["book"] or {}
-        if {*accounts["weight_decay"][1], *book.get("blocks", ())} - setting.spans.keys():
+        accumulator = accounts["accumulator"] or {}
+        if {*accounts["weight_decay"][1], *accumulator.get("blocks", ())} - spec.spans.keys():
             raise ValueError("blocks that the model does not have")
-        for pending in book.get("pending", ()):
-            _check_pending(pending, setting)
+        for pending in accumulator.get("pending", ()):
+            _check_pending(pending, spec)
         accountant.load_state_dict(accounts)
         return bool(state["attributed"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise _no_state(store, standpoint.file, error) from error
 
 
-def _check_pending(pending: Pending, setting: Setting) -> None:
-    """Check gradients that wait, so that none is stretched to fit, or of an example that the run does not have.
+def _check_pending(pending: Pending, spec: RecordingSpec) -> None:
+    """Check waiting gradients, so that none is broadcast, or of an example that the run does not have.
 
     Raises:
         ValueError: They do not fit the run.
     """
-    blocks = range(len(setting.blocks))
+    blocks = range(len(spec.blocks))
     by_block = [pending.scale, pending.still, pending.carried or {}]
-    if pending.place != -1 or pending.gradient.shape != (setting.size,) or any(d.keys() - {*blocks} for d in by_block):
+    if pending.place != -1 or pending.gradient.shape != (spec.size,) or any(d.keys() - {*blocks} for d in by_block):
         raise ValueError("steps that did not wait")
     parts = [(b, part) for by in by_block for b, part in by.items() if isinstance(part, Tensor)]
-    if any(part.shape != (setting.blocks[b].numel,) for b, part in parts):
+    if any(part.shape != (spec.blocks[b].numel,) for b, part in parts):
         raise ValueError("factors of other parameters")
     for batch in pending.batches:
-        everyone = torch.arange(len(check_ids(batch.ids, setting.num_examples)), device=batch.ids.device)
+        everyone = torch.arange(len(check_ids(batch.ids, spec.num_examples)), device=batch.ids.device)
         if batch.derivatives is not None and batch.derivatives.shape != everyone.shape:
             raise ValueError("loss derivatives of other examples")
         for position, gradients in batch.pieces:
-            numel = setting.blocks[position].numel if position in blocks else -1
+            numel = spec.blocks[position].numel if position in blocks else -1
             matrix = gradients.matrix if isinstance(gradients, MatrixGradient) else (numel, 1)
             if len(gradients) != len(everyone) or math.prod(matrix) != numel or gradients.total().shape != (numel,):
                 raise ValueError("gradients of other parameters")
-            if gradients.select(everyone).nbytes != gradients.nbytes:  # an IndexError where there are too few
+            if gradients.select(everyone).nbytes != gradients.nbytes:  # an IndexError if there are too few
                 raise ValueError("gradients of other examples")
 
 
 def _no_state(store: Store, name: str, error: Exception) -> RunDamagedError:
-    return damaged(store, name, "it is not a state", f"{error}", "what is in flight")
+    return damaged(store, name, "it is not a state", f"{error}", "a recorder's saved state")

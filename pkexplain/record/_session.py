@@ -1,4 +1,4 @@
-"""A recording while it runs: what happens before, in and after each step, and at the end of a segment."""
+"""A recording while it runs: what happens before, during and after each step, and at the end of a segment."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block, flatten_blocks
 from pkexplain.ids import check_ids
 from pkexplain.optimizers.adaptive import Lookahead
-from pkexplain.optimizers.base import CapturedBatch, Setting
+from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
 from pkexplain.optimizers.segment import AppliedStep, SegmentAccountant
 from pkexplain.projection.kinds import Projection
 from pkexplain.record._contract import broken, not_between_steps, not_finite, without_backward
 from pkexplain.record._gradient_check import ROUNDING, GradientSums
 from pkexplain.record._observers import InputShapes, LossDerivatives
 from pkexplain.record._optimizer_steps import StepReader
-from pkexplain.record._resume import checksum_optimizer, find_standpoint, take_up
+from pkexplain.record._resume import checksum_optimizer, find_standpoint, restore_state
 from pkexplain.record._state import serialise
 from pkexplain.record._warnings import SegmentWarnings
 from pkexplain.store.base import Store
@@ -53,10 +53,10 @@ class Plan:
         group: The processes that train.
         num_examples: How many training examples there are.
         segments: ``"epoch"``, or a number of optimizer steps.
-        lookahead: How long gradients wait, as the user gave it.
+        lookahead: How long gradients wait, as given by the user.
         projection: How gradients are compressed.
         like: An empty tensor of the dtype and device of the arithmetic.
-        resumes: Whether the run is there already.
+        resumes: Whether the run already exists.
     """
 
     store: Store
@@ -84,22 +84,22 @@ class Plan:
         named = dict(self.model.named_parameters())
         return [named[name] for name in self.names]
 
-    def setting(self, audited: Tensor | None = None) -> Setting:
-        """Describe the recording to the optimizer's account."""
+    def spec(self, audited: Tensor | None = None) -> RecordingSpec:
+        """Return what accumulators need to know."""
         scratch = self.store.path if isinstance(self.store, DirectoryStore) else None
-        return Setting(self.blocks, self.projection, self.num_examples, self.like, self.group, audited, scratch)
+        return RecordingSpec(self.blocks, self.projection, self.num_examples, self.like, self.group, audited, scratch)
 
     def point(self) -> Tensor:
-        """Return θ as the model has it now, ``(parameters,)``."""
+        """Return the model's current θ, ``(parameters,)``."""
         return flatten_blocks(self.blocks, dict(self.model.named_parameters()), self.like.dtype)
 
 
 @dataclass
 class _Step:
-    """A step that is being recorded: its batch, and what the optimizer has done with it so far."""
+    """The step being recorded: its batch, and how far the optimizer has come."""
 
     batch: CapturedBatch
-    before: Tensor | None = None  # θ before the step; None where the optimizer will skip it, or has not come yet
+    before: Tensor | None = None  # θ before the step; None if the optimizer skips it, or was not called yet
     done: bool = False
 
 
@@ -111,12 +111,12 @@ class Session:
 
     Raises:
         RunExistsError: There is a run already.
-        RunBusyError: Somebody else writes to it.
+        RunBusyError: Something else is writing to it.
         RunError: The run cannot be written or resumed.
     """
 
     def __init__(self, plan: Plan) -> None:
-        """Start the run or go on with it, and begin to listen to the optimizer."""
+        """Start or continue the run, and hook into the optimizer."""
         parameters = plan.parameters
         self._plan, self._start = plan, plan.point()
         self._inputs, self._derivatives = InputShapes(plan.model), LossDerivatives(plan.model)
@@ -126,13 +126,13 @@ class Session:
         self._deleted: Sequence[int] = ()
         self._step: _Step | None = None
         self._accumulated: list[CapturedBatch] = []
-        self._accountant = SegmentAccountant(plan.setting(), Lookahead.of(plan.lookahead, plan.like))
-        self._sums = GradientSums(plan.setting(), parameters)
+        self._accountant = SegmentAccountant(plan.spec(), Lookahead.of(plan.lookahead, plan.like))
+        self._sums = GradientSums(plan.spec(), parameters)
         self._writer = RunWriter(plan.store, plan.group)
         self._writer.lock()
         try:
             if plan.resumes:
-                self._go_on()
+                self._continue()
             else:
                 self._writer.start(self._manifest(), self._checkpoint())
         except BaseException:
@@ -144,39 +144,41 @@ class Session:
             *self._sums.hooks(lambda: self._step.batch if self._step else None),
         ]
 
-    def _go_on(self) -> None:
-        """Take up a run where the model and the optimizer stand."""
+    def _continue(self) -> None:
+        """Continue a run from the point at which the model and the optimizer are."""
         plan, trajectory = self._plan, self._plan.store.trajectory()
         optimizer = checksum_optimizer(plan.optimizer, plan.parameters)
         standpoint = find_standpoint(plan.store, trajectory, self._start, optimizer, plan.group)
-        setting = plan.setting(trajectory.segment(0).audit_ids)
+        spec = plan.spec(trajectory.segment(0).audit_ids)
         lookahead, projector = Lookahead.of(plan.lookahead, plan.like), trajectory.projector(plan.like.device)
         steps = trajectory.boundaries[standpoint.segments]
-        self._accountant = SegmentAccountant(setting, lookahead, projector, steps)
-        self._sums = GradientSums(setting, plan.parameters)
+        self._accountant = SegmentAccountant(spec, lookahead, projector, steps)
+        self._sums = GradientSums(spec, plan.parameters)
         self._inputs.seen.update(trajectory.inputs)
         self._deleted = trajectory.manifest.withdrawn
         if standpoint.state is not None:
-            self._sums.load_state_dict(take_up(plan.store, standpoint, setting, self._accountant))
-        self._writer.resume(trajectory.manifest, self._ended, standpoint.segments)  # last: a refusal drops nothing
+            self._sums.load_state_dict(restore_state(plan.store, standpoint, spec, self._accountant))
+        self._writer.resume(
+            trajectory.manifest, self._ended, standpoint.segments
+        )  # last: a refusal drops nothing
 
     def close(self, error: type[BaseException] | None) -> None:
-        """Finish the last segment and let go of the model and the optimizer, also after an error."""
+        """Finish the last segment and remove the hooks, also after an error."""
         for handle in self._handles:
             handle.remove()
         self._ended = "finished" if error is None else f"interrupted by {error.__name__}"
         try:
-            if error is None or self._plan.group.world_size == 1:  # other processes may not have come this far
+            if error is None or self._plan.group.world_size == 1:  # other processes may not have come here
                 self._end_segment()
                 self._writer.close(self._manifest())
         finally:
             self._writer.release()
 
     def save(self) -> None:
-        """End the segment here and keep what is in the optimizer's momentum buffer.
+        """End the segment here and save the momentum buffers.
 
         Raises:
-            RecordingError: Gradients wait for the optimizer's step.
+            RecordingError: There are gradients that the optimizer has not applied yet.
             RunError: The state cannot be written.
         """
         if self._step is not None or self._accumulated:
@@ -194,9 +196,9 @@ class Session:
         if self._step is not None:
             raise broken("it is nested in another step", "a step inside a step", "End the outer 'with' block first")
         plan = self._plan
-        plan.steps.refuse_strangers()
+        plan.steps.refuse_unknown_parameters()
         batch = self._batch(ids)
-        visits = self._accountant.visits + batch.everywhere  # a sampler may repeat some, so that all get as many
+        visits = self._accountant.visits + batch.everywhere  # a sampler may repeat some examples
         if plan.segments == "epoch" and visits >= plan.num_examples + plan.group.world_size:
             self._end_segment()  # the loader dropped its last, smaller batch
         step = self._step = _Step(batch)
@@ -217,16 +219,16 @@ class Session:
             self._end_segment()
 
     def _batch(self, ids: Sequence[int] | Tensor) -> CapturedBatch:
-        """Check the ids; where another process refuses its own, none goes on without it."""
+        """Check the ids; if another process refuses its ids, none continues without it."""
         plan = self._plan
         try:
             batch = CapturedBatch(check_ids(ids, plan.num_examples, gone=self._deleted).to(plan.like.device))
         except ExampleIdError:
-            plan.group.all_reduce_int(-(1 << 40))  # less than all the others can add to it
+            plan.group.all_reduce_int(-(1 << 40))  # so low that the sum is negative
             raise
         batch.everywhere = plan.group.all_reduce_int(len(batch.ids))
         if batch.everywhere < 0:
-            raise broken("another process has refused its batch", "wrong ids there", "Read that process's own error")
+            raise broken("another process refused its batch", "wrong ids there", "Read that process's own error")
         return batch
 
     def _receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
@@ -246,7 +248,7 @@ class Session:
         if accumulate and step.done:
             fix = "Leave accumulate out for the batch that the optimizer steps on"
             got = "optimizer.step() inside recorder.step(ids, accumulate=True)"
-            raise broken("the optimizer stepped on a batch that was only to accumulate", got, fix)
+            raise broken("the optimizer stepped on a batch that should only accumulate", got, fix)
         if accumulate:
             step.batch.compact()  # before the next batch may write into its inputs
             self._accumulated.append(step.batch)
@@ -259,7 +261,7 @@ class Session:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         step = self._step
         if step is None:
-            got, fix = "a step that no example answers for", "Call it inside 'with recorder.step(ids):'"
+            got, fix = "a step without examples", "Call it inside 'with recorder.step(ids):'"
             raise broken("optimizer.step() was called outside a recorded step", got, fix)
         if step.done:
             fix = "Record each step in its own block"
@@ -274,7 +276,7 @@ class Session:
         if not torch.isfinite(self._sums.captured.sum()):
             raise not_finite(batches)
         self._accountant.note_capture_gap(self._sums.check(batches))
-        step.batch.compact()  # before the step: a layer's input may be a parameter
+        step.batch.compact()  # before the step, as a layer's input may be a parameter
         self._plan.steps.begin()
         step.before = self._plan.point()
 
@@ -296,13 +298,13 @@ class Session:
         self._forget()
 
     def _skip(self, batches: Sequence[CapturedBatch]) -> None:
-        """Note a step that was not taken."""
+        """Count a step that was skipped."""
         self._warnings.of_skipped(batches)
         self._accountant.skip(batches)
         self._forget()
 
     def _forget(self) -> None:
-        """Drop the gradients that wait for the optimizer's step."""
+        """Drop the gradients that the optimizer has not applied."""
         self._accumulated = []
         self._sums.clear()
 

@@ -1,6 +1,6 @@
-"""Objects as tensors and plain data, and back: what is in flight when a run is put down.
+"""Objects to tensors and plain data, and back: the state that a resumed recording needs.
 
-Nothing is pickled. Only the classes that the reader names are made again, from their own fields.
+Nothing is pickled. Only the classes that the reader names are rebuilt, from their own fields.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PLAN = "plan"
 
 
 def serialise(value: Any) -> dict[str, Tensor]:
-    """Take an object of tensors, numbers, strings, lists, tuples, mappings and dataclasses apart.
+    """Turn an object of tensors, numbers, strings, lists, tuples, mappings and dataclasses into tensors.
 
     Args:
         value: The object.
@@ -28,9 +28,9 @@ def serialise(value: Any) -> dict[str, Tensor]:
         Tensors by name; the one named ``"plan"`` holds the rest, as JSON in bytes.
 
     Example:
-        >>> found = serialise({"moment": torch.ones(2), "blocks": [0, 3]})
+        >>> found = serialise({"buffer": torch.ones(2), "blocks": [0, 3]})
         >>> deserialise(found, ())
-        {'moment': tensor([1., 1.]), 'blocks': [0, 3]}
+        {'buffer': tensor([1., 1.]), 'blocks': [0, 3]}
     """
     tensors: dict[str, Tensor] = {}
     plan = json.dumps(_plan(value, tensors))
@@ -38,14 +38,14 @@ def serialise(value: Any) -> dict[str, Tensor]:
 
 
 def deserialise(tensors: Mapping[str, Tensor], kinds: Iterable[type]) -> Any:
-    """Make an object again.
+    """Rebuild an object.
 
     Args:
         tensors: What `serialise` returned.
         kinds: The dataclasses that may be in it.
 
     Raises:
-        ValueError: It is no such thing, or holds another class.
+        ValueError: The tensors hold no such object, or one with another class.
     """
     try:
         plan = json.loads(bytes(tensors[_PLAN].tolist()))

@@ -1,4 +1,4 @@
-"""What is said, once, of what a recorded segment could not give to the examples."""
+"""Warnings, each given once, about what a recorded segment could not attribute to examples."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pkexplain.store.manifest import SegmentSummary
 __all__ = ["SegmentWarnings"]
 
 _UNEXPLAINED = 0.2
-"""Largest share of a parameter's displacement that may be on the optimizer line without a word."""
+"""The largest share of a parameter's displacement that may be on the optimizer line without a warning."""
 _BEND = 1e-3
-"""Largest share of the applied gradient that is no multiple of the captured one and passes for rounding."""
+"""The largest share of the applied gradient, not a multiple of the captured one, that passes for rounding error."""
 
 
 class SegmentWarnings:
-    """Warns of what a recording finds, of each kind once.
+    """Warns about what a recording finds, once for each kind.
 
     Args:
         names: Names of the parameters, in the order of the flat vector.
@@ -28,19 +28,19 @@ class SegmentWarnings:
     """
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int]) -> None:
-        """Begin with nothing said."""
+        """Start without a warning given."""
         self._names, self._sizes = names, list(sizes)
         self._warned, self._named = False, False
 
     def of(self, segment: int, summary: SegmentSummary, left: Tensor, moved: Tensor, apart: bool) -> None:
-        """Say what a finished segment could not give to the examples, and why.
+        """Warn about what a finished segment could not attribute to examples, and why.
 
         Args:
             segment: Which segment.
             summary: Its numbers.
             left: What is on the optimizer line, ``(parameters,)``.
             moved: Δθ, ``(parameters,)``.
-            apart: Whether a penalty in the loss is known, which was warned of already.
+            apart: Whether a penalty in the loss is known; there was a warning about it already.
         """
         if not self._warned and not apart and summary.bent <= _BEND:
             self._of_unexplained(segment, left, moved)
@@ -48,21 +48,21 @@ class SegmentWarnings:
             self._warned = True
             warn(
                 f"pkexplain: in segment {segment} the gradient that the optimizer was given is not a multiple of the "
-                f"one that backward made, by up to {summary.bent:.1%}. Clipping by value, gradient noise and a "
-                "forgotten zero_grad() do that: they change each coordinate by itself, which belongs to no single "
-                "example, and the difference goes to the ledger's optimizer line. Clipping by norm "
+                f"one that backward computed, by up to {summary.bent:.1%}. Clipping by value, gradient noise and a "
+                "forgotten zero_grad() do that: they change each coordinate separately, which belongs to no single "
+                "example, so the difference goes to the ledger's optimizer line. Clipping by norm "
                 "(clip_grad_norm_) is exact."
             )
         if summary.capture_gap > CAPTURE_TOLERANCE:
             warn(
                 f"pkexplain: in segment {segment} the captured gradients missed up to {summary.capture_gap:.0%} of a "
                 "step's gradient: the loss gained a penalty, or a weight was used outside its module's forward. "
-                "From the step where this was seen on, what is missing goes to the ledger's optimizer line; until "
-                "then the displacement gap shows it."
+                "From the step where this was found, what is missing goes to the ledger's optimizer line; before that, "
+                "the displacement gap shows it."
             )
 
     def _of_unexplained(self, segment: int, left: Tensor, moved: Tensor) -> None:
-        floor = 0.01 * float(moved.norm())  # a parameter that hardly moved is nobody's concern
+        floor = 0.01 * float(moved.norm())  # a parameter that hardly moved does not matter
         pairs = zip(left.split(self._sizes), moved.split(self._sizes), strict=True)
         shares = [float(a.norm()) / max(float(b.norm()), floor, 1e-30) for a, b in pairs]
         share = max(shares)
@@ -71,17 +71,17 @@ class SegmentWarnings:
             warn(
                 f"pkexplain: {share:.0%} of what moved {parameter} in segment {segment} came from no "
                 "example and no weight decay; it is on the ledger's optimizer line. Was the parameter changed "
-                "outside optimizer.step(), or is an update rule of your own wrong? A bias in front of a BatchNorm "
-                "is moved by rounding alone (bias=False). Otherwise, give the recorder a longer lookahead."
+                "outside optimizer.step(), or is an update rule of your own wrong? A bias before a BatchNorm is moved "
+                "by rounding error alone (use bias=False). Otherwise, give the recorder a longer lookahead."
             )
 
     def of_skipped(self, batches: Sequence[CapturedBatch]) -> None:
-        """Name single examples without a loss in a step that was not taken; whole batches overflow together."""
+        """Name single examples with a nan loss in a skipped step; an overflow makes whole batches nan."""
         seen = [(batch.ids, batch.derivatives.isnan()) for batch in batches if batch.derivatives is not None]
         ids = [int(i) for examples, odd in seen if not odd.all() for i in examples[odd]]
         if ids and not self._named:
             self._named = True
             warn(
-                "pkexplain: the loss scaler skipped a step in which the loss derivative of some examples alone is nan: "
+                "pkexplain: the loss scaler skipped a step in which the loss derivative of only some examples is nan: "
                 f"{', '.join(map(str, ids[:8]))}. Scaling overflows for whole batches, so look at these."
             )

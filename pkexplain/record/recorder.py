@@ -1,4 +1,4 @@
-"""`Recorder`: the context manager in the training loop."""
+"""`Recorder`: the context manager around the training loop."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ __all__ = ["Recorder"]
 class Recorder:
     """Record a training run: how far each example moved the parameters, segment by segment.
 
-    For every segment, Δθ_t = Σ_i D_i,t + decay_t + optimizer_t; the rows P D_i,t, the checkpoints and the two named
-    vectors are stored. The model, the loss and the optimizer stay as they are.
+    For every segment, Δθ_t = Σ_i D_i,t + weight_decay_t + optimizer_t. The rows P D_i,t, the checkpoints and the two
+    named vectors are stored. The model, the loss and the optimizer are not changed.
 
     Args:
         run: A directory that does not hold a run yet, or a `pkexplain.MemoryStore`.
-        model: The model that is trained.
+        model: The model to be trained.
         optimizer: Its optimizer: SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop or Adagrad of `torch.optim`, or one
-            whose rule was given to `pkexplain.register_update_rule`.
-        num_examples: How many training examples there are; ids run from 0 to ``num_examples - 1``.
+            whose rule was passed to `pkexplain.register_update_rule`.
+        num_examples: The number of training examples; ids run from 0 to ``num_examples - 1``.
         projection: How gradients are compressed; ``Kronecker()`` by default.
         segments: ``"epoch"`` for a checkpoint after every ``num_examples`` visits, or a number of optimizer steps.
         lookahead: How long gradients wait in memory until the optimizer's second moment of later steps is known:
-            ``"auto"``, until 2% of them is left in the moment or 2 GiB wait; a number of steps; or ``"exact"``. What is
-            given up is measured, on the ledger's ``optimizer`` line. Optimizers without a second moment ignore it.
+            ``"auto"``: until 2% of them is left in the momentum buffer, or 2 GiB wait; a number of steps; or
+            ``"exact"``. What this leaves out is measured, on the ledger's ``optimizer`` line. Optimizers without a
+            second moment ignore this.
         dtype: Dtype of the arithmetic and of the checkpoints, `torch.float32` or `torch.float64`.
 
     Raises:
         UnsupportedOptimizerError: The optimizer has no update rule.
         UnsupportedLayerError: A trainable layer has no per-example rule.
-        ConfigurationError: An argument cannot be.
+        ConfigurationError: An argument is invalid.
 
     Example:
         >>> import torch, pkexplain as pk
@@ -71,7 +72,7 @@ class Recorder:
         lookahead: str | int = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Check that everything can be recorded; nothing is written yet."""
+        """Check that everything can be recorded, without writing anything."""
         check_arguments(model, num_examples=num_examples, segments=segments, lookahead=lookahead, dtype=dtype)
         model, group = find_process_group(model)
         rule = rule_for(optimizer)
@@ -105,26 +106,26 @@ class Recorder:
         *,
         num_examples: int | None = None,
     ) -> Recorder:
-        """Go on with a run: one that was killed, or one that is to be trained further.
+        """Continue a run that was killed, or that should be trained further.
 
-        Load the model and the optimizer from what you saved right after `save`. Segments that were finished after that
-        are dropped, and trained again. With an optimizer that has no state yet (a new one, or one without a moment)
-        the run goes on from any checkpoint.
+        Load the model and the optimizer from the checkpoint you saved right after `save`. Segments that were finished
+        after that are dropped, and trained again. With an optimizer that has no state yet (a new one, or one without
+        momentum) the run continues from any of its checkpoints.
 
         Args:
             run: The run.
-            model: The model, as it was then.
-            optimizer: Its optimizer, as it was then, or a new one.
-            num_examples: How many training examples there are now, where they have become more: the new ones come
-                behind the others.
+            model: The model, as it was at that point.
+            optimizer: Its optimizer, as it was at that point, or a new one.
+            num_examples: The number of training examples now, if there are more than before: new examples come after
+                the others.
 
         Returns:
-            A recorder, to be entered as any other.
+            A recorder, to be used like any other.
 
         Raises:
             RunNotFoundError: There is no run, or it holds no finished segment.
             RunDamagedError: A file of the run is missing, truncated or altered.
-            ConfigurationError: An argument cannot be.
+            ConfigurationError: An argument is invalid.
         """
         store = open_store(run)
         trajectory = store.trajectory()
@@ -134,26 +135,26 @@ class Recorder:
         return recorder
 
     def __enter__(self) -> Recorder:
-        """Start the run, or go on with it, and begin to listen to the optimizer."""
+        """Start or continue the run, and hook into the optimizer."""
         if self._session is not None:
-            raise broken("the recorder is open already", "a second 'with recorder:'", "Make a recorder for each run")
+            raise broken("the recorder is already open", "a second 'with recorder:'", "Make a recorder for each run")
         self._session = Session(self._plan)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Finish the last segment and let go of the model and the optimizer, also after an error."""
+        """Finish the last segment and remove the hooks, also after an error."""
         session, self._session = self._session, None
         if session is not None:
             session.close(kind)
 
     def save(self) -> None:
-        """End the segment here and keep what is in the optimizer's moment, so that `resume` can go on from here.
+        """End the segment here and save the momentum buffers, so that `resume` can continue from here.
 
-        Call it where you save your own checkpoint of the model and the optimizer, just before. What the last two calls
-        kept stays in the run.
+        Call it just before you save your own checkpoint of the model and the optimizer. The run keeps the states of the
+        last two calls.
 
         Raises:
-            RecordingError: The recorder is not open, or gradients wait for the optimizer's step.
+            RecordingError: The recorder is not open, or there are gradients that the optimizer has not applied yet.
             RunError: The state cannot be written.
         """
         if self._session is None:
@@ -165,8 +166,8 @@ class Recorder:
         """Record one batch: its forward and backward passes and the optimizer's step.
 
         Args:
-            ids: Each example's row number in the training set, ``(batch,)``, without repeats.
-            accumulate: The batch only adds to the gradient; the optimizer steps in a later ``step``.
+            ids: Each example's row number in the training set, ``(batch,)``, without repeats within the batch.
+            accumulate: Whether the batch only adds to the gradient, and the optimizer steps in a later ``step``.
 
         Yields:
             Nothing.
@@ -175,7 +176,7 @@ class Recorder:
             ExampleIdError: The ids are out of range, repeated, or of the wrong length or type.
             RecordingError: The loop broke the contract: nested, closed, no backward pass, no step, a closure, or a
                 parameter that the recorder does not know.
-            NonFiniteGradientError: The loss or a gradient is not finite; the optimizer has not stepped.
+            NonFiniteGradientError: The loss or a gradient is not finite; the optimizer did not step.
         """
         if self._session is None:
             fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"

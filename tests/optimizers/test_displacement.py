@@ -44,7 +44,7 @@ class Lazy:
         reaches = {b: {r.step: r for r in look_back([s[b] for s in steps])} for b in COLUMNS}
 
         def factors(place):
-            return [{b: getattr(reaches[b][place], name) for b in COLUMNS} for name in ("moved", "kept")]
+            return [{b: getattr(reaches[b][place], name) for b in COLUMNS} for name in ("moved", "buffered")]
 
         self.rows.pass_on(*factors(-1))
         for step, visit in self.visits:

@@ -9,7 +9,7 @@ import torch
 
 from pkexplain.errors import UnsupportedOptimizerError
 from pkexplain.optimizers import rules as update_rules
-from pkexplain.optimizers.displacement import MomentumAccount
+from pkexplain.optimizers.displacement import MomentumBuffer
 from pkexplain.optimizers.rules import SGD, LinearStep, register_update_rule, rule_for
 
 SIZE = 7
@@ -46,7 +46,7 @@ def follow(options, steps=12, changes=lambda step, group: None, close_every=5, k
     parameter = torch.nn.Parameter(torch.randn(SIZE, generator=generator, dtype=torch.float64))
     optimizer = kind([parameter], **{"lr": 0.1, **options})
     rule, like = rule_for(optimizer), torch.zeros(SIZE, dtype=torch.float64)
-    of_examples, of_decay = (MomentumAccount({0: slice(0, SIZE)}, like) for _ in range(2))
+    of_examples, of_decay = (MomentumBuffer({0: slice(0, SIZE)}, like) for _ in range(2))
     start, segments = parameter.detach().clone(), []
     for step in range(1, steps + 1):
         changes(step, optimizer.param_groups[0])
@@ -115,7 +115,7 @@ def test_decay_that_starts_and_stops():
 
 
 def test_decoupled_decay_shrinks_the_parameters_alone():
-    account = MomentumAccount({0: slice(0, 2)}, torch.zeros(2, dtype=torch.float64))
+    account = MomentumBuffer({0: slice(0, 2)}, torch.zeros(2, dtype=torch.float64))
     step = {0: LinearStep(0.5, 1.0, 0.1, 0.0, decoupled_weight_decay=0.01)}
     account.step(step, {})
     account.shrink(step, torch.tensor([10.0, -10.0]).double())

@@ -145,7 +145,7 @@ def test_an_example_whose_loss_is_nan_is_named_and_the_optimizer_does_not_step(l
     loop.step([0, 1])
     before = loop.parameters()
     loop.inputs[7, 3] = float("nan")
-    with pytest.raises(NonFiniteGradientError, match=r"the optimizer has not stepped\. Got .* example 7; expected"):
+    with pytest.raises(NonFiniteGradientError, match=r"the optimizer did not step\. Got .* example 7; expected"):
         loop.step([6, 7, 8])
     assert equal(before, loop.parameters())
     loop.step([6, 8])
@@ -244,7 +244,7 @@ def test_no_optimizer_step(loop):
 
 
 def test_an_optimizer_step_on_a_batch_that_only_accumulates(loop):
-    with broken("the optimizer stepped on a batch that was only to accumulate"):
+    with broken("the optimizer stepped on a batch that should only accumulate"):
         loop.step([0, 1], accumulate=True)
 
 
@@ -716,7 +716,7 @@ def test_vanishing_gradients_leave_finite_rows():
 
 
 def test_a_recorder_cannot_be_entered_twice(loop):
-    with pytest.raises(pk.PkexplainError, match=r"the recorder is open already\. "):
+    with pytest.raises(pk.PkexplainError, match=r"the recorder is already open\. "):
         loop.recorder.__enter__()
     loop.step([0, 1])
 

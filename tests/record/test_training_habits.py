@@ -226,7 +226,7 @@ def test_a_parameter_that_is_added_or_thawed_later_is_refused_by_name():
             loop.model.register_parameter("late", nn.Parameter(torch.zeros(3, dtype=torch.float64)))
             loop.optimizer.add_param_group({"params": [loop.model.late]})
 
-    with pytest.raises(RecordingError, match=r"^recording parameter 'late': the optimizer moves it, and the recorder"):
+    with pytest.raises(RecordingError, match=r"^recording parameter 'late': the optimizer updates it, and the recorder"):
         Loop().run(on_step=on_step)
 
     def make(dtype):
@@ -288,15 +288,15 @@ def test_an_input_buffer_that_is_written_over_while_gradients_accumulate_does_no
 
 
 def test_a_segment_of_many_visits_is_added_up_on_its_way(monkeypatch):
-    from pkexplain.optimizers.adaptive import LookaheadBook
+    from pkexplain.optimizers.adaptive import AdaptiveAccumulator
 
-    settled, settle = [], LookaheadBook._settle_visits
+    settled, settle = [], AdaptiveAccumulator._settle_visits
 
     def counting(self, target):
         settled.append(len(self._visits))
         settle(self, target)
 
-    monkeypatch.setattr(LookaheadBook, "_settle_visits", counting)
+    monkeypatch.setattr(AdaptiveAccumulator, "_settle_visits", counting)
     options = {"segments": 60, "lookahead": 4, "projection": pk.SparseSign(300)}
     loop = Loop(cnn, image=True, **options).run(epochs=10)
     values = loop.values()
@@ -310,7 +310,7 @@ def test_nan_under_a_loss_scaler_is_named_once():
     loop = Loop(dtype=torch.float32, segments="epoch")
     loop.inputs[17] = float("nan")
     scaler = torch.amp.GradScaler("cpu")
-    said = pytest.warns(UserWarning, match=r"skipped a step .* some examples alone is nan: 17\. Scaling")
+    said = pytest.warns(UserWarning, match=r"skipped a step .* only some examples is nan: 17\. Scaling")
     with said, loop.recorder:
         for ids in batches(EXAMPLES, 8, 2):
             with loop.recorder.step(ids):

@@ -115,7 +115,7 @@ def test_the_rows_are_gone_from_every_file(training):
 
 def test_a_run_with_withdrawn_examples_is_trained_on_without_them(training):
     pk.withdraw(training.run, GONE)
-    with pytest.raises(ConfigurationError, match=r"moment is not known.*with a new optimizer"):
+    with pytest.raises(ConfigurationError, match=r"buffer at this step was not saved.*with a new optimizer"):
         pk.Recorder.resume(training.run, training.model, training.optimizer).__enter__()
     optimizer = torch.optim.SGD(training.model.parameters(), lr=0.01)
     with pk.Recorder.resume(training.run, training.model, optimizer) as recorder:

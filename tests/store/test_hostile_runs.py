@@ -412,15 +412,17 @@ PLANS = {
     "accounts that are a list": {"mapping": [["attributed", True], ["accounts", {"list": [1]}]]},
     "empty accounts": accounts(),
     "blocks that are none": accounts(
-        weight_decay={"list": [{"tensor": "0"}, {"list": [77]}]}, elementwise=False, book=None
+        weight_decay={"list": [{"tensor": "0"}, {"list": [77]}]}, elementwise=False, accumulator=None
     ),
     "a moment of one number": accounts(
-        weight_decay={"list": [{"tensor": "plan"}, {"list": []}]}, elementwise=False, book=None
+        weight_decay={"list": [{"tensor": "plan"}, {"list": []}]}, elementwise=False, accumulator=None
     ),
-    "a moment that is none": accounts(weight_decay={"list": [3, {"list": []}]}, elementwise=False, book=None),
-    "a book of words": accounts(weight_decay={"list": [{"tensor": "0"}, {"list": []}]}, elementwise=False, book="book"),
-    "a book of nothing": accounts(
-        weight_decay={"list": [{"tensor": "0"}, {"list": []}]}, elementwise=True, book={"mapping": [["rows", 1]]}
+    "a moment that is none": accounts(weight_decay={"list": [3, {"list": []}]}, elementwise=False, accumulator=None),
+    "an accumulator of words": accounts(
+        weight_decay={"list": [{"tensor": "0"}, {"list": []}]}, elementwise=False, accumulator="words"
+    ),
+    "an accumulator of nothing": accounts(
+        weight_decay={"list": [{"tensor": "0"}, {"list": []}]}, elementwise=True, accumulator={"mapping": [["rows", 1]]}
     ),
 }
 
