@@ -1,4 +1,4 @@
-"""Per-example gradients from the real backward pass: which layers are supported (`layers`), and how each is split."""
+"""Per-example gradients from the real backward pass: the supported layers (`layers`), and how each is split."""
 
 from __future__ import annotations
 

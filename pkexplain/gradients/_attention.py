@@ -1,8 +1,8 @@
 """Per-example gradients of `torch.nn.MultiheadAttention`.
 
-The layer runs again in plain torch, with the projected queries, keys and values as points of differentiation; the
-gradients of its matrices are sums over positions of what came back to such a point times what was projected, and stay
-in factors.
+The layer is rerun in plain torch and differentiated with respect to the projected queries, keys and values. The
+gradients of its matrices are sums over positions of such a derivative times what was projected, and stay in factored
+form.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def attention_unfit(module: nn.MultiheadAttention) -> str | None:
-    """Say why a module can never be recorded; None if it can."""
+    """Return why a module can never be recorded; None if it can."""
     if module.bias_k is not None or module.add_zero_attn:
-        return "add_bias_kv and add_zero_attn are not known to its rule"
+        return "its rule does not support add_bias_kv and add_zero_attn"
     return None
 
 
 def attention_misuse(use: Use) -> str | None:
-    """Say why this call of a module cannot be recorded; None if it can."""
+    """Return why this call of a module cannot be recorded; None if it can."""
     if use.module.dropout and use.training:
-        return f"dropout={use.module.dropout} of its weights cannot be drawn again; set it to 0"
+        return f"dropout={use.module.dropout} of its weights cannot be reproduced; set it to 0"
     query = use.given(0, "query")
     return None if query.ndim == 3 else f"its input of shape {tuple(query.shape)} has no batch dimension"
 

@@ -1,4 +1,4 @@
-"""Per-example gradients of a convolution, in factors."""
+"""Per-example gradients of a convolution, in factored form."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pkexplain.gradients.factors import MatrixGradient, outer_product
 __all__ = ["ConvolutionGradient"]
 
 _NARROW = 64
-"""Below so many columns a matrix product with the patches is faster than a convolution's own gradient."""
+"""Below this many columns, a matrix product with the patches is faster than a convolution's own gradient."""
 _GROUPS = 16
-"""Examples whose convolutions are differentiated as groups of one; with more of them oneDNN becomes slow."""
+"""Examples that are differentiated as the groups of one convolution; with more, oneDNN becomes slow."""
 
 
 @dataclass(frozen=True)

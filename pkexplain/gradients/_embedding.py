@@ -1,4 +1,4 @@
-"""The gradient of an embedding table: each token's row receives that position's output gradient."""
+"""Per-example gradients of an embedding table: each token's row receives its positions' output gradients."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Per-example gradients of RNN, LSTM and GRU, and of their cells.
 
-The recurrence runs again in plain torch, with what each gate receives from its input, zi_t = W_ih x_t + b_ih, and from
-the state before, zh_t = W_hh h_{t-1} + b_hh, as points of differentiation. The gradient of example i then is a sum over
-time, Σ_t dzi_t ⊗ x_t for W_ih and Σ_t dzh_t ⊗ h_{t-1} for W_hh, and stays in factors.
+The recurrence is rerun in plain torch and differentiated with respect to what each gate receives from its input,
+zi_t = W_ih x_t + b_ih, and from the previous state, zh_t = W_hh h_{t-1} + b_hh. The gradient of example i is then a sum
+over time, Σ_t dzi_t ⊗ x_t for W_ih and Σ_t dzh_t ⊗ h_{t-1} for W_hh, and stays in factored form.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def recurrent(use: Use, parts: Parts) -> list[ExampleGradients]:
 
 
 def recurrent_unfit(module: Any) -> str | None:
-    """Say why a recurrent module can never be recorded; None if it can."""
+    """Return why a recurrent module can never be recorded; None if it can."""
     if getattr(module, "proj_size", 0):
         return f"proj_size={module.proj_size} projects its hidden state"
     strange = [name for name, _ in module.named_parameters() if not _NAMES.fullmatch(name)]
@@ -42,10 +42,10 @@ def recurrent_unfit(module: Any) -> str | None:
 
 
 def recurrent_misuse(use: Use) -> str | None:
-    """Say why this call of a recurrent module cannot be recorded; None if it can."""
+    """Return why this call of a recurrent module cannot be recorded; None if it can."""
     x, module = use.given(0, "input"), use.module
     if isinstance(x, PackedSequence):
-        return "a PackedSequence has no batch dimension; give it a padded tensor"
+        return "a PackedSequence has no batch dimension; pass a padded tensor"
     if x.ndim != (2 if isinstance(module, nn.RNNCellBase) else 3):
         return f"its input of shape {tuple(x.shape)} has no batch dimension"
     if getattr(module, "dropout", 0) and use.training and getattr(module, "num_layers", 1) > 1:
@@ -71,9 +71,9 @@ def recurrent_gradients(
 
     Args:
         module: RNN, LSTM, GRU or one of their cells.
-        args: What it was given by position.
-        kwargs: What it was given by name.
-        gradients: The gradient of each output tensor, in that tensor's shape; None where it was not used.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        gradients: The gradient of each output tensor, in that tensor's shape; None if it was not used.
         names: The local parameter names wanted.
 
     Returns:
@@ -112,7 +112,7 @@ def recurrent_gradients(
 
 @dataclass(frozen=True)
 class _Sweep:
-    """One direction of one layer, time first: what the two matrices were given, and the points behind them."""
+    """One direction of one layer, time first: the inputs of the two matrices, and their outputs."""
 
     suffix: str
     inputs: Tensor  # (time, examples, columns)
@@ -171,7 +171,7 @@ def _affine(module: Any, side: str, suffix: str, like: Tensor) -> tuple[Tensor, 
 
 
 def _point(z: Tensor) -> Tensor:
-    return z if z.requires_grad else z.requires_grad_()  # behind the first layer and step it is one already
+    return z if z.requires_grad else z.requires_grad_()  # after the first layer and step it already does
 
 
 def _step_of(module: Any) -> Callable[[Tensor, Tensor, _State], _State]:

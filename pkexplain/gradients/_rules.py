@@ -1,7 +1,7 @@
-"""The rules that give a layer's gradients example by example, from what it was given and what came back.
+"""The rules that compute a layer's per-example gradients, from its inputs and its outputs' gradients.
 
-Matrices (Linear, Conv, Embedding) keep their gradients in factors; LayerNorm, GroupNorm and BatchNorm have a rule in
-closed form; every other deterministic layer is differentiated one example at a time with `torch.func`.
+Matrices (Linear, Conv, Embedding) keep their gradients in factored form; LayerNorm, GroupNorm and BatchNorm have a
+closed-form rule; every other deterministic layer is differentiated one example at a time with `torch.func`.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a layer in a forward pass, and what the backward pass brought back.
+    """One use of a layer in a forward pass, and the gradients of its outputs.
 
     Attributes:
         module: The layer.
-        args: What its forward was given by position.
-        kwargs: What it was given by name.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         training: Whether it was in training mode.
-        gradients: The gradient of each tensor it returned, in the tensor's own shape; None where nothing depends on it.
+        gradients: The gradient of each tensor it returned, in that tensor's shape; None if nothing depends on it.
     """
 
     module: Any
@@ -63,16 +63,16 @@ class Use:
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient of the first output that has one, ``(examples, …)``; a rule is called only where one has."""
+        """The gradient of the first output that has one, ``(examples, …)``; a rule is only called if one has."""
         return next(gradient for gradient in self.gradients if gradient is not None)
 
     def given(self, position: int, name: str) -> Any:
-        """An argument of the forward pass, None where it was left out."""
+        """An argument of the forward pass; None if it was omitted."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name)
 
     @property
     def input(self) -> Tensor:
-        """The first argument, in the dtype of the gradient where it is not made of indices."""
+        """The first argument, in the gradient's dtype unless it holds indices."""
         x = self.given(0, "input").detach()
         return x.to(self.gradient.dtype) if x.is_floating_point() else x
 
@@ -83,12 +83,12 @@ Rule = Callable[[Use, Parts], Sequence[ExampleGradients]]
 
 
 def dense_parts(gradients: Mapping[str, Tensor], parts: Parts) -> list[ExampleGradients]:
-    """Put gradients ``(examples, …)`` of single parameters side by side, block by block."""
+    """Concatenate gradients ``(examples, …)`` of single parameters, block by block."""
     return [DenseGradient(torch.cat([gradients[name].flatten(1) for name in names], dim=1)) for names in parts]
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Go through the tensors of a tensor, a tuple or a nested tuple, in order."""
+    """Iterate over the tensors of a tensor, a tuple or a nested tuple, in order."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, (tuple, list)):
@@ -104,7 +104,7 @@ def linear(use: Use, parts: Parts) -> list[ExampleGradients]:
 
 
 def transposed_linear(use: Use, parts: Parts) -> list[ExampleGradients]:
-    """Conv1D of GPT-2, y = x W + b with W ``(inputs, outputs)``: Σ_t x_t ⊗ g_t, the bias by itself."""
+    """Conv1D of GPT-2, y = x W + b with W ``(inputs, outputs)``: Σ_t x_t ⊗ g_t, and the bias separately."""
     name = "input" if "input" in use.kwargs else "x"
     x, g = use.given(0, name).detach().to(use.gradient.dtype), use.gradient
     x, g = x.reshape(len(g), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
@@ -158,10 +158,10 @@ def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def batch_norm(use: Use, parts: Parts) -> list[ExampleGradients]:
-    """BatchNorm: as LayerNorm, with statistics of the batch or running ones.
+    """BatchNorm: like LayerNorm, with the batch's statistics or running ones.
 
-    With the batch's statistics an example also acts through the others. What its layers' outputs receive in the
-    backward pass is the derivative of the whole batch's loss, so the examples still sum to the gradient.
+    With the batch's statistics an example also acts through the other examples. Its layers' outputs receive the
+    derivative of the whole batch's loss in the backward pass, so the examples still sum to the gradient.
     """
     x, g, module = use.input, use.gradient, use.module
     if normalises_with_the_batch(module, use.training):
@@ -175,7 +175,7 @@ def batch_norm(use: Use, parts: Parts) -> list[ExampleGradients]:
 def running_statistics(use: Use, parts: Parts) -> list[ExampleGradients]:
     """BatchNorm in evaluation mode: the gradients of its running mean and variance."""
     if use.training:
-        raise RuntimeError("running statistics take part in evaluation mode only")
+        raise RuntimeError("running statistics are only used in evaluation mode")
     x, g, module = use.input, use.gradient, use.module
     mean, var = (by_channel(part, x) for part in (module.running_mean, module.running_var + module.eps))
     if module.weight is not None:
@@ -185,7 +185,7 @@ def running_statistics(use: Use, parts: Parts) -> list[ExampleGradients]:
 
 
 def by_channel(values: Tensor, like: Tensor) -> Tensor:
-    """Bring one number a channel into a shape that is broadcastable to ``like``, ``(examples, channels, …)``."""
+    """Reshape one number per channel so that it broadcasts to ``like``, ``(examples, channels, …)``."""
     return values.to(like.dtype).view(1, -1, *(1,) * (like.ndim - 2))
 
 

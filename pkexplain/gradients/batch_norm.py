@@ -1,13 +1,13 @@
-"""The layer in front of a BatchNorm: an example's share through its own normalised output, the batch held as it was.
+"""The layer before a BatchNorm: an example's share through its own normalised output, with the batch held fixed.
 
 With a batch's statistics, z_j = W x_j + b becomes y_j = γ (z_j − μ) / σ + β, where μ and σ belong to the whole batch.
-Example j's share of the gradient of W is that of ⟨dy_j, y_j⟩, for which every example of the batch has W:
+Example j's share of the gradient of W is the gradient of ⟨dy_j, y_j⟩, in which every example of the batch depends on W:
 
     G_j = Σ_p g_j,p ⊗ x_j,p − ḡ_j ⊗ x̄ − diag(s_j) C,    g = γ dy / σ,  ḡ_j = Σ_p g_j,p,  s_j = Σ_p g_j,p ẑ_j,p
 
-with x̄ the mean of x, and C that of ẑ ⊗ x, over the batch; for b it is zero. It is zero along what the BatchNorm
-does not let through, as the sum over the batch is. A split by the gradient of z_j is zero there in the sum alone, and
-an optimizer that divides by √v̂ would blow up what cancels.
+with x̄ the mean of x, and C the mean of ẑ ⊗ x, over the batch; for b it is zero. Like the sum over the batch, it is
+zero along directions that the BatchNorm removes. A split by the gradient of z_j is zero there only in the sum, and an
+optimizer that divides by √v̂ would amplify the terms that cancel.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pkexplain.gradients._rules import (
 )
 from pkexplain.gradients.factors import ExampleGradients, MatrixGradient, as_matrix
 
-__all__ = ["RowMixture", "in_front_of_norms", "is_in_front"]
+__all__ = ["RowMixture", "before_norms", "is_before_norm"]
 
 
 _ROUNDING = 1e3
@@ -82,27 +82,27 @@ class RowMixture(MatrixGradient):
         return self.output_gradients.nbytes + self.matrices.nbytes
 
 
-def is_in_front(rule: Rule, z: Tensor, norm: Use) -> bool:
-    """Whether a BatchNorm that was given z, a layer's output, normalises its rows with the batch's statistics."""
+def is_before_norm(rule: Rule, z: Tensor, norm: Use) -> bool:
+    """Whether a BatchNorm whose input is z, a layer's output, normalises its rows with the batch's statistics."""
     if not isinstance(norm.module, nn.modules.batchnorm._BatchNorm):
         return False
     by_row = rule is convolution or (rule is linear and z.ndim == 2)
     return by_row and normalises_with_the_batch(norm.module, norm.training)
 
 
-def in_front_of_norms(rule: Rule, use: Use, norms: Sequence[Use], parts: Parts) -> list[Sequence[ExampleGradients]]:
-    """Give the gradients of a Linear or convolution whose output BatchNorms normalised.
+def before_norms(rule: Rule, use: Use, norms: Sequence[Use], parts: Parts) -> list[Sequence[ExampleGradients]]:
+    """Compute the gradients of a Linear or convolution whose output BatchNorms normalised.
 
     Args:
         rule: The layer's rule.
         use: Its use, with the gradient of its output z.
-        norms: The uses of BatchNorms that were given z, with the gradients of their outputs.
+        norms: The uses of BatchNorms with input z, with the gradients of their outputs.
         parts: The blocks wanted.
 
     Returns:
         Several gradients for each block, which add up to the examples' shares.
     """
-    elsewhere = use.gradient  # what reached z and not through a norm
+    elsewhere = use.gradient  # the gradient that did not come through a norm
     own, weights, bases = torch.zeros_like(elsewhere), [], []
     for norm in norms:
         z, dy = norm.input.to(own.dtype), norm.gradient.to(own.dtype)

@@ -1,7 +1,7 @@
-"""Per-example gradients out of a real backward pass.
+"""Per-example gradients from a real backward pass.
 
-A forward hook notes what a layer was given; the gradient of its output arrives during the backward pass; the layer's
-rule (`pkexplain.gradients.layers`) makes the gradient of every example out of the two.
+A forward hook notes a layer's input; the gradient of its output arrives during the backward pass; from the two, the
+layer's rule (`pkexplain.gradients.layers`) computes the gradient of every example.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pkexplain.errors import ExampleIdError, PkexplainError
 from pkexplain.gradients._convolution import ConvolutionGradient
 from pkexplain.gradients._embedding import EmbeddingGradient
 from pkexplain.gradients._rules import Parts, Use
-from pkexplain.gradients.batch_norm import RowMixture, in_front_of_norms, is_in_front
+from pkexplain.gradients.batch_norm import RowMixture, before_norms, is_before_norm
 from pkexplain.gradients.factors import (
     DenseGradient,
     ExampleGradients,
@@ -41,7 +41,7 @@ GRADIENT_CLASSES = (
     RowMixture,
     ScaledGradient,
 )
-"""The forms that captured gradients take; what was saved of a run may hold these, and is rebuilt from no others."""
+"""The classes of captured gradients; a saved state may contain these and no others."""
 
 
 class Capture:
@@ -49,7 +49,7 @@ class Capture:
 
     Args:
         layers: The layers to watch (from `find_layers`).
-        dtype: Dtype of the gradients; None for that of each layer's output (which autocast may change).
+        dtype: Dtype of the gradients; None for the dtype of each layer's output (which autocast may change).
     """
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype | None = None) -> None:
@@ -62,18 +62,18 @@ class Capture:
         }
         self._paused = False
         self._positions: dict[str, bool] = {}  # embeddings of one-dimensional indices: whether those are positions
-        self._broadcast: set[str] = set()  # layers whose only row was seen to be added to every example
+        self._broadcast: set[str] = set()  # layers whose single row is known to be broadcast over the examples
 
     @contextmanager
     def during_backward(self, examples: int, sink: Callable[[int, ExampleGradients], None]) -> Iterator[None]:
-        """Hand every block's gradients to ``sink`` as the user's own backward pass reaches them.
+        """Pass every block's gradients to ``sink`` when the user's own backward pass reaches them.
 
         Args:
-            examples: The batch size that every layer's output must lead with.
-            sink: Called with the block's position and its gradients; several times where a layer is used repeatedly.
+            examples: The batch size, which must be the first dimension of every layer's output.
+            sink: Called with the block's position and its gradients; several times if a layer is used repeatedly.
 
         Raises:
-            ExampleIdError: A layer's output does not lead with ``examples`` rows.
+            ExampleIdError: A layer's output does not have ``examples`` rows.
         """
 
         def watch(use: _Noted, outputs: Sequence[Tensor]) -> None:
@@ -87,11 +87,11 @@ class Capture:
 
     @contextmanager
     def collecting(self, examples: int) -> Iterator[Callable[[Tensor], list[tuple[int, ExampleGradients]]]]:
-        """Yield a function that differentiates a scalar and returns every block's gradients, forming no ``.grad``."""
+        """Yield a function that differentiates a scalar and returns every block's gradients; no ``.grad`` is set."""
         uses: list[tuple[_Noted, list[Any]]] = []
 
         def note(use: _Noted, outputs: Sequence[Tensor]) -> None:
-            # the edge, not the tensor: an in-place ReLU behind the layer makes of the tensor what it put out
+            # the edge, not the tensor: an in-place ReLU after the layer turns the tensor into its own output
             uses.append((use, [torch.autograd.graph.get_gradient_edge(output) for output in outputs]))
 
         def gradients(scalar: Tensor) -> list[tuple[int, ExampleGradients]]:
@@ -109,8 +109,8 @@ class Capture:
 
     @contextmanager
     def _watching(self, examples: int, on_use: Callable[[_Noted, Sequence[Tensor]], None]) -> Iterator[None]:
-        spread: list[str] = []  # layers whose output has gained a dimension
-        made: dict[int, tuple[weakref.ref[Tensor], _Noted]] = {}  # who put out a tensor
+        spread: list[str] = []  # layers whose output was expanded
+        made: dict[int, tuple[weakref.ref[Tensor], _Noted]] = {}  # which use returned a tensor
         used: list[_Noted] = []
 
         def hook_for(layer: Layer) -> Callable[..., Any]:
@@ -118,7 +118,7 @@ class Capture:
                 if self._paused or not torch.is_grad_enabled():
                     return None
                 if layer.buffers and isinstance(output, Tensor) and not output.requires_grad:
-                    # nothing before it is trained, but its statistics are differentiated; a copy, for an in-place ReLU
+                    # nothing before it is trained, but its statistics are differentiated; cloned, for an in-place ReLU
                     output = output.detach().requires_grad_().clone()
                 noted = _Noted(layer, Use(module, args, kwargs, module.training))
                 why = layer.misuse(noted.use)
@@ -134,7 +134,7 @@ class Capture:
                     on_use(noted, watched)
                     source = made.get(id(noted.use.given(0, "input")))
                     if source and source[0]() is noted.use.given(0, "input"):
-                        source[1].behind.append(noted)
+                        source[1].followers.append(noted)
                     if isinstance(output, Tensor):
                         made[id(output)] = weakref.ref(output), noted
                 return output
@@ -147,15 +147,15 @@ class Capture:
         finally:
             for handle in handles:
                 handle.remove()
-            for noted in used:  # a tensor's hook holds a use that holds the tensor, by what is behind it
-                noted.behind.clear()
+            for noted in used:  # breaks a cycle: a tensor's hook holds a use that holds the tensor
+                noted.followers.clear()
                 noted.arrived.clear()
 
     def _spread(self, noted: _Noted, output: Tensor, examples: int, spread: list[str]) -> tuple[_Noted, Tensor]:
-        """Give an output that the model broadcasts over the batch one row per example, so that its gradient has too.
+        """Expand an output that the model broadcasts over the batch to one row per example, so its gradient is too.
 
-        Positions are looked up as ``(1, t)`` or as ``(t,)``; what a model adds to every example then has a leading
-        dimension of 1, or none.
+        Position embeddings are looked up as ``(1, t)`` or ``(t,)``; what a model adds to every example then has a
+        leading dimension of 1, or none.
         """
         layer, use = noted.layer, noted.use
         if output.ndim == 0 or layer.batch_axes != (0,):
@@ -172,7 +172,7 @@ class Capture:
         if examples == 1 or len(output) != 1 or any(_leads_with(v, examples) for v in _values(use)):
             return noted, output
         if spread:
-            raise _positions(spread[0], f"an output of shape {tuple(output.shape)} in layer {layer.name!r} behind it")
+            raise _positions(spread[0], f"an output of shape {tuple(output.shape)} in layer {layer.name!r} after it")
         return replace(noted, use=_widened(use, examples), spread=True), output.expand(examples, *output.shape[1:])
 
     def _are_positions(self, layer: Layer, ids: Tensor, examples: int) -> bool:
@@ -197,7 +197,7 @@ class Capture:
             elif arrived[0].any():
                 raise _positions(layer.name, "a gradient in the first row only")
         noted.arrived[:] = arrived
-        self._paused = True  # the rule may run the layer again, which is not a use to record
+        self._paused = True  # the rule may rerun the layer, which is not a use to record
         try:
             with torch.no_grad():
                 blocks = [block for block in layer.blocks if layer.buffers or self._moves(layer, block[1])]
@@ -213,11 +213,11 @@ class Capture:
             self._paused = False
 
     def _moves(self, layer: Layer, names: tuple[str, ...]) -> bool:
-        """Whether a block has a parameter that was not frozen since."""
+        """Whether a block has a parameter that is still trainable."""
         return any(parameter.requires_grad for parameter in self._parameters[layer.name, names])
 
     def _without_frozen(self, layer: Layer, names: tuple[str, ...], gradients: ExampleGradients) -> ExampleGradients:
-        """Leave out the parameters of a block that were frozen since."""
+        """Zero the gradients of a block's parameters that were frozen since."""
         parameters = self._parameters[layer.name, names]
         if all(parameter.requires_grad for parameter in parameters):
             return gradients
@@ -234,22 +234,22 @@ class _Noted:
     use: Use
     wanted: tuple[bool, ...] = ()
     spread: bool = False
-    lifted: bool = False  # one example, and a gradient without the dimension that counts it
-    behind: list[_Noted] = field(default_factory=list)  # uses of layers that were given its output
+    lifted: bool = False  # one example, and a gradient without a batch dimension
+    followers: list[_Noted] = field(default_factory=list)  # uses of layers whose input is its output
     arrived: list[Tensor | None] = field(default_factory=list)
 
 
 def _gradients(noted: _Noted, arrived: tuple[Tensor | None, ...], parts: Parts) -> Sequence[Sequence[ExampleGradients]]:
-    """Apply a layer's rule; where BatchNorms are behind it, through the output that they normalised."""
+    """Apply a layer's rule; if BatchNorms follow it, through the output that they normalised."""
     layer, use = noted.layer, replace(noted.use, gradients=arrived)
     if not parts:
         return []
     norms = [
         replace(other.use, gradients=tuple(other.arrived))
-        for other in noted.behind
-        if other.arrived and is_in_front(layer.rule, use.gradient, other.use)
+        for other in noted.followers
+        if other.arrived and is_before_norm(layer.rule, use.gradient, other.use)
     ]
-    return in_front_of_norms(layer.rule, use, norms, parts) if norms else [layer.rule(use, parts)]
+    return before_norms(layer.rule, use, norms, parts) if norms else [layer.rule(use, parts)]
 
 
 def _values(use: Use) -> list[Any]:
@@ -261,7 +261,7 @@ def _leads_with(value: Any, size: int) -> bool:
 
 
 def _widened(use: Use, examples: int, plain: int | None = None) -> Use:
-    """Repeat what was given once for every example: without a batch's dimension (of ``plain`` ones), or with 1."""
+    """Expand shared arguments to one per example: those without a batch dimension (of ``plain`` ones), or with 1."""
 
     def widen(value: Any) -> Any:
         if plain is not None and isinstance(value, Tensor) and value.ndim == plain:
@@ -272,7 +272,7 @@ def _widened(use: Use, examples: int, plain: int | None = None) -> Use:
 
 
 def _apart(layer: Layer, output: Any, examples: int, lifted: bool) -> tuple[Any, list[Tensor]]:
-    """Check a layer's outputs; where there are several, make each a tensor that no other one of them depends on."""
+    """Check a layer's outputs; if there are several, clone each, so that none depends on another."""
     if isinstance(output, nn.utils.rnn.PackedSequence):
         raise refusal(layer.name, layer.module, "it was given a PackedSequence")
     if isinstance(output, Tensor):
@@ -285,7 +285,7 @@ def _apart(layer: Layer, output: Any, examples: int, lifted: bool) -> tuple[Any,
         if isinstance(part, Tensor):
             if part.requires_grad:
                 _check_output(layer, part, examples, layer.batch_axes[min(len(places), len(layer.batch_axes) - 1)])
-                part = part.clone()  # not a view: an in-place ReLU behind one would lead around it
+                part = part.clone()  # not a view, which an in-place ReLU after it would bypass
             places.append(part)
             return part
         if isinstance(part, (tuple, list)):
@@ -301,10 +301,10 @@ def _apart(layer: Layer, output: Any, examples: int, lifted: bool) -> tuple[Any,
 def _positions(name: str, got: str) -> ExampleIdError:
     return ExampleIdError(
         f"recording layer {name!r}",
-        "whether its output belongs to the examples or is shared by them all cannot be told",
+        "its output could belong to the examples or be shared by all of them",
         got=got,
-        expected="one row per example, or positions of shape (1, T), added to the examples as they come",
-        source="the number of ids given to recorder.step(ids)",
+        expected="one row per example, or positions of shape (1, T), added directly to the examples",
+        source="the number of ids passed to recorder.step(ids)",
         fix="Pass positions as (1, T): torch.arange(T)[None]",
     )
 
@@ -316,6 +316,6 @@ def _check_output(layer: Layer, output: Tensor, examples: int, axis: int) -> Non
             "its output does not have one row per example",
             got=f"output of shape {tuple(output.shape)}",
             expected=f"{examples} rows",
-            source="the number of ids given to recorder.step(ids)",
-            fix="Give one id per row of the batch, and keep the batch as the first dimension of every layer",
+            source="the number of ids passed to recorder.step(ids)",
+            fix="Pass one id per row of the batch, and keep the batch as the first dimension of every layer",
         )

@@ -1,6 +1,6 @@
-"""The gradients of a block of parameters, example by example, kept in factors where the layer allows it.
+"""The per-example gradients of a block of parameters, in factored form if the layer allows it.
 
-Where a layer is a matrix acting on vectors (Linear, Conv, Embedding) the gradient of example i is a sum over positions
+If a layer is a matrix acting on vectors (Linear, Conv, Embedding) the gradient of example i is a sum over positions
 t of output gradient times input,
 
     G_i = Σ_t g_i,t ⊗ x_i,t        (parameter units)
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _NUMBERS_AT_ONCE = 1 << 19
-"""Most numbers of formed gradients at a time: what stays in a core's cache is several times faster."""
+"""The most numbers formed at a time; gradients that stay in a core's cache are several times faster."""
 
 
 class ExampleGradients(ABC):
@@ -48,7 +48,7 @@ class ExampleGradients(ABC):
         return self.dense().sum(0)
 
     def gross(self) -> Tensor:
-        """Bound the sum of the gradients' sizes, ``(numel,)``: what may cancel in `total`."""
+        """Bound the sum of the gradients' absolute values, ``(numel,)``: what may cancel in `total`."""
         return self.dense().abs().sum(0)
 
     @abstractmethod
@@ -65,7 +65,7 @@ class ExampleGradients(ABC):
         """Bytes of memory held."""
 
     def compact(self) -> ExampleGradients:
-        """Return the same gradients in the form that holds less memory."""
+        """Return the same gradients in the form that takes less memory."""
         return self
 
 
@@ -98,12 +98,12 @@ class DenseGradient(ExampleGradients):
 
 
 class MatrixGradient(ExampleGradients):
-    """Gradients of a matrix ``(rows, columns)``, the bias, where there is one, being its last column."""
+    """Gradients of a matrix ``(rows, columns)`` whose last column is the bias, if there is one."""
 
     weight: bool
     bias: bool
     output_gradients: Tensor
-    forms_anew: ClassVar[bool] = False  # whether what `formed` returns may be written over
+    forms_anew: ClassVar[bool] = False  # whether the tensors of `formed` are new, and may be overwritten
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -140,12 +140,12 @@ class MatrixGradient(ExampleGradients):
         return torch.cat([full[:, :, :-1].flatten(1), full[:, :, -1]], dim=1)
 
     def scaled(self, factors: Tensor) -> MatrixGradient:
-        """Multiply elementwise by ``factors``, ``(numel,)``: the product has no factors and is formed where needed."""
+        """Multiply elementwise by ``factors``, ``(numel,)``: the product has no factors and is formed when needed."""
         matrix = as_matrix(factors, self.matrix[0], self.weight and self.bias)
         return ScaledGradient(self, matrix, self.output_gradients, self.weight, self.bias)
 
     def compact(self) -> MatrixGradient:
-        """Return the same gradients in the form that holds less memory: in factors, or formed."""
+        """Return the same gradients in the form that takes less memory: factored, or formed."""
         g = self.output_gradients
         rows, columns = self.matrix
         if self.nbytes <= len(g) * rows * columns * g.element_size():
@@ -214,7 +214,7 @@ class ScaledGradient(MatrixGradient):
         return torch.cat([self._some(self.inner.select(slice(at, at + some)), left, right) for at in starts])
 
     def _some(self, inner: MatrixGradient, left: Tensor | None, right: Tensor | None) -> Tensor:
-        """Form and project a few examples; the bias by itself, as joining it to the weight would copy both."""
+        """Form and project a few examples; the bias separately, as joining it to the weight would copy both."""
         for_weight, for_bias = self._split(right)
         weight, bias = inner.formed()
         parts: list[Tensor] = []
@@ -282,7 +282,7 @@ class LinearGradient(MatrixGradient):
         return weight if self.weight else None, self.output_gradients.sum(1) if self.bias else None
 
     def gross(self) -> Tensor:
-        """Bound the sum of the gradients' sizes, ``(numel,)``."""
+        """Bound the sum of the gradients' absolute values, ``(numel,)``."""
         return replace(self, inputs=self.inputs.abs(), output_gradients=self.output_gradients.abs()).total()
 
     def total(self) -> Tensor:
@@ -303,7 +303,7 @@ class LinearGradient(MatrixGradient):
 
 
 def as_matrix(flat: Tensor, rows: int, both: bool) -> Tensor:
-    """Bring numbers in a block's parameter order, ``(numel,)``, into ``(rows, columns)``, a bias as the last column."""
+    """Reshape numbers in a block's parameter order, ``(numel,)``, to ``(rows, columns)``, a bias as the last column."""
     if not both:
         return flat.view(rows, -1)
     return torch.cat([flat[:-rows].view(rows, -1), flat[-rows:, None]], dim=1)
@@ -316,5 +316,5 @@ def outer_product(left: Tensor | None, g: Tensor, x: Tensor) -> Tensor:
         return g * x.transpose(1, 2)
     if left is not None and len(left) * t * (rows + columns) < rows * columns * (t + len(left)):
         return torch.bmm(left @ g, x.transpose(1, 2))
-    outer = torch.bmm(x, g.transpose(1, 2)).transpose(1, 2)  # the few columns first: twice as fast
+    outer = torch.bmm(x, g.transpose(1, 2)).transpose(1, 2)  # this order is twice as fast
     return outer if left is None else left @ outer

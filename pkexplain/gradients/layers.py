@@ -1,4 +1,4 @@
-"""Which layers can be recorded, by which rule, and where their parameters lie in one flat vector."""
+"""Which layers can be recorded, by which rule, and how their parameters are laid out in one flat vector."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ["Block", "Layer", "find_buffer_layers", "find_layers", "flatten_block
 
 @dataclass(frozen=True)
 class Block:
-    """Parameters that one layer owns and one optimizer group moves, side by side in the flat vector of parameters.
+    """Parameters owned by one layer and one optimizer group, contiguous in the flat vector of parameters.
 
-    A parameter that several layers share is a block by itself.
+    A parameter that several layers share is a separate block.
 
     Attributes:
-        name: The path in the model of the layer, the first one of several (``""`` for the model itself).
+        name: The layer's path in the model, the first of several (``""`` for the model itself).
         parameters: The parameters' names in the model.
         shapes: Their shapes.
-        group: The optimizer's parameter group that moves them.
-        start: Where the block begins in the flat vector.
-        matrix: ``(rows, columns)`` where the gradient is a `MatrixGradient`, otherwise None.
+        group: The optimizer's parameter group.
+        start: The block's first position in the flat vector.
+        matrix: ``(rows, columns)`` if the gradient is a `MatrixGradient`, otherwise None.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Block:
 
     @property
     def numel(self) -> int:
-        """How many numbers the block holds."""
+        """The number of parameters."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
     def span(self) -> slice:
-        """Where the block lies in the flat vector."""
+        """The block's slice of the flat vector."""
         return slice(self.start, self.start + self.numel)
 
 
@@ -60,13 +60,12 @@ class Layer:
     Attributes:
         name: The module's path in the model.
         module: The module.
-        rule: Turns one use of the module into the gradients of its blocks.
-        blocks: For each block, its position in the model's list of blocks and the local names of this module's
+        rule: Computes the gradients of its blocks from one use of the module.
+        blocks: For each block, its position in the model's list of blocks, and the local names of this module's
             parameters in it.
-        batch_axes: Which dimension counts the examples, for each tensor that the module returns; the last one holds
-            for all that follow.
+        batch_axes: The batch dimension of each tensor that the module returns; the last entry is repeated.
         buffers: Whether the blocks hold buffers, not parameters.
-        misuse: Says why one use of the module cannot be recorded, or None.
+        misuse: Returns why one use of the module cannot be recorded, or None.
     """
 
     name: str
@@ -80,13 +79,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Composite:
-    """What is known of a layer of several matrices.
+    """How a layer of several matrices is recorded.
 
     Attributes:
         rule: Its rule.
-        unfit: Says why a module can never be recorded, or None.
-        misuse: Says why one use of it cannot be recorded, or None.
-        axes: Which dimension counts the examples, for each tensor that it returns.
+        unfit: Returns why a module can never be recorded, or None.
+        misuse: Returns why one use of it cannot be recorded, or None.
+        axes: The batch dimension of each tensor that it returns.
     """
 
     rule: Rule
@@ -121,7 +120,7 @@ _COMPOSITES: dict[type[nn.Module], Composite] = {
 }
 """Layers of several matrices, which return several tensors."""
 _SEPARATE: tuple[Rule, ...] = (rules.transposed_linear, recurrent, attention)
-"""Rules that give every parameter a block of its own."""
+"""Rules that put every parameter in a separate block."""
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _WITHOUT_RULE = (
     nn.SyncBatchNorm,
@@ -135,7 +134,7 @@ _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.F
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
-    """Whether it is the Conv1D of `transformers`, which is not imported for that."""
+    """Whether it is the Conv1D of `transformers`, found without importing it."""
     kinds = [k for k in type(module).__mro__ if (k.__module__, k.__name__) == ("transformers.pytorch_utils", "Conv1D")]
     return any(type(module).forward is kind.forward for kind in kinds)
 
@@ -180,7 +179,7 @@ def _rule_for(name: str, module: nn.Module) -> Rule:
         if isinstance(part, _WITHOUT_RULE):
             raise refusal(name, module, f"{where} has no per-example rule")
         if isinstance(part, _BATCH_NORM):
-            why = f"{where} mixes the examples of a batch, which are taken one at a time here"
+            why = f"{where} mixes the examples of a batch, which are processed one at a time here"
             raise refusal(name, module, why)
         if isinstance(part, _RANDOM) and path and getattr(part, "p", None) != 0:
             raise refusal(name, module, f"it owns parameters directly and {where} draws random numbers")
@@ -188,7 +187,7 @@ def _rule_for(name: str, module: nn.Module) -> Rule:
 
 
 def _composite(module: nn.Module) -> Composite | None:
-    """Find the entry of a layer of several matrices, None where it is no such layer."""
+    """Find the entry of a layer of several matrices; None for other layers."""
     for kind, entry in _COMPOSITES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return entry
@@ -196,13 +195,13 @@ def _composite(module: nn.Module) -> Composite | None:
 
 
 def refusal(name: str, module: nn.Module, why: str) -> UnsupportedLayerError:
-    """Say by name which layer cannot be recorded, why, and what to do."""
+    """Make the error for a layer that cannot be recorded: its name, why, and what to do."""
     return UnsupportedLayerError(
         f"recording layer {name or '(the model itself)'!r}",
         f"no per-example gradient rule fits it: {why}",
         got=type(module).__name__,
         expected="Linear, Conv1d/2d/3d, Embedding, LayerNorm, GroupNorm, BatchNorm, RNN, LSTM, GRU, "
-        "MultiheadAttention, or a deterministic layer that treats every example alone",
+        "MultiheadAttention, or a deterministic layer that treats every example separately",
         source="the layers that can be recorded",
         fix="Replace it, or freeze it and keep it in evaluation mode: "
         f"model.get_submodule({name!r}).requires_grad_(False).eval()",
@@ -211,7 +210,7 @@ def refusal(name: str, module: nn.Module, why: str) -> UnsupportedLayerError:
 
 @dataclass(frozen=True)
 class _Owned:
-    """Parameters of one module that belong in one block."""
+    """Parameters of one module that form one block."""
 
     group: int
     path: str
@@ -227,16 +226,16 @@ class _Owned:
 
 
 def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], list[Block]]:
-    """Find every layer with parameters to record, and lay the parameters out in one flat vector, group after group.
+    """Find every layer with parameters to record, and arrange them in one flat vector, group after group.
 
     Args:
         model: The model.
         groups: The optimizer's parameter group for each trainable parameter's name.
 
     Returns:
-        The layers, and the blocks in the order of the flat vector. A parameter that several layers share is a block of
-        its own, which all of them give gradients to. A BatchNorm without a parameter to record is a layer without
-        blocks: the layer in front of it needs to know it.
+        The layers, and the blocks in the order of the flat vector. A parameter that several layers share is a separate
+        block, which receives gradients from all of them. A BatchNorm without a parameter to record is a layer without
+        blocks: the layer before it needs to know about it.
 
     Raises:
         UnsupportedLayerError: A layer has no per-example rule.
@@ -249,7 +248,7 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
             got="no trainable parameter of the model in the optimizer",
             expected="at least one",
             source="requires_grad and optimizer.param_groups",
-            fix="Set requires_grad=True on the parameters to train and give them to the optimizer",
+            fix="Set requires_grad=True on the parameters to train and pass them to the optimizer",
         )
     layers, blocks = _lay_out(sorted(_owned(model, groups), key=lambda owned: owned.group))
     known = {id(layer.module) for layer in layers}
@@ -258,7 +257,7 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
 
 
 def find_buffer_layers(model: nn.Module) -> list[Layer]:
-    """Find every BatchNorm with running statistics, for the gradients of those in evaluation mode.
+    """Find every BatchNorm with running statistics, for their gradients in evaluation mode.
 
     Args:
         model: The model.
@@ -279,7 +278,7 @@ def find_buffer_layers(model: nn.Module) -> list[Layer]:
 
 
 def _owned(model: nn.Module, groups: dict[str, int]) -> Iterator[_Owned]:
-    """Go through the modules that own parameters to record; those that share a block come together."""
+    """Iterate over the modules that own parameters to record, with one entry for each of their blocks."""
     names = {id(p): n for n, p in model.named_parameters()}
     owners: dict[str, int] = {}
     found: list[tuple[str, nn.Module, dict[str, str]]] = []
@@ -317,7 +316,7 @@ def _lay_out(found: Sequence[_Owned]) -> tuple[list[Layer], list[Block]]:
             start = blocks[-1].span.stop if blocks else 0
             blocks.append(Block(owned.path, owned.parameters, shapes, owned.group, start, owned.matrix))
             shared.update({owned.parameters[0]: position} if owned.shared else {})
-        elif blocks[position].matrix != owned.matrix:  # one owner takes it for a matrix, another does not
+        elif blocks[position].matrix != owned.matrix:  # a matrix for one owner, not for another
             blocks[position] = replace(blocks[position], matrix=None)
         known = layers[owned.path].blocks if owned.path in layers else ()
         composite = _composite(owned.module)
@@ -331,7 +330,7 @@ def _lay_out(found: Sequence[_Owned]) -> tuple[list[Layer], list[Block]]:
 
 
 def _formed(layer: Layer, positions: set[int]) -> Layer:
-    """Let a layer form its gradients of the blocks at ``positions``, whose other owners have no matrices."""
+    """Make a layer form its gradients of the blocks at ``positions``, which are not matrices for other owners."""
     forming = {names for position, names in layer.blocks if position in positions}
     if not forming:
         return layer

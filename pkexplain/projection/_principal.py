@@ -1,6 +1,6 @@
-"""Principal directions of gradient matrices, and how many of them each layer deserves.
+"""Principal directions of gradient matrices, and how many of them each layer gets.
 
-For a layer with gradients G_i, ``(rows, columns)``, the two-sided map L G Rᵀ keeps most of Σ_i ‖G_i‖² where L and R
+For a layer with gradients G_i, ``(rows, columns)``, the two-sided map L G Rᵀ keeps most of Σ_i ‖G_i‖² if L and R
 hold the leading eigenvectors of Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i (the higher-order SVD). Both are estimated without
 forming G_i: for random signs Ω with E[Ω Ωᵀ] = I, (G_i Ω)(G_i Ω)ᵀ has expectation G_i G_iᵀ.
 """
@@ -25,14 +25,14 @@ __all__ = ["principal_bases"]
 _WIDEST = 4096
 """The widest side whose principal directions are computed; a wider one (a vocabulary) gets random signs."""
 _LEADING = 256
-"""How many directions of a wide side are looked for; no layer gets more of them."""
+"""The number of directions computed for a wide side; no layer gets more."""
 _MOST_SKETCHES = 16
 _SAMPLES = 1
-"""Vectors that a covariance is estimated from, for each of its rows: examples times random combinations."""
+"""Vectors from which a covariance is estimated, for each of its rows: examples times random combinations."""
 _ENOUGH = 2048
-"""Examples that are enough to estimate a narrow covariance; of more, every second or third batch is taken."""
+"""Examples that suffice to estimate a narrow covariance; with more, only every second or third batch is used."""
 _RANDOM_WIDTH = 32
-"""How many random signs a side gets that is too wide, and at most one of a layer that has not been seen."""
+"""Random directions for a side that is too wide; also the most for a layer whose gradients were not seen."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class _Side:
         return cls(random_signs(seed, stream, (width, side)), [])
 
     def first(self, n: int) -> Tensor:
-        """Return the first n directions; all of them are as good as no rotation, which costs nothing."""
+        """Return the first n directions; for all of them the identity, which costs nothing and is as good."""
         side = self.basis.shape[1]
         return torch.eye(side, dtype=self.basis.dtype) if n == side else self.basis[:n]
 
@@ -92,7 +92,7 @@ def _gram(seen: Sequence[MatrixGradient], side: int, seed: int, stream: int, gro
 
 
 def _share_out(sides: dict[int, tuple[_Side, _Side]], weights: dict[int, float], k: int) -> dict[int, tuple[int, int]]:
-    """Give each layer (n_rows, n_columns) directions, Σ n_rows·n_columns ≤ k, adding what gains most for its cost."""
+    """Give each layer (n_rows, n_columns) directions, Σ n_rows·n_columns ≤ k, adding the best gain per cost first."""
     sizes: dict[int, tuple[int, int]] = {}
     for position, pair in sides.items():
         sizes[position] = tuple(1 if side.shares else len(side.basis) for side in pair)  # pyright: ignore
@@ -128,21 +128,21 @@ def principal_bases(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Find the bases L and R of every matrix block.
 
-    A layer's energy counts with its square root, so that a layer whose gradients are small at first is not starved.
+    A layer's energy is weighted by its square root, so that a layer with small gradients at first is not starved.
 
     Args:
         blocks: The model's blocks.
         seen: Batches of captured gradients.
-        k: Columns to give away over all blocks; each block gets one at least.
+        k: Columns for all blocks together; each block gets at least one.
         seed: Seed of the random combinations.
-        group: The processes that have seen them, each its own.
+        group: The processes, each with its own gradients.
 
     Returns:
         For each matrix block's position, L ``(n_rows, rows)`` and R ``(n_columns, columns)``, rows orthonormal.
     """
     sides: dict[int, tuple[_Side, _Side]] = {}
     weights: dict[int, float] = {}
-    most = max(1, math.isqrt(max(k, 0) // (2 * len(blocks))))  # a layer that has not been seen gets half an even share
+    most = max(1, math.isqrt(max(k, 0) // (2 * len(blocks))))  # a layer without gradients gets half an even share
     for position, block in enumerate(blocks):
         if block.matrix is None:
             continue

@@ -1,8 +1,8 @@
 """Seeded linear maps P: R^D → R^k that compress gradients, the same on every device.
 
-A projection is a small frozen description, bound to a model's blocks as a `pkexplain.projection.maps.Projector`. What
-is random comes from a seed (NumPy's Philox, drawn on the CPU); what depends on data (`Kronecker`'s principal
-directions) is stored with the run.
+A projection is a small frozen description; bound to a model's blocks it is a `pkexplain.projection.maps.Projector`.
+What is random comes from a seed (NumPy's Philox, drawn on the CPU); what depends on data (the principal directions of
+`Kronecker`) is stored with the run.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from pkexplain.projection.maps import IdentityMap, Map, Pieces, Projector, TwoSi
 __all__ = ["Identity", "Kronecker", "Projection", "SparseSign", "projection_from_description"]
 
 _MOST_NONZEROS = 256
-"""More columns for a coordinate make a table that is larger, and a projection that is no better."""
+"""Adding a coordinate to more columns than this makes the table larger and the projection no better."""
 
 
 @dataclass(frozen=True)
 class Projection(ABC):
-    """A seeded linear map, described but not yet bound to a model."""
+    """The description of a seeded linear map, not yet bound to a model."""
 
     kind: ClassVar[str]
 
     @property
     def warm_up(self) -> int:
-        """Examples whose gradients must be seen before the map is fixed."""
+        """The number of examples whose gradients are needed to fix the map."""
         return 0
 
     def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of stored rows, given that of the recorder."""
+        """Return the dtype of stored rows, given the recorder's dtype."""
         return torch.float16 if dtype == torch.float32 else dtype
 
     @abstractmethod
@@ -58,11 +58,11 @@ class Projection(ABC):
         Args:
             blocks: The model's blocks.
             dtype: Dtype of the arithmetic.
-            device: Where the arithmetic happens.
-            seen: Batches of captured gradients, at least ``warm_up`` examples where there are so many.
-            preconditioner: S, ``(parameters,)``, for a map P of S⁻¹ D and S φ; the gradients seen are
-                preconditioned already.
-            group: The processes that saw gradients, each its own; by default this one alone.
+            device: Device of the arithmetic.
+            seen: Batches of captured gradients, of at least ``warm_up`` examples if there are that many.
+            preconditioner: S, ``(parameters,)``, for a map P of S⁻¹ D and S φ; the gradients in ``seen`` are already
+                preconditioned.
+            group: The processes, each with its own gradients; by default only this one.
         """
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Projection(ABC):
     def restore(
         self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
     ) -> Projector:
-        """Make the same map again from what `Projector.tensors` kept."""
+        """Rebuild the same map from what `Projector.tensors` returned."""
 
     def describe(self) -> dict[str, Any]:
         """Describe the projection in plain data: its kind and its parameters."""
@@ -82,12 +82,12 @@ class Projection(ABC):
 
 @dataclass(frozen=True)
 class Identity(Projection):
-    """Keep every coordinate: exact, and as large as the model; for small models and for checking the others."""
+    """Keep every coordinate: exact, and as large as the model; for small models and for checking other projections."""
 
     kind: ClassVar[str] = "Identity"
 
     def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the recorder's own dtype: an exact row is not rounded."""
+        """Return the recorder's dtype: an exact row is not rounded."""
         return dtype
 
     def bind(
@@ -99,7 +99,7 @@ class Identity(Projection):
         preconditioner: Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> Projector:
-        """Make the map for a model's blocks; where nothing is lost there is nothing to preconditioner."""
+        """Make the map for a model's blocks; it loses nothing, so it needs no preconditioner."""
         return Projector(blocks, [IdentityMap(block.span) for block in blocks], dtype, device)
 
     def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
@@ -109,7 +109,7 @@ class Identity(Projection):
     def restore(
         self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
     ) -> Projector:
-        """Make the same map again."""
+        """Rebuild the same map."""
         return self.bind(blocks, dtype, device, ())
 
 
@@ -118,8 +118,8 @@ class SparseSign(Projection):
     """Sparse random signs (SJLT, Kane & Nelson 2014): unbiased inner products for any data, ⟨Pu, Pv⟩ ≈ ⟨u, v⟩.
 
     Args:
-        k: Numbers a row and segment.
-        nonzeros: Columns that each coordinate is added to.
+        k: Numbers in a row, for each segment.
+        nonzeros: Columns to which each coordinate is added.
         seed: Seed of the signs and positions.
     """
 
@@ -129,7 +129,7 @@ class SparseSign(Projection):
     kind: ClassVar[str] = "SparseSign"
 
     def __post_init__(self) -> None:
-        """Refuse sizes that make no map."""
+        """Refuse invalid sizes."""
         _positive(self, k=self.k, nonzeros=self.nonzeros)
         _check_seed(self, self.seed)
         if self.nonzeros > _MOST_NONZEROS:
@@ -144,7 +144,7 @@ class SparseSign(Projection):
         preconditioner: Tensor | None = None,
         group: ProcessGroup | None = None,
     ) -> Projector:
-        """Make the map for a model's blocks; each gets columns in proportion to the root of its size, or all of it."""
+        """Make the map for a model's blocks; a block's columns grow with the root of its size, up to its size."""
         maps: list[Map] = []
         start = 0
         for position, (block, width) in enumerate(zip(blocks, self._widths(blocks), strict=True)):
@@ -157,7 +157,7 @@ class SparseSign(Projection):
         return Projector(blocks, maps, dtype, device, preconditioner)
 
     def _widths(self, blocks: Sequence[Block]) -> list[int]:
-        """Share k out, the small blocks first: what they need less than their share is the others'."""
+        """Divide k among the blocks, small blocks first: what they leave of their share goes to the others."""
         widths, left = [0] * len(blocks), self.k
         rest = sum(math.sqrt(block.numel) for block in blocks)
         for position in sorted(range(len(blocks)), key=lambda p: blocks[p].numel):
@@ -173,23 +173,23 @@ class SparseSign(Projection):
     def restore(
         self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
     ) -> Projector:
-        """Make the same map again."""
+        """Rebuild the same map."""
         return self.bind(blocks, dtype, device, (), kept.get("preconditioner"))
 
 
 @dataclass(frozen=True)
 class Kronecker(Projection):
-    """Two-sided maps L G Rᵀ, one a layer, along the principal directions of the first gradients of the run.
+    """Two-sided maps L G Rᵀ, one for each layer, along the principal directions of the run's first gradients.
 
     L and R hold the leading eigenvectors of Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i over the first ``warm_up_examples`` examples
-    (each estimated from random combinations of columns and rows, without forming G_i); how many of each a layer gets is
-    chosen greedily by the energy they add for each number they cost. Inner products lose what lies outside these
-    directions (a bias that the projection gap and the audit measure) and have no random error inside them.
-    A side wider than 4,096 (a vocabulary) gets random signs, and so do parameters that are not a matrix.
+    (each estimated from random combinations of columns and rows, without forming G_i). How many of each a layer gets
+    is chosen greedily by energy gained per number. Inner products lose what is outside these directions (a bias that
+    the projection gap and the audit measure) and have no random error inside them. A side wider than 4,096 (a
+    vocabulary) gets random signs, and so do parameters that are not a matrix.
 
     Args:
-        k: Numbers a row and segment, at most.
-        warm_up_examples: Examples whose gradients wait in memory (1 GiB at most) until the directions are known; the
+        k: The most numbers in a row, for each segment.
+        warm_up_examples: Examples whose gradients wait in memory (at most 1 GiB) until the directions are known; the
             more of the training set they cover, the better the directions.
         seed: Seed of the random combinations and signs.
     """
@@ -200,13 +200,13 @@ class Kronecker(Projection):
     kind: ClassVar[str] = "Kronecker"
 
     def __post_init__(self) -> None:
-        """Refuse sizes that make no map."""
+        """Refuse invalid sizes."""
         _positive(self, k=self.k, warm_up_examples=self.warm_up_examples)
         _check_seed(self, self.seed)
 
     @property
     def warm_up(self) -> int:
-        """Examples whose gradients must be seen before the map is fixed."""
+        """The number of examples whose gradients are needed to fix the map."""
         return self.warm_up_examples
 
     def bind(
@@ -229,7 +229,7 @@ class Kronecker(Projection):
         return self.restore(blocks, dtype, device, kept)
 
     def _loose_widths(self, blocks: Sequence[Block]) -> dict[int, int]:
-        """Give the parameters that are not a matrix an eighth of the columns, in equal parts."""
+        """Give an eighth of the columns, in equal parts, to the parameters that are not a matrix."""
         loose = [position for position, block in enumerate(blocks) if block.matrix is None]
         return {p: min(blocks[p].numel, max(1, self.k // (8 * len(loose)))) for p in loose}
 
@@ -242,7 +242,7 @@ class Kronecker(Projection):
     def restore(
         self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
     ) -> Projector:
-        """Make the same map again from its stored bases."""
+        """Rebuild the same map from its stored bases."""
         widths = self._loose_widths(blocks)
         maps: list[Map] = []
         start = 0
@@ -273,7 +273,7 @@ def _check_seed(projection: Projection, seed: object) -> None:
 def _no_map(projection: Projection, name: str, size: object, expected: str) -> ConfigurationError:
     return ConfigurationError(
         f"{projection.kind}({name}=…)",
-        "the size makes no map",
+        "the value is invalid",
         got=repr(size),
         expected=expected,
         source="the projection's parameters",
@@ -282,7 +282,7 @@ def _no_map(projection: Projection, name: str, size: object, expected: str) -> C
 
 
 def projection_from_description(described: Mapping[str, Any]) -> Projection:
-    """Make a projection again from what `Projection.describe` said.
+    """Rebuild a projection from what `Projection.describe` returned.
 
     Raises:
         ConfigurationError: The kind is not known.
@@ -293,7 +293,7 @@ def projection_from_description(described: Mapping[str, Any]) -> Projection:
     if kind not in kinds:
         raise ConfigurationError(
             "projection",
-            "this kind is not known here",
+            "this kind is unknown",
             got=repr(kind),
             expected=", ".join(kinds),
             source="the run's manifest",

@@ -1,7 +1,7 @@
 """Linear maps of gradients to the columns of a row, block by block.
 
-All random numbers are raw words of NumPy's Philox counter-based generator, made on the CPU from the seed and then
-moved, so a seed means the same map on any device and platform.
+All random numbers are raw words of NumPy's counter-based Philox generator, drawn on the CPU from the seed and then
+moved, so a seed gives the same map on any device and platform.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class TwoSidedMap(Map):
     columns: slice
     left: Tensor  # (k_rows, rows)
     right: Tensor  # (k_columns, columns)
-    split: bool  # whether the last column is the bias, which lies behind the weight in a plain vector
+    split: bool  # whether the last column is the bias, which follows the weight in a plain vector
 
     def gradients(self, gradients: ExampleGradients) -> Tensor:
         """Map per-example gradients, ``(examples, columns)``."""
@@ -127,8 +127,8 @@ def hashed(columns: slice, numel: int, nonzeros: int, seed: int, stream: int) ->
 class Projector:
     """A projection bound to the blocks of a model.
 
-    A displacement's row is P S⁻¹ D and a covector's is P S φ, with a diagonal S that puts both on one scale where the
-    optimizer moves some coordinates much further than others.
+    A displacement's row is P S⁻¹ D and a covector's is P S φ, with a diagonal preconditioner S that brings both to a
+    similar scale if the optimizer moves some coordinates much further than others.
 
     Attributes:
         columns: k, the number of columns of a row.
@@ -143,7 +143,7 @@ class Projector:
         device: Any,
         preconditioner: Tensor | None = None,
     ) -> None:
-        """Gather the maps and move their tables."""
+        """Move the maps' tables to the device."""
         self.blocks, self.dtype, self.device = tuple(blocks), dtype, device
         self.maps = tuple(maps)
         self.columns = max(m.columns.stop for m in maps)
@@ -177,7 +177,7 @@ class Projector:
         """Project the captured gradients of a batch, without a preconditioner.
 
         Args:
-            pieces: Block positions with gradients; a block may come several times, its parts are added, or not at all.
+            pieces: Block positions with gradients; a block may occur several times (they are added) or not at all.
             examples: The batch size.
 
         Returns:
@@ -199,13 +199,13 @@ class Projector:
         return rows
 
     def add_covectors(self, rows: Tensor, position: int, gradients: ExampleGradients) -> None:
-        """Balance and project one block's output gradients, P S φ, and add them to ``rows``, in place."""
+        """Precondition and project one block's output gradients, P S φ, and add them to ``rows``, in place."""
         if self.preconditioner is not None:
             gradients = gradients.scaled(self.preconditioner[self.blocks[position].span])
         self.add(rows, position, gradients)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what must be stored because no seed gives it again: bases of two-sided maps, the preconditioner."""
+        """Return what a seed cannot reproduce and must be stored: bases of two-sided maps, the preconditioner."""
         kept = {}
         for position, part in enumerate(self.maps):
             if isinstance(part, TwoSidedMap):

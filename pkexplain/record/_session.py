@@ -158,9 +158,7 @@ class Session:
         self._deleted = trajectory.manifest.withdrawn
         if standpoint.state is not None:
             self._sums.load_state_dict(restore_state(plan.store, standpoint, spec, self._accountant))
-        self._writer.resume(
-            trajectory.manifest, self._ended, standpoint.segments
-        )  # last: a refusal drops nothing
+        self._writer.resume(trajectory.manifest, self._ended, standpoint.segments)  # last: a refusal drops nothing
 
     def close(self, error: type[BaseException] | None) -> None:
         """Finish the last segment and remove the hooks, also after an error."""

@@ -25,12 +25,12 @@ Format = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 
 
 class MisfitError(ValueError):
-    """A file does not hold what the manifest says; the store makes a `RunDamagedError` of it.
+    """A file does not hold what the manifest says; the store raises it as a `RunDamagedError`.
 
     Args:
         wrong: What is wrong.
         got: What was found.
-        expected: What would do.
+        expected: What was expected.
     """
 
     def __init__(self, wrong: str, got: Any, expected: Any) -> None:
@@ -45,8 +45,8 @@ class Layout:
 
     Attributes:
         trajectory: The run.
-        parameters: How many numbers θ holds.
-        columns: k, how many numbers a row holds.
+        parameters: The size of θ.
+        columns: k, the size of a row.
     """
 
     trajectory: Trajectory
@@ -99,7 +99,9 @@ class Layout:
         _check_tensors(tensors, wanted)
         ids, most = tensors["audit_ids"], self.trajectory.num_examples
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= most or len(ids.unique()) < len(ids)):
-            raise MisfitError("it audits examples that are none", ids.tolist(), f"different ids from 0 to {most - 1}")
+            raise MisfitError(
+                "it audits examples that do not exist", ids.tolist(), f"different ids from 0 to {most - 1}"
+            )
 
     def _check_rows(self, tensors: Mapping[str, Tensor], count: int) -> None:
         kind = self.trajectory.projection.row_dtype(self.trajectory.dtype)
@@ -121,7 +123,7 @@ class Layout:
                 shape = max(1, min(_length(tensor), sizes[name])), sizes[name]
             elif name != "preconditioner":
                 raise MisfitError(
-                    "it holds a tensor that the projection has no use for", name, [*sizes, "preconditioner"][:8]
+                    "it holds a tensor that the projection does not use", name, [*sizes, "preconditioner"][:8]
                 )
             _check_tensors(tensors, {name: (shape, (self.trajectory.dtype,))})
         try:

@@ -32,7 +32,7 @@ class Store(ABC):
 
     @abstractmethod
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
-        """Write tensors under a name; they count once `commit` has named them.
+        """Write tensors under a name; they count once `commit` has listed them.
 
         Returns:
             The size and checksum of the file, for the manifest.
@@ -43,19 +43,19 @@ class Store(ABC):
 
     @abstractmethod
     def note(self, name: str, entry: FileEntry) -> None:
-        """Take a file into the next manifest that another process has put."""
+        """List a file that another process has written in the next manifest."""
 
     @abstractmethod
     def drop(self, names: Iterable[str]) -> None:
-        """Leave files out of the next manifest; they are removed once it is there."""
+        """Leave files out of the next manifest; they are deleted once it is written."""
 
     @abstractmethod
     def reopen(self) -> Manifest:
-        """Take up a run that is there, to write on in it; return its manifest."""
+        """Open an existing run for writing; return its manifest."""
 
     @abstractmethod
     def lock(self) -> AbstractContextManager[object]:
-        """Keep every other writer out until the context is left.
+        """Keep every other writer out until the context exits.
 
         Raises:
             RunBusyError: There is one already.
@@ -87,7 +87,7 @@ class Store(ABC):
 
         Raises:
             RunNotFoundError: There is no run, or it holds no finished segment.
-            RunDamagedError: The manifest is not that of a run; files are checked against it as they are read.
+            RunDamagedError: The manifest is not a run's; files are checked against it when they are read.
         """
         manifest = self.manifest()
         if not manifest.segments:
@@ -102,7 +102,9 @@ class Store(ABC):
         try:
             trajectory = Trajectory.of(manifest, self.read)
         except (TypeError, ValueError, OverflowError) as error:
-            raise damaged(self, "manifest.json", "it is not that of a run", f"{error!r}", "a run's manifest") from error
+            raise damaged(
+                self, "manifest.json", "it is not a run's manifest", f"{error!r}", "a manifest that a recorder wrote"
+            ) from error
         layout = Layout.of(trajectory)
 
         def read(name: str) -> Mapping[str, Tensor]:
@@ -117,7 +119,7 @@ class Store(ABC):
 
 
 def damaged(store: Store, name: str, wrong: str, got: Any, expected: Any) -> RunDamagedError:
-    """Say what is wrong with a file of a run."""
+    """Make the error for a damaged file of a run."""
     return RunDamagedError(
         f"reading {name} of the run in {store}",
         wrong,
@@ -129,10 +131,10 @@ def damaged(store: Store, name: str, wrong: str, got: Any, expected: Any) -> Run
 
 
 def busy(store: Store) -> RunBusyError:
-    """Say that somebody else writes to a run."""
+    """Make the error for a run that is being written to."""
     return RunBusyError(
         f"writing to the run in {store}",
-        "it is being written already",
+        "it is already being written to",
         got="a second writer",
         expected="one at a time",
         source="the run's lock",
@@ -141,19 +143,19 @@ def busy(store: Store) -> RunBusyError:
 
 
 def exists(store: Store) -> RunExistsError:
-    """Say that there is a run already."""
+    """Make the error for a directory that already holds a run."""
     return RunExistsError(
         f"recording into {store}",
         "it already holds a run",
         got="a manifest",
-        expected="an empty place",
+        expected="an empty directory",
         source="manifest.json",
-        fix="Choose another directory, go on with this run by Recorder.resume, or delete it first",
+        fix="Choose another directory, continue this run with Recorder.resume, or delete it first",
     )
 
 
 def not_found(store: Store) -> RunNotFoundError:
-    """Say that there is no run."""
+    """Make the error for a missing run."""
     return RunNotFoundError(
         f"reading the run in {store}",
         "there is no run",

@@ -28,18 +28,18 @@ from pkexplain.store.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manif
 __all__ = ["DirectoryStore", "open_store"]
 
 _LARGEST_MANIFEST = 1 << 26
-"""Bytes, of some 80,000 segments; JSON can take twenty times its size once it is read."""
+"""Bytes, enough for some 80,000 segments; parsed JSON can take twenty times its size."""
 
 
 class DirectoryStore(Store):
     """A run in a directory.
 
     Args:
-        path: The directory; it is made when a run starts.
+        path: The directory; it is created when a run starts.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Point at a directory, without touching it."""
+        """Name a directory, without touching it."""
         self.path = Path(path)
         self._files: dict[str, FileEntry] = {}
         self._dropped: set[str] = set()
@@ -47,7 +47,7 @@ class DirectoryStore(Store):
         self._known: Manifest | None = None
 
     def __str__(self) -> str:
-        """Name the place."""
+        """Return the path."""
         return str(self.path)
 
     def create(self, manifest: Manifest) -> None:
@@ -63,14 +63,14 @@ class DirectoryStore(Store):
         self.commit(manifest)
 
     def reopen(self) -> Manifest:
-        """Take up the run that is there, and sweep out what a killed writer has left."""
+        """Open the existing run for writing, and remove what a killed writer left."""
         manifest = self.manifest()
         self._files, self._dropped = dict(manifest.files), set()
         self._sweep()
         return manifest
 
     def _sweep(self) -> None:
-        """Remove the files of this kind that the manifest does not name: a killed writer's, which count for nothing."""
+        """Remove files of a run that the manifest does not list: a killed writer left them."""
         for folder in ("checkpoints", "segments", "rows", "states", "."):
             self._keep_inside(folder)
             for file in (self.path / folder).glob("*"):
@@ -81,7 +81,7 @@ class DirectoryStore(Store):
 
     @contextmanager
     def lock(self) -> Iterator[object]:
-        """Keep every other writer out, by a lock that the system takes back from a process that dies."""
+        """Keep every other writer out, with a lock that the system releases if the process dies."""
         self._keep_inside("lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -107,9 +107,9 @@ class DirectoryStore(Store):
             target.parent.mkdir(parents=True, exist_ok=True)
             with write_atomically(target) as temporary:
                 safetensors.torch.save_file(content, temporary)
-                with contextlib.suppress(FileNotFoundError):  # on another machine than the first process
+                with contextlib.suppress(FileNotFoundError):  # on a machine other than the first process's
                     mode = (self.path / "manifest.json").stat().st_mode
-                    temporary.chmod(mode)  # safetensors makes files for the owner alone
+                    temporary.chmod(mode)  # safetensors makes files that only the owner can read
                 self._read.pop(name, None)
                 self._dropped.discard(name)
                 self._files[name] = FileEntry(bytes=temporary.stat().st_size, sha256=checksum_file(temporary))
@@ -118,11 +118,11 @@ class DirectoryStore(Store):
         return self._files[name]
 
     def note(self, name: str, entry: FileEntry) -> None:
-        """Take a file into the next manifest that another process has put."""
+        """List a file that another process has written in the next manifest."""
         self._files[name] = entry
 
     def drop(self, names: Iterable[str]) -> None:
-        """Leave files out of the next manifest; they are removed once it is there."""
+        """Leave files out of the next manifest; they are deleted once it is written."""
         for name in names:
             self._files.pop(name, None)
             self._read.pop(name, None)
@@ -135,7 +135,7 @@ class DirectoryStore(Store):
         try:
             text = json.dumps(content)
             if len(text) > _LARGEST_MANIFEST:
-                raise OSError(f"{len(text)} bytes, more than any reader takes: record fewer, longer segments")
+                raise OSError(f"{len(text)} bytes, more than a reader accepts: record fewer, longer segments")
             with write_atomically(self.path / "manifest.json") as temporary:
                 temporary.write_text(text, encoding="utf-8")
             self._known = None
@@ -166,11 +166,15 @@ class DirectoryStore(Store):
             raise self._damaged("manifest.json", "it was altered", f"sha256 {found}", f"sha256 {stated}")
         if content.get("format_version") != FORMAT_VERSION:
             version = content.get("format_version")
-            raise self._damaged("manifest.json", "its format is not known here", version, FORMAT_VERSION)
+            raise self._damaged(
+                "manifest.json", "this version of pkexplain does not know its format", version, FORMAT_VERSION
+            )
         try:
             self._known = msgspec.convert(content, Manifest)
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
-            raise self._damaged("manifest.json", "it is not that of a run", error, "a run's manifest") from error
+            raise self._damaged(
+                "manifest.json", "it is not a run's manifest", error, "a manifest that a recorder wrote"
+            ) from error
         return self._known
 
     def read(self, name: str) -> Mapping[str, Tensor]:
@@ -193,7 +197,7 @@ class DirectoryStore(Store):
         """
         stated = (self._known or self.manifest()).files.get(name)
         if stated is None:
-            raise self._damaged(name, "the manifest does not name it", "no entry", "an entry")
+            raise self._damaged(name, "the manifest does not list it", "no entry", "an entry")
         file = self.path / name
         self._keep_inside(name)
         if not file.is_file():
@@ -207,7 +211,7 @@ class DirectoryStore(Store):
             raise self._damaged(name, "it was altered", f"sha256 {found}", f"sha256 {stated.sha256}")
 
     def _keep_inside(self, name: str) -> None:
-        """Refuse a link that leads out of the run: what is read, written or swept out there is not the run's."""
+        """Refuse a link that leads out of the run: nothing outside it may be read, written or deleted."""
         place, home = (self.path / name).resolve(), self.path.resolve()
         if place != home and home not in place.parents:
             raise self._damaged(name, "it is a link that leaves the run", place, "a file of its own")
@@ -227,5 +231,5 @@ class DirectoryStore(Store):
 
 
 def open_store(run: str | os.PathLike[str] | Store) -> Store:
-    """Take a path or a store for a store."""
+    """Return the store of a path, or the store itself."""
     return run if isinstance(run, Store) else DirectoryStore(run)

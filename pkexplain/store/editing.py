@@ -33,18 +33,18 @@ _ROWS_AT_ONCE = 4096
 
 
 def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Progress = no_progress) -> None:
-    """Lay the rows of a run out in another number of files a segment; no number changes.
+    """Store the rows of each segment in a different number of files; no number changes.
 
-    A run that several processes recorded has one file of rows for each of them. Where they wrote to disks of their own,
-    copy all files into one directory first.
+    A run recorded by several processes has one file of rows for each of them. If they wrote to separate disks, copy all
+    files into one directory first.
 
     Args:
         run: The run.
-        shards: How many files of rows a segment gets.
+        shards: Files of rows for each segment.
         progress: Told how many segments are done.
 
     Raises:
-        ConfigurationError: There cannot be so many.
+        ConfigurationError: The number is invalid.
         RunBusyError: The run is being written to.
         RunDamagedError: A file of the run is missing, truncated or altered.
     """
@@ -52,11 +52,11 @@ def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Pro
     if not isinstance(shards, int) or shards < 1:
         raise ConfigurationError(
             "merge(shards=…)",
-            "the rows cannot be laid out in so many files",
+            "the rows cannot be stored in this many files",
             got=repr(shards),
             expected="an integer from 1 up",
             source="the signature of merge",
-            fix="Leave it out for one",
+            fix="Leave shards out for one file",
         )
 
     def dealt(segment: Segment) -> Segment:
@@ -71,12 +71,12 @@ def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Pro
 def withdraw(
     run: str | os.PathLike[str] | Store, ids: Sequence[int] | Tensor, *, progress: Progress = no_progress
 ) -> None:
-    """Take examples out of a run: their rows are gone from every file, their sum stays on the ledger.
+    """Delete the rows of some examples from a run; their sum stays on the ledger.
 
-    The contributions of all others do not change, and the ledger gains the line ``withdrawn``. What is left of them is
-    that sum, segment by segment, and their part in the checkpoints, which training alone could take out. Withdraw
-    several at once: in a segment in which one of them alone was seen, the sum is its row. What is in flight is dropped:
-    the run can be trained on with a new optimizer only, and without them.
+    The contributions of all other examples do not change, and the ledger gains the line ``withdrawn``. What is left of
+    the deleted examples is that sum, for each segment, and their influence on the checkpoints, which only retraining
+    could remove. Withdraw several examples at once: in a segment that saw only one of them, the sum is its row. Saved
+    states are dropped: the run can only be continued with a new optimizer, and without these examples.
 
     Args:
         run: The run.
@@ -84,7 +84,7 @@ def withdraw(
         progress: Told how many segments are done.
 
     Raises:
-        ExampleIdError: The ids are out of range, repeated or no integers.
+        ExampleIdError: The ids are out of range, repeated or not integers.
         RunBusyError: The run is being written to.
         RunDamagedError: A file of the run is missing, truncated or altered.
     """
@@ -121,7 +121,7 @@ def _without(rows: Rows, places: Tensor) -> Rows:
 
 
 def _copy(store: Store, shards: Sequence[Rows]) -> Rows:
-    """Join some rows as they are stored, in blocks, in a file if they are many."""
+    """Join some rows as they are stored, block by block, in a file if there are many."""
     directory = store.path if isinstance(store, DirectoryStore) else None
     shards = [shard for shard in shards if len(shard)] or shards[:1]
     first, count = shards[0], sum(map(len, shards))

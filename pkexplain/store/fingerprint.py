@@ -1,4 +1,4 @@
-"""What must be the same in the model that is explained as in the one that was recorded."""
+"""What the explained model must have in common with the recorded one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ModelFingerprint:
         frozen: Shape of every parameter that was not recorded, with a checksum of its values.
         buffers: Shape of every stored buffer.
         dtypes: Dtype of every parameter.
-        modules: Type of every module, by path; a function called in a forward pass is not seen.
+        modules: Type of every module, by path; functions called in a forward pass are not covered.
     """
 
     blocks: tuple[Block, ...]

@@ -1,8 +1,8 @@
-"""What a run's manifest says: one typed object, checked against itself whenever one is made.
+"""A run's manifest: one typed object, whose parts are checked against one another whenever one is made.
 
 A checksum shows that a manifest is the one that was written, not that a recorder wrote it. So its types and ranges are
-checked on reading (by msgspec, whose errors name the path), and so is whether its parts agree: a run that comes from
-somebody else can be refused, and cannot do anything else.
+checked on reading (by msgspec, whose errors name the path), and so is whether its parts agree: a run from somebody
+else is either consistent or refused.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class OptimizerEntry(_Entry, frozen=True):
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> OptimizerEntry:
-        """Describe an optimizer; an option that is no number or text is kept as its repr."""
+        """Describe an optimizer; an option that is not a number or a string is kept as its repr."""
         return cls(
             kind=type(optimizer).__name__,
             groups=tuple(
@@ -230,9 +230,9 @@ class Manifest(_Entry, frozen=True):
         _check_names("", self.files)
         parameters = _check_blocks(self.model)
         if len(set(self.withdrawn)) < len(self.withdrawn) or max(self.withdrawn, default=-1) >= self.num_examples:
-            raise ValueError("it withdraws an example twice, or one that is none - at `$.withdrawn`")
+            raise ValueError("it withdraws an example twice, or one that does not exist - at `$.withdrawn`")
         if any(state.segments > len(self.segments) for state in self.states):
-            raise ValueError("a state follows a segment that is none - at `$.states`")
+            raise ValueError("a state follows a segment that does not exist - at `$.states`")
         if not self.segments:
             return
         if self.columns is None or not 1 <= self.columns <= parameters:
@@ -258,7 +258,7 @@ def _check_blocks(model: ModelFingerprint) -> int:
     """Check that the blocks follow one another in the flat vector; return how many numbers they hold."""
     end, names = 0, [name for block in model.blocks for name in block.parameters]
     if not names or len(set(names)) < len(names):
-        raise ValueError("its parameters have no names of their own - at `$.model.blocks`")
+        raise ValueError("its parameters' names are not unique - at `$.model.blocks`")
     for block in model.blocks:
         sizes = [*(size for shape in block.shapes for size in shape), *(block.matrix or ())]
         fits = all(0 <= size <= 1 << 48 for size in sizes) and 0 <= block.group < 1 << 31
@@ -266,6 +266,6 @@ def _check_blocks(model: ModelFingerprint) -> int:
         if not fits or block.start != end or len(block.shapes) != len(block.parameters):
             raise ValueError(f"block {block.name!r} does not start at {end} - at `$.model.blocks`")
         if rows * columns != block.numel:
-            raise ValueError(f"block {block.name!r} is no matrix of {rows} × {columns} - at `$.model.blocks`")
+            raise ValueError(f"block {block.name!r} is not a matrix of {rows} × {columns} - at `$.model.blocks`")
         end += block.numel
     return end

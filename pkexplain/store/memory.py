@@ -20,13 +20,13 @@ class MemoryStore(Store):
     """A run that lives as long as this object."""
 
     def __init__(self) -> None:
-        """Make an empty place for one run."""
+        """Make an empty store for one run."""
         self._manifest: Manifest | None = None
         self._lock = threading.Lock()
         self._tensors: dict[str, dict[str, Tensor]] = {}
 
     def __str__(self) -> str:
-        """Name the place."""
+        """Return its name."""
         return "memory"
 
     def create(self, manifest: Manifest) -> None:
@@ -41,11 +41,11 @@ class MemoryStore(Store):
         return FileEntry(bytes=sum(t.nbytes for t in kept.values()), sha256="")
 
     def note(self, name: str, entry: FileEntry) -> None:
-        """Refuse: another process has other memory."""
-        fix = "Record into a directory that all processes see"
+        """Refuse: another process has its own memory."""
+        fix = "Record into a directory that all processes share"
         raise RunError(
             f"recording {name} into memory",
-            "another process made it",
+            "another process wrote it",
             got=name,
             expected="one process",
             source="MemoryStore",
@@ -58,12 +58,12 @@ class MemoryStore(Store):
             self._tensors.pop(name, None)
 
     def reopen(self) -> Manifest:
-        """Take up the run that is there."""
+        """Open the existing run for writing."""
         return self.manifest()
 
     @contextmanager
     def lock(self) -> Iterator[object]:
-        """Keep every other writer out until the context is left."""
+        """Keep every other writer out until the context exits."""
         if not self._lock.acquire(blocking=False):
             raise busy(self)
         try:

@@ -1,4 +1,4 @@
-"""Displacement rows as they are stored: rounded, each with a scale of its own, and summed as rounded."""
+"""Displacement rows as they are stored: rounded, each with its own scale, and summed after rounding."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 __all__ = ["Rows"]
 
 _ROWS_AT_ONCE = 128
-"""Rows that are rounded and summed at a time, so that they stay in a core's cache."""
+"""Rows that are rounded and summed at a time: few enough to stay in a core's cache."""
 _MOST_HANDED_DOWN = 2**-9
-"""Most rounding of larger rows that a row takes, relative to its largest number."""
+"""The most rounding error of larger rows that a row takes over, relative to its largest number."""
 _ROUNDED_UP = 1 + 1e-5
 _SMALLEST_EXPONENT = -126
-"""Of the powers of two that float32 holds in full; a row that needs a smaller one becomes zero, not infinity."""
+"""The smallest normal power of two in float32; a row that needs a smaller one becomes zero, not infinity."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Rows:
 
     Attributes:
         rows: Displacement rows P D_i,t as stored, ``(examples, k)``, divided by ``scale``.
-        scale: What each row is multiplied with, ``(examples,)``.
-        loss_derivatives: ∂ℓ_i/∂y_i of each row along its unit direction u_i, averaged over the visits that the row
-            holds with the kernel as weight, ``(examples,)``; signed where the output is one number, otherwise
-            −‖∂ℓ_i/∂y_i‖ (u_i being the direction in which the loss falls); nan where the output was not seen.
+        scale: The factor of each row, ``(examples,)``.
+        loss_derivatives: ∂ℓ_i/∂y_i of each row along its unit direction u_i, ``(examples,)``, the mean over the row's
+            visits weighted by the kernel; signed if the output is one number, otherwise −‖∂ℓ_i/∂y_i‖ (u_i is the
+            direction in which the loss falls); nan if the output was not seen.
         norms: ‖P D_i,t‖ of each row as stored, rounded up, ``(examples,)``.
     """
 
@@ -49,13 +49,13 @@ class Rows:
         row_dtype: torch.dtype,
         empty: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
     ) -> Rows:
-        """Round rows to ``row_dtype``, each with a power of two of its own.
+        """Round rows to ``row_dtype``, each with its own power of two.
 
         Args:
             rows: ``(examples, k)``.
             loss_derivatives: ``(examples,)``.
             row_dtype: Dtype to store them in.
-            empty: Makes room for them; by default in memory.
+            empty: Allocates them; by default in memory.
         """
         if row_dtype == torch.float16:
             largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).double()
@@ -99,7 +99,7 @@ class Rows:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Rows:
-        """Make the rows again from stored tensors."""
+        """Rebuild the rows from stored tensors."""
         return cls(**{name: tensors[name] for name in ("rows", "scale", "loss_derivatives", "norms")})
 
 
@@ -111,16 +111,16 @@ def _norms(stored: Tensor, scale: Tensor) -> Tensor:
 
 
 def _hand_down(rows: Tensor, stored: Tensor, sizes: Tensor, size_of: Tensor, left_by_size: Tensor) -> None:
-    """Let one row of each size take the rounding that the larger ones left, in place, so that the sum keeps its digits.
+    """Add the rounding error of larger rows to one row of each scale, in place, so that the sum keeps its digits.
 
-    Where large rows cancel, their rounding can be more than the sum that is left; it is little to the next smaller row.
+    If large rows cancel, their rounding error can exceed the sum that remains; relative to a smaller row it is small.
 
     Args:
         rows: The rows, ``(num_examples, k)``.
-        stored: The same, divided by their sizes and rounded.
-        sizes: The sizes that occur, ascending, ``(sizes,)``.
+        stored: The same, divided by their scales and rounded.
+        sizes: The scales that occur, ascending, ``(sizes,)``.
         size_of: Which of them each row has, ``(num_examples,)``.
-        left_by_size: What rounding the rows of each size left of their sum, ``(sizes, k)``.
+        left_by_size: The rounding error of the sum of each scale's rows, ``(sizes, k)``.
     """
     left = torch.zeros_like(left_by_size[0])
     places = torch.arange(len(rows), device=rows.device)

@@ -1,4 +1,4 @@
-"""Room for arrays that are larger than the memory they may take."""
+"""Arrays that are too large for memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pkexplain.errors import RunError
 __all__ = ["MEMORY_BYTES", "empty_on_disk", "zeros_on_disk"]
 
 MEMORY_BYTES = 1 << 30
-"""An array above this size is a file that is mapped into memory, and gone when nobody uses it any more."""
+"""A larger array is a file mapped into memory, deleted when it is no longer used."""
 
 
 def zeros_on_disk(*shape: int, like: Tensor, directory: Path | None = None) -> Tensor:
-    """Make a tensor of zeros: where ``like`` is, or in a file if that would take too much memory."""
+    """Make a tensor of zeros: on ``like``'s device, or in a file if it would take too much memory."""
     if math.prod(shape) * like.element_size() <= MEMORY_BYTES:
         return like.new_zeros(shape)
     return empty_on_disk(shape, like.dtype, directory)
@@ -32,10 +32,10 @@ def empty_on_disk(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | 
     Args:
         shape: Its shape.
         dtype: Its dtype.
-        directory: Where the file goes; it has no name and takes no room once the tensor is gone.
+        directory: Directory of the file; it is deleted with the tensor.
 
     Raises:
-        RunError: There is no room.
+        RunError: The disk is full.
     """
     numbers = math.prod(shape)
     if numbers * dtype.itemsize <= MEMORY_BYTES:
@@ -49,7 +49,7 @@ def empty_on_disk(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | 
 
 
 def _reserve(size: int, directory: Path | None) -> str:
-    """Make a file that has its room: a disk that fills up later would end the process where it writes."""
+    """Make a file with its space reserved: if the disk filled up later, writing would kill the process."""
     try:
         handle, name = tempfile.mkstemp(suffix=".tmp", dir=directory)
         try:
@@ -62,8 +62,8 @@ def _reserve(size: int, directory: Path | None) -> str:
             os.close(handle)
     except OSError as error:
         raise RunError(
-            f"making room for {size} bytes of rows in {directory or tempfile.gettempdir()}",
-            "there is none; what was finished before is still there",
+            f"reserving {size} bytes of rows in {directory or tempfile.gettempdir()}",
+            "there is no space; what was finished before is still there",
             got=str(error),
             expected="a directory with room that can be written to",
             source="the operating system",

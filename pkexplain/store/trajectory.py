@@ -1,4 +1,4 @@
-"""A recorded run as frozen data: checkpoints, the segments between them, and what is needed to read them."""
+"""A recorded run as frozen data: checkpoints, and the segments between them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """θ_t, the trainable parameters at a segment boundary, and the buffers that were there.
+    """θ_t, the trainable parameters at a segment boundary, and the buffers at that point.
 
     Attributes:
         parameters: Flat vector, ``(parameters,)``, in the order of the run's blocks.
@@ -39,7 +39,7 @@ class Checkpoint:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Checkpoint:
-        """Make the checkpoint again from stored tensors."""
+        """Rebuild the checkpoint from stored tensors."""
         buffers = {n.removeprefix("buffer."): v for n, v in tensors.items() if n.startswith("buffer.")}
         return cls(tensors["parameters"], buffers)
 
@@ -50,15 +50,15 @@ class Segment:
 
     Attributes:
         shards: The rows, in parts of consecutive examples.
-        row_sum: Σ_i of the rows as stored, in float64, ``(k,)``; rows that were withdrawn since are in it.
-        weight_decay: What weight decay did, ``(parameters,)``.
-        optimizer: What is left of Δθ_t, ``(parameters,)``.
+        row_sum: Σ_i of the rows as stored, in float64, ``(k,)``, including rows that were withdrawn since.
+        weight_decay: The displacement by weight decay, ``(parameters,)``.
+        optimizer: The rest of Δθ_t, ``(parameters,)``.
         audit_ids: Examples whose displacements were kept without projection, ``(audited,)``.
         audit_rows: Their displacements D_i,t, ``(audited, parameters)``.
         withdrawn: Sum of the rows that were withdrawn, in float64, ``(k,)``.
-        rate_sums: The learning rate summed over its steps as each block feels it, in float64, ``(blocks,)``; see
+        rate_sums: The effective learning rate of each block, summed over the steps, in float64, ``(blocks,)``; see
             `pkexplain.optimizers._learning_rates`.
-        examples: How many examples the run has; those that came after this segment have rows of zeros in it.
+        examples: The run's number of examples; those that were added after this segment have rows of zeros.
     """
 
     shards: tuple[Rows, ...]
@@ -111,7 +111,7 @@ class Segment:
         return self._pick(ids, lambda shard, mine: shard.loss_derivatives[mine])
 
     def _pick(self, ids: Tensor, read: Callable[[Rows, Tensor], Tensor]) -> Tensor:
-        """Read something of some rows, wherever they lie; zeros for examples that came later."""
+        """Read something of some rows, from whichever shard holds them; zeros for examples that were added later."""
         none, start = read(self.shards[0], ids[:0]), 0
         found = none.new_zeros(len(ids), *none.shape[1:])
         for shard in self.shards:
@@ -135,14 +135,14 @@ class Segment:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors to store beside the rows."""
+        """Return the tensors to store with the rows."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shards: Iterable[Mapping[str, Tensor]], examples: int
     ) -> Segment:
-        """Make the segment again from stored tensors."""
+        """Rebuild the segment from stored tensors."""
         named = {name: tensors[name] for name in _VECTORS}
         return cls(tuple(Rows.from_tensors(shard) for shard in shards), examples=examples, **named)
 
@@ -152,9 +152,9 @@ class Trajectory:
     """All checkpoints and segments of a run.
 
     Attributes:
-        manifest: What the run says of itself.
+        manifest: The run's description.
         projection: The projection of the rows.
-        num_examples: How many training examples there are here.
+        num_examples: The number of training examples in this part.
         read: Reads the tensors of a file of the run, by name.
         first: The first example; more than 0 in a part of a run.
     """
@@ -219,18 +219,18 @@ class Trajectory:
         return whole
 
     def part(self, some: slice) -> Trajectory:
-        """Return the run with the rows of some of the examples, which count from 0 again."""
+        """Return the run with the rows of some of the examples, numbered from 0 again."""
         return replace(self, first=self.first + some.start, num_examples=some.stop - some.start)
 
     @property
     def rows_id(self) -> str:
-        """Name these rows as no others are named: of this run, after these segments, withdrawals and merges."""
+        """A unique name for these rows: of this run, after these segments, withdrawals and merges."""
         names = " ".join(name for files in self.files for name in files.rows)
         return f"{self.run_id} {names} {self.first} {self.num_examples}"
 
     def projector(self, device: torch.device) -> Projector:
-        """Make the run's projection again, as it was recorded."""
-        self.checkpoint(0)  # θ is as large as the manifest says, and P's tables may be
+        """Rebuild the run's projection as it was recorded."""
+        self.checkpoint(0)  # shows that θ, and so P's tables, may be as large as the manifest says
         kept = self.read("projection.safetensors")
         return self.projection.restore(self.fingerprint.blocks, self.dtype, device, kept)
 
@@ -239,7 +239,7 @@ class Trajectory:
         """Make the trajectory from a run's manifest and a function that reads its files.
 
         Raises:
-            ConfigurationError: Its projection is not known here.
+            ConfigurationError: This version does not know its projection.
             TypeError: Its projection has other settings.
         """
         return cls(manifest, projection_from_description(manifest.projection), manifest.num_examples, read)

@@ -1,6 +1,6 @@
-"""Writing a run: segments, checkpoints and states of several processes, in an order that a kill cannot break.
+"""Writing a run: segments, checkpoints and states of one or several processes, safe against a kill at any time.
 
-Every process writes the rows that it keeps; the first one writes the rest, and the manifest last.
+Every process writes its own rows; the first one writes the rest, and the manifest last.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class RunWriter:
     """Writes a run.
 
     Args:
-        store: Where it goes.
+        store: Where to write it.
         group: The processes that record.
     """
 
     def __init__(self, store: Store, group: ProcessGroup) -> None:
-        """Take note; nothing is written yet."""
+        """Write nothing yet."""
         self._store, self._group, self._first = store, group, group.rank == 0
         self._held = ExitStack()
         self._now: Manifest | None = None
@@ -50,7 +50,7 @@ class RunWriter:
         """Keep every other writer out until `close`.
 
         Raises:
-            RunBusyError: There is one already.
+            RunBusyError: There is another writer.
         """
         self._together(lambda: self._held.enter_context(self._store.lock()) if self._first else None)
 
@@ -63,7 +63,7 @@ class RunWriter:
 
         Raises:
             RunExistsError: There is one already.
-            RunError: The place cannot be written to.
+            RunError: The run cannot be written.
         """
         self._now = replace(manifest, run_id=self._group.all_gather(uuid.uuid4().hex)[0])
 
@@ -80,8 +80,8 @@ class RunWriter:
 
         Args:
             manifest: The run's manifest.
-            ended: What it says of its end from now on.
-            segments: How many segments stay.
+            ended: How it ended, in words, from now on.
+            segments: The number of segments that stay.
         """
         lost = [state for state in manifest.states if state.segments > segments]
         gone = manifest.segments[segments:]
@@ -117,7 +117,7 @@ class RunWriter:
             summary: Its numbers.
             checkpoint: θ at its end.
             projector: The projection.
-            manifest: What the run says of itself now, but for what this writer keeps count of.
+            manifest: The run's description now; this writer adds its own entries.
         """
         counts, first = self._group.all_gather(len(segment.shards[0])), len(self) == 0
         files = SegmentFiles.named(len(self), counts, self._manifest.revision)
@@ -137,10 +137,10 @@ class RunWriter:
         self._together(write)
 
     def state(self, tensors: Mapping[str, Tensor], optimizer: str) -> None:
-        """Write what is in flight after the last segment, each process its own.
+        """Write the state after the last segment, each process its own.
 
         Args:
-            tensors: What is in flight here.
+            tensors: This process's state.
             optimizer: Checksum of the optimizer's state.
         """
         after, revision = len(self), self._manifest.revision
@@ -161,7 +161,7 @@ class RunWriter:
         self._together(write)
 
     def close(self, manifest: Manifest) -> None:
-        """Write the last manifest and let others write; examples count once a segment holds rows of them."""
+        """Write the last manifest and release the lock; new examples count once a segment holds their rows."""
         now = self._manifest
         self._now = self._counted(manifest, num_examples=now.num_examples if now.segments else manifest.num_examples)
         try:
@@ -170,21 +170,21 @@ class RunWriter:
             self.release()
 
     def release(self) -> None:
-        """Let others write."""
+        """Release the lock."""
         self._held.close()
 
     def _put_each(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write a file of every process, and let the first know of all of them."""
+        """Write a file in every process, and tell the first process about all of them."""
         description = self._together(lambda: self._store.put(name, tensors))
         for other, described in self._group.all_gather((name, description)):
             if self._first and other != name:
                 self._store.note(other, described)
 
     def _together(self, write: Callable[[], _T]) -> _T:
-        """Write; an error of one process is one of all of them, so that none waits for another.
+        """Write; an error in one process is raised in all of them, so that none waits for another.
 
         Raises:
-            RunError: One of them could not write.
+            RunError: A process could not write.
         """
         found, mine = None, None
         try:
@@ -202,7 +202,7 @@ class RunWriter:
         return self._now
 
     def _counted(self, manifest: Manifest, **changes: Any) -> Manifest:
-        """Put what this writer keeps count of into a manifest."""
+        """Add this writer's own entries to a manifest."""
         ours = {
             name: getattr(self._manifest, name) for name in ("run_id", "revision", "withdrawn", "segments", "states")
         }

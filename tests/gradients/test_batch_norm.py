@@ -96,7 +96,7 @@ def test_shares_go_through_an_examples_own_normalised_output_and_its_own_copies(
     whole = torch.cat([p.grad.flatten() for p in net.parameters()])
     torch.testing.assert_close(found.sum(0), whole, rtol=1e-10, atol=1e-10)
     bias = slice(net[0].weight.numel(), front.shape[1])
-    assert found[:, bias].abs().max() < 1e-12 * found.abs().max()  # a bias in front of a norm moves nothing
+    assert found[:, bias].abs().max() < 1e-12 * found.abs().max()  # a bias before a norm moves nothing
 
 
 def test_an_output_that_two_norms_and_something_else_use():
@@ -146,12 +146,12 @@ def test_adam_behind_a_bias_that_moves_nothing_does_not_blow_contributions_up():
     optimizer, store = torch.optim.AdamW(net.parameters(), lr=1e-3), pk.MemoryStore()
     recorder = pk.Recorder(store, net.train(), optimizer, num_examples=240)
     with pytest.warns(
-        UserWarning, match=r"100% of what moved 0\.bias .* A bias in front of a BatchNorm is moved by rounding"
+        UserWarning, match=r"100% of what moved 0\.bias .* A bias before a BatchNorm is moved by rounding"
     ):
         train(net, optimizer, x, y, batches(240, 24, 3), recorder=recorder)
     explanation = pk.Explainer(store, net).explain(x[0], output=pk.Margin(int(y[0])))
     values = {check.name: check.value for check in explanation.checks}
-    assert values["displacement gap"] < 1e-3  # constant pixels in front of the norm stand still, too
+    assert values["displacement gap"] < 1e-3  # constant pixels before the norm stand still, too
     assert values["audit error"] < 0.1
     assert explanation.gross < 1e3 * abs(explanation.final - explanation.initial)
 

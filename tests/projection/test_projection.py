@@ -262,7 +262,7 @@ def test_a_larger_k_errs_less():
 @pytest.mark.parametrize("kind", [pk.SparseSign, pk.Kronecker])
 @pytest.mark.parametrize("k", [0, -3, 2.5])
 def test_a_size_that_makes_no_map_is_refused(kind, k):
-    match = rf"^{kind.kind}\(k=…\): the size makes no map\. Got {k}; expected an integer from 1 up"
+    match = rf"^{kind.kind}\(k=…\): the value is invalid\. Got {k}; expected an integer from 1 up"
     with pytest.raises(ConfigurationError, match=match):
         kind(k=k)
 
@@ -275,7 +275,7 @@ def test_other_sizes_are_refused_too():
 
 
 def test_a_kind_of_another_version_is_refused():
-    match = r"projection: this kind is not known here\. Got 'Fourier'; expected Identity, SparseSign, Kronecker \(from"
+    match = r"projection: this kind is unknown\. Got 'Fourier'; expected Identity, SparseSign, Kronecker \(from"
     with pytest.raises(ConfigurationError, match=match):
         projection_from_description({"kind": "Fourier", "k": 8})
 

@@ -197,7 +197,7 @@ def test_saving_in_the_middle_of_a_step_is_refused(tmp_path):
     with pytest.raises(RecordingError, match=r"recorder\.save\(\) was called where a run cannot be saved"):
         training.new_recorder().save()
     recorder = training.new_recorder()
-    with pytest.raises(RecordingError, match=r"a step that is not done"), recorder, recorder.step(range(4)):
+    with pytest.raises(RecordingError, match=r"an unfinished step"), recorder, recorder.step(range(4)):
         recorder.save()
 
 
@@ -206,7 +206,7 @@ def test_two_recorders_at_one_place_are_refused(tmp_path):
     with training.new_recorder() as recorder:
         training.epoch(recorder, 0)
         training.save(recorder, 0)
-        with pytest.raises(RunBusyError, match=r"^writing to the run in .*: it is being written already"):
+        with pytest.raises(RunBusyError, match=r"^writing to the run in .*: it is already being written to"):
             other.recorder()[0].__enter__()
         training.epoch(recorder, 1)
     other.go()

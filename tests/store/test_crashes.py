@@ -256,7 +256,7 @@ def test_large_arrays_have_their_room_before_they_are_written_to(small_disk, mon
     assert not zeros.any()
     kind, text, _ = outcome(lambda: scratch.empty_on_disk(too_large, torch.float64, small_disk).fill_(1.0).sum())
     assert kind == "RunError", text  # without its room the process would be ended by the system
-    assert text.startswith(f"making room for 6400000 bytes of rows in {small_disk}: there is none; ")
+    assert text.startswith(f"reserving 6400000 bytes of rows in {small_disk}: there is no space; ")
     assert "No space left" in text
     assert not list(small_disk.iterdir())
 

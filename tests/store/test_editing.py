@@ -65,7 +65,7 @@ def test_a_merged_run_is_trained_on(training):
 
 @pytest.mark.parametrize("shards", [0, -1, 1.5, "two"])
 def test_a_number_of_files_that_cannot_be(training, shards):
-    with pytest.raises(ConfigurationError, match=r"^merge\(shards=…\): the rows cannot be laid out in so many files"):
+    with pytest.raises(ConfigurationError, match=r"^merge\(shards=…\): the rows cannot be stored in this many files"):
         pk.merge(training.run, shards=shards)
 
 

@@ -360,7 +360,13 @@ def test_a_missing_manifest_is_no_run(damaged):
 def test_a_manifest_of_another_format_is_refused(damaged):
     path, run = damaged
     reseal(path, lambda manifest: manifest.update(format_version=1))
-    refused(path, run, "manifest.json", "its format is not known here", f"Got 1; expected {FORMAT_VERSION} ")
+    refused(
+        path,
+        run,
+        "manifest.json",
+        "this version of pkexplain does not know its format",
+        f"Got 1; expected {FORMAT_VERSION} ",
+    )
 
 
 @pytest.mark.parametrize(
@@ -371,13 +377,13 @@ def test_a_manifest_of_another_format_is_refused(damaged):
 def test_a_manifest_that_points_elsewhere_is_refused(damaged, name):
     path, run = damaged
     reseal(path, lambda manifest: manifest["files"].update({name: {"bytes": 1, "sha256": ""}}))
-    refused(path, run, "manifest.json", "it is not that of a run", f"it names a file that no run has: {name!r}")
+    refused(path, run, "manifest.json", "it is not a run's manifest", f"it names a file that no run has: {name!r}")
 
 
 def test_a_file_that_the_manifest_does_not_name_is_refused(damaged):
     path, run = damaged
     reseal(path, lambda manifest: manifest["files"].pop(FILES[4]))
-    refused(path, run, FILES[4], "the manifest does not name it")
+    refused(path, run, FILES[4], "the manifest does not list it")
 
 
 def test_nothing_is_lost_by_a_refusal(damaged):
@@ -457,5 +463,5 @@ def test_a_store_whose_run_was_deleted_remembers_nothing_of_it(tmp_path):
     shutil.rmtree(tmp_path / "run")
     store.create(MANIFEST)
     assert store.manifest().files == {}
-    with pytest.raises(RunDamagedError, match="the manifest does not name it"):
+    with pytest.raises(RunDamagedError, match="the manifest does not list it"):
         store.read("projection.safetensors")
