@@ -1,9 +1,9 @@
-"""A compressed index kept beside its run, and read again only if this user made it.
+"""A compressed index kept with its run, and only read again if this user built it.
 
-faiss's reader trusts its file: one that was made to do harm can run code. So a kept index is described in a JSON file,
-with an HMAC-SHA256 by a random key that lies in the user's cache directory; whatever that key did not sign is not read
-but built again from the rows. The key protects from files that came with a run, not from someone who writes to the
-directory while it is being read.
+faiss's reader trusts its file: a malicious file can run code. So a kept index is described in a JSON file, signed
+(HMAC-SHA256) with a random key in the user's cache directory; an index without this signature is not read but rebuilt
+from the rows. The key protects against files that came with a run, not against someone who writes to the directory
+while it is being read.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class KeptIndex:
 
     @property
     def size(self) -> int:
-        """Bytes of the index file; 0 where there is none."""
+        """Bytes of the index file; 0 if there is none."""
         return self._file.stat().st_size if self._file.is_file() else 0
 
     def load(self, search: CompressedSearch, num_examples: int) -> bool:
-        """Read the index into ``search``; whether there was one that is whole, of these rows, and this user's."""
+        """Read the index into ``search``; return whether it exists, is intact, is of these rows and by this user."""
         try:
             key = _read_key()
             described = json.loads(self._file.with_suffix(".json").read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ class KeptIndex:
         return (search.dimension, search.num_rows) == (before, num_examples)
 
     def save(self, search: CompressedSearch) -> None:
-        """Keep an index; where that cannot be, it lives in memory alone.
+        """Keep an index; if it cannot be written, it stays in memory only.
 
         The description is written last: until it is there, nothing is read.
         """
@@ -89,7 +89,7 @@ class KeptIndex:
                 temporary.write_text(json.dumps(signed), encoding="utf-8")
 
     def _remove_leftovers(self) -> None:
-        """Remove what a killed build left: files that were never renamed, and indices that were never described."""
+        """Remove what a killed build left: temporary files, and indices without a description."""
         for file in [*self._file.parent.glob("*.tmp"), *self._file.parent.glob("*.faiss")]:
             if file.suffix == ".tmp" or not file.with_suffix(".json").exists():
                 file.unlink(missing_ok=True)
@@ -101,7 +101,7 @@ def _sign(described: Mapping[str, Any], key: bytes) -> str:
 
 
 def cache_directory() -> Path:
-    """Return this user's cache directory for the package: ``PKEXPLAIN_CACHE``, or what the platform says."""
+    """Return this user's cache directory for the package: ``PKEXPLAIN_CACHE``, or the platform's."""
     if own := os.environ.get("PKEXPLAIN_CACHE"):
         return Path(own)
     if sys.platform == "win32":
@@ -112,7 +112,7 @@ def cache_directory() -> Path:
 
 
 def _read_key() -> bytes | None:
-    """Read the key; None where there is none, or one that others can read or write."""
+    """Read the key; None if there is none, or if others can read or write it."""
     try:
         with (cache_directory() / "index.key").open("rb") as file:
             about, key = os.fstat(file.fileno()), file.read(_KEY_BYTES + 1)
@@ -123,13 +123,13 @@ def _read_key() -> bytes | None:
 
 
 def _make_key() -> bytes:
-    """Make a key that this user alone can read."""
+    """Make a key that only this user can read."""
     directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     with write_atomically(directory / "index.key") as temporary:
-        temporary.touch(mode=0o600, exist_ok=False)  # for its owner alone, before there is anything in it
+        temporary.touch(mode=0o600, exist_ok=False)  # readable by its owner only, before it has content
         temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
-    key = _read_key()  # of two that start at once, the later one's
+    key = _read_key()  # if two processes start at once, the last one's
     if key is None:
         raise OSError(f"the key in {directory} cannot be read again")
     return key

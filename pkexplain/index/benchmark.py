@@ -1,4 +1,4 @@
-"""Measure what indices of a run find, hold and cost, against exact search."""
+"""Compare indices of a run with exact search: what they find, how large they are, how long they take."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ _SHOWN, _HELD, _REPEATS = 10, 100, 3
 
 @dataclass(frozen=True)
 class IndexFigures:
-    """What one index found, and what it cost.
+    """What one index found, and its cost.
 
     Attributes:
         factory: The factory string.
-        recall: Share of the ten largest inner products that it finds, mean over the queries.
-        captured_mass: Sum of the best 100 that it finds over the sum of the true 100 largest, mean over the queries.
-        bytes_per_row: Bytes of the index on disk for each row; 0 where no index is kept.
+        recall: Share of the ten largest inner products that were found, mean over the queries.
+        captured_mass: Sum of the best 100 found over the sum of the 100 truly largest, mean over the queries.
+        bytes_per_row: Bytes of the index on disk for each row; 0 if no index is kept.
         build_seconds: Wall time to build it.
         query_seconds: Wall time of one query in the batch, for both ends of the ranking, ranked by the stored rows;
             median of three.
-        rounding: Relative error of the ten largest inner products when computed from the rows as the index holds
-            them, median over queries and rows.
+        rounding: Relative error of the ten largest inner products when computed from the index's own rows, median over
+            queries and rows.
     """
 
     factory: str
@@ -59,12 +59,12 @@ class IndexFigures:
 
 
 def combine_rows(trajectory: Trajectory, count: int, seed: int = 0, terms: int = 16) -> np.ndarray:
-    """Make queries where no model is at hand: sums of random rows, each scaled to length one, with Gaussian weights.
+    """Make queries without a model: sums of random rows, each scaled to length one, with Gaussian weights.
 
     Args:
         trajectory: The run.
-        count: How many queries.
-        seed: Seed of the choice and of the weights.
+        count: The number of queries.
+        seed: Seed of the rows chosen and of the weights.
         terms: Rows in each sum.
 
     Returns:
@@ -79,12 +79,13 @@ def combine_rows(trajectory: Trajectory, count: int, seed: int = 0, terms: int =
 
 
 def measure_index(index: RowIndex, queries: np.ndarray, truth: tuple[np.ndarray, np.ndarray]) -> IndexFigures:
-    """Build an index and ask it.
+    """Build an index and search it.
 
     Args:
-        index: The index; it is built, and timed, unless it is ready.
+        index: The index, built and timed here unless it is ready.
         queries: Covectors, ``(queries, dimension)``.
-        truth: The true ids of the 100 largest inner products, largest first, and those, ``(queries, 100)`` each.
+        truth: The ids of the 100 truly largest inner products, largest first, and the products, ``(queries, 100)``
+            each.
 
     Returns:
         The figures.
@@ -99,7 +100,7 @@ def measure_index(index: RowIndex, queries: np.ndarray, truth: tuple[np.ndarray,
     for _ in range(_REPEATS):
         start = time.perf_counter()
         proposed = index.propose(queries, _SHOWN)
-        best = index.rows.rank(queries, proposed, _SHOWN)[0]  # reads what was proposed of both ends
+        best = index.rows.rank(queries, proposed, _SHOWN)[0]  # reads the candidates of both ends
         seconds.append((time.perf_counter() - start) / len(queries))
     held = index.rows.rank(queries, index.propose(queries, _HELD), ids.shape[1])[1]
     recalls = [np.isin(true[:_SHOWN], shown).mean() for true, shown in zip(ids, best, strict=True)]
@@ -122,7 +123,7 @@ def measure_index(index: RowIndex, queries: np.ndarray, truth: tuple[np.ndarray,
 def compare_indices(
     trajectory: Trajectory, queries: np.ndarray, factories: Iterable[str] = FACTORIES
 ) -> Iterator[IndexFigures | tuple[str, str]]:
-    """Measure several indices of one run, each in a directory of its own that is deleted.
+    """Measure several indices of one run, each in a temporary directory.
 
     Args:
         trajectory: The run.
@@ -130,7 +131,7 @@ def compare_indices(
         factories: Factory strings.
 
     Yields:
-        The figures of each, or the factory string and why faiss cannot make it of this run.
+        The figures of each, or the factory string and why faiss cannot build it for this run.
     """
     exact = RowIndex(trajectory, "Flat")
     truth = exact.rows.rank(queries, exact.search(queries, _HELD), min(_HELD, len(exact.rows)))

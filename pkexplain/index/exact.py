@@ -1,7 +1,7 @@
 """Exact maximum-inner-product search over the stored rows of a run.
 
-A row is the concatenation of an example's rows over all segments, a query that of its covectors, so their inner product
-is the contribution. Nothing is built: the rows are multiplied where they are stored, a block at a time, on any device.
+A row concatenates an example's rows over all segments, a query concatenates its covectors, so their inner product is
+the contribution. Nothing is built: the stored rows are multiplied block by block, on any device.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pkexplain.store.trajectory import Trajectory
 __all__ = ["MEMORY_BUDGET", "ExactSearch", "RunRows"]
 
 MEMORY_BUDGET = 1 << 30
-"""Bytes of rows, and of what is computed from them, that building and searching hold at once, whatever the run's size;
-a compressed index comes on top of it."""
+"""The most bytes of rows, and of what is computed from them, held at once while building and searching, for any run; a
+compressed index comes on top."""
 _COPIES = 4
-"""How often a block is in memory while it is read: as stored, scaled, joined with other segments, and searched."""
+"""Copies of a block in memory while it is read: as stored, scaled, joined with other segments, and searched."""
 
 
 class RunRows:
@@ -31,7 +31,7 @@ class RunRows:
     """
 
     def __init__(self, trajectory: Trajectory) -> None:
-        """Open the segments; no row is read."""
+        """Open the segments, without reading rows."""
         self.segments = [trajectory.segment(t) for t in range(len(trajectory))]
         self.widths = [len(segment.row_sum) for segment in self.segments]
         self.num_examples, self.dimension = trajectory.num_examples, sum(self.widths)
@@ -50,25 +50,25 @@ class RunRows:
         return torch.cat([segment.read_rows(ids) for segment in self.segments], dim=1)
 
     def blocks(self, numbers_per_row: int = 0) -> Iterator[slice]:
-        """Cut the examples into blocks that fit in the memory budget.
+        """Split the examples into blocks that fit in the memory budget.
 
         Args:
-            numbers_per_row: How many more float32 numbers are held for each row.
+            numbers_per_row: Further float32 numbers held for each row.
         """
         size = max(1, MEMORY_BUDGET // (4 * _COPIES * (self.dimension + numbers_per_row)))
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
 
     def rank(self, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rank proposed rows again by their stored values.
+        """Rank candidate rows by their stored values.
 
         Args:
             queries: Covectors, ``(queries, dimension)``.
             ids: Proposed example ids for each query, ``(queries, proposed)``; −1 for none, repeats allowed.
-            k: How many to return.
+            k: Rows to return.
 
         Returns:
-            Example ids, the largest inner product first, ``(queries, k)``, and the inner products; −1 and −inf where
+            Example ids, the largest inner product first, ``(queries, k)``, and the inner products; −1 and −inf if
             fewer were proposed.
         """
         best = np.full((len(queries), k), -1, dtype=np.int64)
@@ -83,7 +83,7 @@ class RunRows:
 
 
 class ExactSearch:
-    """Multiply queries with all rows; those of a small run stay in memory once they were read.
+    """Multiply queries with all rows; the rows of a small run stay in memory once read.
 
     Args:
         rows: The rows of the run.
@@ -91,7 +91,7 @@ class ExactSearch:
     """
 
     def __init__(self, rows: RunRows, device: torch.device | str = "cpu") -> None:
-        """Note where the rows are; none is read yet."""
+        """Read nothing yet."""
         self._rows, self._device = rows, torch.device(device)
         self._cached: list[Tensor] = []
 
@@ -99,7 +99,7 @@ class ExactSearch:
         """Compute the inner product of every query with every row, reading each row once.
 
         Args:
-            queries: Covectors of each segment, ``(queries, k)`` each; their dtype is that of the products, which are
+            queries: Covectors of each segment, ``(queries, k)`` each; the products have their dtype, and are
                 summed over the segments in float64.
 
         Returns:
@@ -115,8 +115,8 @@ class ExactSearch:
 
         Args:
             queries: Covectors, ``(queries, dimension)``.
-            k: How many rows for each.
-            both_ends: Find those with the smallest, too, in the same pass.
+            k: Rows to find for each query.
+            both_ends: Whether to also find the smallest, in the same pass.
 
         Returns:
             Example ids, the largest inner product first, ``(queries, min(k, num_examples))``; with ``both_ends``
@@ -134,13 +134,13 @@ class ExactSearch:
         return torch.cat([ids for _, _, ids in ends], dim=1).cpu().numpy()
 
     def read(self, ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Read some rows of every segment, ``(ids, k)`` each, from memory where they are there."""
+        """Read some rows of every segment, ``(ids, k)`` each, from memory if they are cached."""
         if self._cached and self._cached[0].dtype == dtype:
             return [rows[ids.to(rows.device)].cpu() for rows in self._cached]
         return [segment.read_rows(ids, dtype) for segment in self._rows.segments]
 
     def _products(self, queries: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of examples and ⟨q, row⟩ of every query with them, ``(queries, block)``."""
+        """Yield blocks of examples and their ⟨q, row⟩ for every query, ``(queries, block)``."""
         asked = [part.to(self._device) for part in queries]
         count, dtype = len(asked[0]), asked[0].dtype
         self._cache(dtype)
@@ -156,7 +156,7 @@ class ExactSearch:
         return self._rows.segments[t].read_rows(block, dtype).to(self._device)
 
     def _cache(self, dtype: torch.dtype) -> None:
-        """Keep the rows of a small run where they are multiplied, so that they are converted once."""
+        """Keep the rows of a small run on the device, so that they are converted once."""
         if self._cached and self._cached[0].dtype == dtype:
             return
         self._cached = []

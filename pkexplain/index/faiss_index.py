@@ -1,14 +1,14 @@
-"""Compressed rows: any faiss index, trained, filled and searched so that it suits rows of very unequal norms.
+"""Compressed rows: any faiss index, trained, filled and searched in a way that suits rows of very unequal norms.
 
-How this departs from faiss's own inner-product indices, which expect rows of about the same norm:
+Differences from faiss's own inner-product indices, which expect rows of similar norm:
 
-- A cell of an inverted file holds rows that are near each other (L2), not rows of one direction: the few large rows,
-  which the largest inner products are with, get small cells of their own, and the many small ones share a few.
-- The cells that are searched are those with the largest ⟨q, c⟩ + s ‖q‖ r, r being the root mean square distance of a
-  cell's rows from its centre c: a wide cell may hold a row that is far better than its centre.
-- A principal pre-transform (PCA) is of the second moment, without subtracting a mean: a mean would change the inner
+- A cell of an inverted file holds rows that are close to each other (L2), not rows of one direction: the few large
+  rows, which have the largest inner products, get small cells, and the many small rows share a few cells.
+- The cells searched are those with the largest ⟨q, c⟩ + s ‖q‖ r, where r is the root mean square distance of a cell's
+  rows from its centre c: a wide cell may hold a row that is far better than its centre.
+- A principal pre-transform (PCA) uses the second moment without subtracting the mean, which would change the inner
   products of rows with queries. It is found by subspace iteration, for any dimension.
-- Pre-transforms are trained on as many rows as the memory budget holds; what comes after them on transformed rows.
+- Pre-transforms are trained on as many rows as fit in the memory budget, later stages on transformed rows.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from pkexplain.progress import Progress
 __all__ = ["CompressedSearch", "faiss_or_none", "load_faiss"]
 
 _TRAINING_ROWS, _TRAINING_ROWS_A_CELL = 65536, 64
-"""Rows that an index is trained on, at most: so many, or for many cells so many for each."""
+"""The most rows to train an index on: this many, or this many for each cell if that is more."""
 _SPREAD = 0.2
-"""s above: the cosine with the query that a row's distance from its cell's centre is credited with."""
+"""s above: the assumed cosine between the query and a row's offset from its cell's centre."""
 _PROBES = 8
-"""Of C cells, this many times √C are searched, for each query."""
+"""Each query searches this many times √C of the C cells."""
 _SEARCH_DEPTH = 512
-"""Candidates that a search through a graph (HNSW) keeps, at least."""
+"""The least number of candidates that a graph search (HNSW) keeps."""
 _GPU_CANDIDATES = 2048
-"""Most that faiss finds on a GPU in one search."""
+"""The most rows that faiss finds on a GPU in one search."""
 _ITERATIONS, _OVERSAMPLING = 4, 16
 
 
 def faiss_or_none() -> Any:
-    """Return the module faiss, or None where it does not load."""
+    """Return the module faiss, or None if it does not load."""
     try:
         return load_faiss()
     except MissingDependencyError:
@@ -115,7 +115,7 @@ class CompressedSearch:
 
     @property
     def num_rows(self) -> int:
-        """How many rows it holds."""
+        """The number of rows."""
         return self._index.ntotal
 
     @property
@@ -133,7 +133,7 @@ class CompressedSearch:
 
         Args:
             rows: The rows of the run.
-            progress: Told how many rows are in, and of how many.
+            progress: Told how many rows were added, and how many there are.
 
         Raises:
             ConfigurationError: faiss cannot train this index on this run.
@@ -176,7 +176,7 @@ class CompressedSearch:
             del sample
         if not self._core.is_trained:
             if hasattr(self._core, "do_polysemous_training"):
-                self._core.do_polysemous_training = False  # takes minutes, for a comparison never made
+                self._core.do_polysemous_training = False  # takes minutes, for a feature that is not used
             if self._cells is not None:
                 self._cells.cp.seed = 0
                 if hasattr(self._cells, "use_precomputed_table"):
@@ -214,7 +214,7 @@ class CompressedSearch:
             self._cells.nprobe = min(self._cells.nlist, round(_PROBES * self._cells.nlist**0.5))
 
     def write(self, file: str) -> None:
-        """Write the faiss index; `radii` go beside it."""
+        """Write the faiss index; `radii` are kept separately."""
         self._faiss.write_index(self._index, file)
 
     def read(self, file: str, radii: np.ndarray) -> None:
@@ -231,17 +231,17 @@ class CompressedSearch:
             self._resources = self._faiss.StandardGpuResources()
             self._on_device = self._faiss.index_cpu_to_gpu(self._resources, device.index or 0, self._core)
         except (AttributeError, RuntimeError):
-            return  # graphs and some codes are for the CPU alone
+            return  # graphs and some codes only work on the CPU
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Propose rows with large inner products.
 
         Args:
             queries: Covectors, ``(queries, dimension)``.
-            k: How many rows for each.
+            k: Rows to find for each query.
 
         Returns:
-            Example ids, ``(queries, min(k, num_rows))``; −1 where the index found fewer.
+            Example ids, ``(queries, min(k, num_rows))``; −1 if the index found fewer.
         """
         vectors, k = self._transformed(queries), min(k, self.num_rows)
         index = self._on_device if k <= _GPU_CANDIDATES else self._core
@@ -268,7 +268,7 @@ class CompressedSearch:
 
 
 def _sample_size(dimension: int) -> int:
-    """How many rows of so many numbers half the memory budget holds, with one copy of them."""
+    """Count the rows of this many numbers that fit in half the memory budget, with one copy of them."""
     return max(1, MEMORY_BUDGET // (2 * 2 * 4 * dimension))
 
 

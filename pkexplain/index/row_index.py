@@ -1,6 +1,6 @@
-"""The index over the rows of a run: exact search of the stored rows, or a compressed one for large runs.
+"""The index over the rows of a run: exact search over the stored rows, or a compressed index for large runs.
 
-Whatever an index leaves out or rounds away, it only proposes: what it proposes is ranked again by the stored rows.
+An index only proposes candidates, which are ranked again by the stored rows: its rounding never reaches a result.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pkexplain.store.trajectory import Trajectory
 __all__ = ["RowIndex", "choose_factory"]
 
 _EXACT_NUMBERS = 1 << 27
-"""A run of at most so many stored numbers is searched exactly: 100 queries then take a second or two."""
+"""A run of at most this many stored numbers is searched exactly: 100 queries take a second or two."""
 _PRINCIPAL = 256
 _FEWEST_ROWS_A_CELL = 39
-"""faiss wants at least so many training rows for each cell."""
+"""faiss asks for at least this many training rows for each cell."""
 _MOST_CELLS = 4096
 """More cells would need a larger sample of rows to train on."""
 _CANDIDATES, _FEWEST_CANDIDATES = 4, 200
-"""How many times more rows than are shown a compressed index proposes, and how many at least."""
+"""A compressed index proposes this many rows for each one shown, and at least this many."""
 
 
 def choose_factory(num_examples: int, dimension: int) -> str:
-    """Choose an index for a run of this size; docs/index-choice.md has the measurements behind it.
+    """Choose an index for a run of this size; docs/index-choice.md has the measurements.
 
     Args:
         num_examples: Rows.
@@ -39,7 +39,7 @@ def choose_factory(num_examples: int, dimension: int) -> str:
 
     Returns:
         ``"Flat"`` for a run that is searched exactly in a second or two, otherwise a faiss factory string: principal
-        directions, about √num_examples cells where that many can be trained, one byte a number.
+        directions, about √num_examples cells if there are enough rows to train them, one byte per number.
 
     Example:
         >>> choose_factory(4_500, 24_576), choose_factory(1_000_000, 2_048)
@@ -61,11 +61,11 @@ class RowIndex:
         trajectory: The run.
         factory: ``"auto"`` for the choice of `choose_factory`, ``"Flat"`` for exact search, or any other faiss factory
             string, for example ``"SQ8"``, ``"PCA256,IVF1024,SQ8"``.
-        directory: Where a compressed index is kept, or None for memory alone.
+        directory: Where a compressed index is kept; None for memory only.
         device: Where to search.
 
     Raises:
-        MissingDependencyError: A compressed index is asked for, and faiss is not installed.
+        MissingDependencyError: A compressed index needs faiss, which is not installed.
         ConfigurationError: faiss refuses the factory string.
     """
 
@@ -76,7 +76,7 @@ class RowIndex:
         directory: Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Check the factory string; nothing is built yet."""
+        """Check the factory string, without building anything."""
         self._rows, self._device = RunRows(trajectory), torch.device(device)
         if factory == "auto":
             factory = choose_factory(len(self._rows), self._rows.dimension) if faiss_or_none() else "Flat"
@@ -97,24 +97,24 @@ class RowIndex:
 
     @property
     def rows(self) -> RunRows:
-        """The rows that are searched."""
+        """The rows to search."""
         return self._rows
 
     @property
     def ready(self) -> bool:
-        """Whether it can search at once."""
+        """Whether it can search without building or loading."""
         return self._ready
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the index kept with the run; 0 where none is kept."""
+        """Bytes of the index kept with the run; 0 if none is kept."""
         return self._kept.size if self._kept else 0
 
     def prepare(self, progress: Progress = no_progress) -> None:
         """Load the compressed index kept with the run, or build it and keep it there; exact search needs neither.
 
         Args:
-            progress: Told how many rows are in, and of how many.
+            progress: Told how many rows were added, and how many there are.
 
         Raises:
             ConfigurationError: faiss cannot train this index on this run.
@@ -130,14 +130,14 @@ class RowIndex:
         self._ready = True
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Find rows with the largest inner products, as far as the index knows them.
+        """Find the rows with the largest inner products, as approximated by the index.
 
         Args:
             queries: Covectors, ``(queries, dimension)``.
-            k: How many rows for each.
+            k: Rows to find for each query.
 
         Returns:
-            Example ids, ``(queries, min(k, num_examples))``; −1 where the index found fewer.
+            Example ids, ``(queries, min(k, num_examples))``; −1 if the index found fewer.
         """
         self.prepare()
         return (self._compressed or self._exactly).search(queries, k)
@@ -147,10 +147,10 @@ class RowIndex:
 
         Args:
             queries: Covectors, ``(queries, dimension)``.
-            k: How many rows are wanted of each end, once the proposed ones are ranked by the stored rows.
+            k: Rows needed from each end after the candidates are ranked by the stored rows.
 
         Returns:
-            Example ids, ``(queries, proposed)``, more than 2 k where there are so many; repeats and −1 among them.
+            Example ids, ``(queries, proposed)``, more than 2 k if there are that many; may contain repeats and −1.
         """
         if self.exact:
             return self._exactly.search(queries, 2 * k, both_ends=True)
@@ -159,7 +159,7 @@ class RowIndex:
         return np.concatenate(np.split(ids, 2), axis=1)
 
     def reconstruct(self, ids: np.ndarray) -> np.ndarray:
-        """Return rows as the index holds them, ``(ids, dimension)``: rounded, unless it is exact."""
+        """Return rows as the index stores them, ``(ids, dimension)``: rounded, unless it is exact."""
         self.prepare()
         if self._compressed is not None:
             return self._compressed.reconstruct(ids)

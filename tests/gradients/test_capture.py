@@ -484,7 +484,7 @@ def test_plain_positions_as_many_as_examples_could_be_either():
     model = Positions(True)
     layers, _ = find(model)
     with (
-        pytest.raises(ExampleIdError, match=r"layer 'places': .* shared by all of them .* Pass positions as \(1, T\)"),
+        pytest.raises(ExampleIdError, match=r"layer 'places': .* shared by all of them.* Pass positions as \(1, T\)"),
         Capture(layers).during_backward(6, lambda *piece: None),
     ):
         model(torch.randint(0, 7, (6, 6)))
