@@ -1,6 +1,6 @@
-"""A query in, contributions out: outputs, path-averaged query gradients, the ledger, and the removal reading.
+"""A query in, contributions out: outputs, covectors (path-averaged query gradients), the ledger, the removal reading.
 
-Start at `pkexplain.explain.explainer`. Nothing here is imported by `pkexplain.record`.
+Start at `pkexplain.explain.explainer`. `pkexplain.record` imports nothing from here.
 """
 
 from __future__ import annotations

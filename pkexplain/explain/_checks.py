@@ -1,6 +1,6 @@
-"""What can fail in an explanation, measured, with tolerances.
+"""What can go wrong in an explanation, measured, with tolerances.
 
-A corrected sum cannot fail, so it proves nothing; each of these can.
+A corrected sum closes by construction, so it proves nothing; each of these checks can fail.
 """
 
 from __future__ import annotations
@@ -24,45 +24,46 @@ _TOLERANCES = {
     "completeness gap": 1e-4,
 }
 _MEANINGS = {
-    "quadrature gap": "What the integral over training misses of f_T − f_0, in full space before any correction; its "
-    "tolerance was {state}. Where it fails, give Explainer a Quadrature with a larger budget, or record more segments.",
-    "optimizer share": "How much of f_T − f_0 no example and no weight decay explains: rounding, or a gradient changed "
-    "between backward and step. Where it fails, look for a forgotten zero_grad(), clipping by value, a penalty in the "
-    "loss, or parameters changed by hand; under Adam and its relatives, record with a longer lookahead; "
-    "with an optimizer of your own, look at its update rule.",
-    "displacement gap": "How far the stored rows are from adding up to what moved the parameters, relative to ‖Δθ‖, "
-    "worst segment. Where it fails, look for a parameter used outside its layer, or a penalty that the loss gained "
-    "after the first step.",
-    "capture gap": "The largest share of a measured step's gradient that the per-example gradients did not sum to and "
-    "that is not on the optimizer line. Where it fails, look as for the displacement gap.",
-    "projection gap": "What the compressed rows missed of the examples' total before the completeness correction. "
-    "Where it fails, contributions are rough: record with a larger k.",
+    "quadrature gap": "The part of f_T − f_0 that the integral over training misses, in full space, before any "
+    "correction; its tolerance was {state}. If it fails, pass Explainer a Quadrature with a larger budget, or record "
+    "more segments.",
+    "optimizer share": "The part of f_T − f_0 that neither examples nor weight decay explain: rounding error, or a "
+    "gradient that was changed between backward and step. If it fails, look for a forgotten zero_grad(), clipping by "
+    "value, a penalty in the loss, or parameters changed by hand; under Adam and its relatives, record with a longer "
+    "lookahead; with an optimizer of your own, check its update rule.",
+    "displacement gap": "How far the stored rows are from adding up to the parameters' displacement, relative to "
+    "‖Δθ‖, in the worst segment. If it fails, look for a parameter used outside its layer, or a penalty that was "
+    "added to the loss after the first step.",
+    "capture gap": "The largest share of a checked step's gradient that is neither in the per-example gradients nor "
+    "on the optimizer line. If it fails, look for the causes given for the displacement gap.",
+    "projection gap": "The part of the examples' total that the compressed rows missed before the completeness "
+    "correction. If it fails, contributions are rough: record with a larger k.",
     "audit error": "Relative error of the contributions of {audited} examples whose displacements were also kept "
-    "without compression. Where it fails, record with a larger k.",
-    "completeness gap": "What the contributions shown miss of the account. The correction closes it, so it tells only "
-    "that the arithmetic was done; the other checks are the evidence.",
+    "uncompressed. If it fails, record with a larger k.",
+    "completeness gap": "The part of the total that the contributions miss. Closes by construction: an arithmetic "
+    "check only; the other checks are the evidence.",
 }
 
 _AUDITED_GRADIENT = (
     "Relative error of the products of this output's gradient with the displacements of {audited} examples, which were "
-    "also kept without compression, before the curvature comes in. Where it fails, record with a larger k."
+    "also kept uncompressed, before the curvature is applied. If it fails, record with a larger k."
 )
 
 
 def checks_of(
     trajectory: Trajectory, corrected: CorrectedCovectors, audited: Tensor | None, row: int, tolerance: float
 ) -> tuple[Check, ...]:
-    """Measure everything that can fail for one query.
+    """Measure everything that can go wrong for one query.
 
     Args:
         trajectory: The run.
         corrected: Covectors of a batch of queries.
-        audited: Contributions of the audited examples from their stored rows, ``(queries, audited)``; None for none.
+        audited: Contributions of the audited examples from their stored rows, ``(queries, audited)``; None without any.
         row: Which query.
         tolerance: Allowed quadrature gap, relative to |f_T − f_0|.
 
     Returns:
-        The checks; values are relative to |f_T − f_0| where nothing else is said.
+        The checks; values are relative to |f_T − f_0| unless stated otherwise.
     """
     covectors = corrected.covectors
     changes = covectors.outputs[row].diff()
@@ -93,9 +94,9 @@ def checks_of(
 
 
 def removal_checks(trajectory: Trajectory, final: FinalGradient, row: int) -> tuple[Check, ...]:
-    """Measure what can fail in the removal reading of one query: the rows, and their products with its gradient.
+    """Measure what can go wrong in the removal reading of one query: the rows, and their products with its gradient.
 
-    Whether it predicts is no property of one explanation: `pkexplain.evaluation` measures that, by training again.
+    How well it predicts is not a property of one explanation: `pkexplain.evaluation` measures that by retraining.
 
     Args:
         trajectory: The run.

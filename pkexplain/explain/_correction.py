@@ -1,6 +1,6 @@
-"""The completeness correction: one rank-one change of the query makes a compressed account close.
+"""The completeness correction: a rank-one change of the covector makes a compressed ledger close.
 
-With s_t the sum over the stored rows and E_t what the examples must add up to,
+With s_t the sum of the stored rows and E_t the total that the examples must add up to,
 
     q'_t = q_t + (E_t − ⟨q_t, s_t⟩) s_t / ‖s_t‖²,    so that    Σ_i ⟨q'_t, row_i,t⟩ = ⟨q'_t, s_t⟩ = E_t,
 
@@ -19,7 +19,7 @@ from pkexplain.explain._query_gradients import Covectors
 __all__ = ["CorrectedCovectors", "correct"]
 
 _SMALLEST_SUM = 1e-12
-"""Below this share of the largest ‖s_t‖ a segment's rows cancel so well that nothing can be asked of them."""
+"""Below this share of the largest ‖s_t‖, a segment's rows cancel too well to carry a correction."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class CorrectedCovectors:
     """Covectors in projection space before and after the correction.
 
     Attributes:
-        covectors: What the quadrature gave.
+        covectors: The result of the quadrature.
         projected: q'_t, ``(queries, segments, k)``.
         explained: E_t = f(θ_{t+1}) − f(θ_t) − ⟨φ_t, weight_decay_t + optimizer_t⟩ − buffers_t, in output units,
             ``(queries, segments)``.
-        uncorrected: ⟨q_t, s_t⟩, what the examples add up to before, in output units, ``(queries, segments)``.
-        corrected: ⟨q'_t, s_t⟩, what they add up to after, in output units, ``(queries, segments)``.
-        withdrawn: The part of it whose rows were withdrawn, in output units, ``(queries, segments)``.
+        uncorrected: ⟨q_t, s_t⟩, the examples' total before the correction, in output units, ``(queries, segments)``.
+        corrected: ⟨q'_t, s_t⟩, their total after it, in output units, ``(queries, segments)``.
+        withdrawn: The share of it whose rows were withdrawn, in output units, ``(queries, segments)``.
     """
 
     covectors: Covectors
@@ -45,15 +45,15 @@ class CorrectedCovectors:
 
 
 def correct(covectors: Covectors, row_sums: Tensor, withdrawn: Tensor) -> CorrectedCovectors:
-    """Change each q_t so that the stored rows add up to what they must.
+    """Change each q_t so that the stored rows add up to E_t.
 
     Args:
-        covectors: What the quadrature gave.
+        covectors: The result of the quadrature.
         row_sums: s_t, ``(segments, k)``, in float64.
-        withdrawn: The part of it whose rows were withdrawn, ``(segments, k)``, in float64.
+        withdrawn: The sum of withdrawn rows, included in it, ``(segments, k)``, in float64.
 
     Returns:
-        The covectors before and after.
+        The covectors before and after the correction.
     """
     changes = covectors.outputs.diff(dim=1)
     explained = changes - covectors.weight_decay - covectors.optimizer - covectors.buffers

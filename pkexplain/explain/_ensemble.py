@@ -1,4 +1,4 @@
-"""Several runs of one training, averaged: the account of each closes, so that of their mean does."""
+"""The mean of several runs of one training; each run's ledger closes, so their mean closes too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["check_alike", "mean_checks", "mean_cost", "mean_ledger"]
 
 
 def check_alike(runs: Sequence[RunExplainer]) -> None:
-    """Refuse to average runs of different data or lengths; that the model fits each was checked before.
+    """Refuse to average runs with different data or lengths; the model was already checked against each.
 
     Raises:
         ConfigurationError: The runs differ.
@@ -24,7 +24,7 @@ def check_alike(runs: Sequence[RunExplainer]) -> None:
         other = run.trajectory
         for what, mine, theirs in (
             ("their data differ in size", first.num_examples, other.num_examples),
-            ("they were withdrawn different examples", first.manifest.withdrawn, other.manifest.withdrawn),
+            ("different examples were withdrawn from them", first.manifest.withdrawn, other.manifest.withdrawn),
             ("their models take different inputs", dict(first.inputs), dict(other.inputs)),
             ("they have different numbers of segments", len(first), len(other)),
             ("they are the same run", "one run twice" if first.run_id == other.run_id else "", ""),
@@ -59,7 +59,7 @@ def mean_checks(checks: Sequence[Sequence[Check]]) -> tuple[Check, ...]:
 
 
 def mean_cost(costs: Sequence[Cost]) -> Cost:
-    """Add the passes up: all of them were made."""
+    """Add up the passes: all of them were made."""
     return Cost(
         sum(cost.forward_passes for cost in costs),
         sum(cost.backward_passes for cost in costs),

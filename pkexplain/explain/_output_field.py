@@ -1,4 +1,4 @@
-"""f(x; θ) and what the ledger needs of its gradient, at any point of the trajectory."""
+"""f(x; θ) at any point of the trajectory, and the products of its gradient that the ledger needs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["OutputField", "Products"]
 
 
 _NUMBERS_AT_ONCE = 1 << 26
-"""Most numbers of one block's gradients, formed for a product with the ledger's vectors."""
+"""The most numbers of one block's gradients formed for a product with the ledger's vectors."""
 
 
 @dataclass(frozen=True)
 class Products:
-    """What the ledger needs of the gradients of some queries; linear in them, so that it is integrated in their place.
+    """The products of some queries' gradients that the ledger needs; being linear, they can be integrated.
 
     Attributes:
-        values: All of it, ``(queries, 4 + audited + k)``: the product with what running statistics moved, those with
-            the ledger's vectors (Δθ_t, weight decay, optimizer, the audited displacements), then the projection.
+        values: All of them, ``(queries, 4 + audited + k)``: the product with the running statistics' change, those
+            with the ledger's vectors (Δθ_t, weight decay, optimizer, the audited displacements), then the projection.
         columns: k, the length of the projection.
     """
 
@@ -40,7 +40,7 @@ class Products:
         return Products(self.values + other.values, self.columns)
 
     def __mul__(self, weight: float) -> Products:
-        """Multiply the gradients with a number."""
+        """Multiply the gradients by a number."""
         return Products(self.values * weight, self.columns)
 
     @property
@@ -123,7 +123,7 @@ class OutputField:
 
     @property
     def has_statistics(self) -> bool:
-        """Whether the model holds running statistics that move f beside the parameters."""
+        """Whether the model has running statistics, which change f in addition to the parameters."""
         return bool(self._norms)
 
     def _ledger_vectors(self, t: int) -> Tensor:
@@ -156,16 +156,16 @@ class OutputField:
                         buffer.copy_((before if tau < 1 else after)[name])
 
     def prediction(self, queries: QueryBatch) -> Tensor:
-        """Run the model where it was moved to, ``(queries, …)``."""
+        """Run the model at its current point, ``(queries, …)``."""
         with torch.no_grad():
             return queries.run(self._model)
 
     def value(self, queries: QueryBatch, output: Output) -> Tensor:
-        """Compute f where the model was moved to, in output units, ``(queries,)`` in float64."""
+        """Compute f at the model's current point, in output units, ``(queries,)`` in float64."""
         return output(self.prediction(queries)).double()
 
     def products(self, queries: QueryBatch, output: Output, segment: int) -> Products:
-        """Differentiate f where the model was moved to, and keep what the ledger needs of the gradient."""
+        """Differentiate f at the model's current point, and keep the products that the ledger needs."""
         vectors = self._ledger_vectors(segment)
         with torch.enable_grad(), self._capture.collecting(len(queries)) as gradients:
             pieces = gradients(output(queries.run(self._model)).sum())

@@ -1,7 +1,7 @@
-"""Covectors: the query's output gradient, averaged over each segment, in projection space.
+"""Covectors: the query's output gradient, averaged over each segment (path-averaged), in projection space.
 
-For each query and segment, φ_t = ∫₀¹ ∇f(x; θ_t + τ Δθ_t) dτ is never kept whole; what is kept are its projection P φ_t
-and its products with the vectors of the ledger.
+For each query and segment, φ_t = ∫₀¹ ∇f(x; θ_t + τ Δθ_t) dτ is never stored in full; only its projection P φ_t and its
+products with the ledger's vectors are.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["Covectors", "integrate", "outputs_at_checkpoints"]
 
 @dataclass(frozen=True)
 class Covectors:
-    """What a batch of queries needs to know of φ_t.
+    """The products of φ_t for a batch of queries.
 
     Attributes:
         projected: P φ_t, ``(queries, segments, k)``.
         displacement: ⟨φ_t, Δθ_t⟩ by the quadrature, in output units, ``(queries, segments)``.
         weight_decay: ⟨φ_t, weight_decay_t⟩, in output units, ``(queries, segments)``.
         optimizer: ⟨φ_t, optimizer_t⟩, in output units, ``(queries, segments)``.
-        buffers: The same of running statistics: ⟨∫ ∂f/∂b, Δb_t⟩, in output units, ``(queries, segments)``.
+        buffers: The same for running statistics: ⟨∫ ∂f/∂b, Δb_t⟩, in output units, ``(queries, segments)``.
         audit: ⟨φ_t, D_i,t⟩ of the audited examples, in output units, ``(queries, segments, audited)``.
         outputs: f(x; θ_t) at each checkpoint, in output units, ``(queries, segments + 1)``.
         forward_passes: Forward passes of each query, ``(queries,)``.
@@ -52,7 +52,7 @@ class Covectors:
 
 @dataclass
 class _State:
-    """The parts of one query, their integrals and their errors."""
+    """One query's intervals, their integrals and their errors."""
 
     allowed: float
     budget: int
@@ -71,17 +71,17 @@ def integrate(
     tolerance: float,
     progress: Progress = no_progress,
 ) -> Covectors:
-    """Integrate the output gradient over every segment, halving parts until the quadrature gap meets the tolerance.
+    """Integrate the output gradient over every segment, halving intervals until the quadrature gap is within tolerance.
 
-    Each query refines its own parts, so its numbers do not depend on the batch it comes in.
+    Each query refines its own intervals, so its numbers do not depend on the batch it is in.
 
     Args:
         field_: The model and the run.
         queries: The queries.
-        output: What is explained, settled.
+        output: What is explained, resolved on the final prediction.
         quadrature: The rule and the budget.
         tolerance: Allowed quadrature gap, relative to |f_T − f_0|.
-        progress: Told how many parts are done and how many are planned so far.
+        progress: Told how many intervals are done, and how many are planned so far.
 
     Returns:
         The covectors of all queries.
@@ -122,11 +122,11 @@ def outputs_at_checkpoints(field_: OutputField, queries: QueryBatch, output: Out
 
 
 _Values = dict[tuple[int, float], dict[int, float]]
-"""f by place on the trajectory (segment, τ) and query."""
+"""f by position on the trajectory (segment, τ) and query."""
 
 
 def _at_checkpoints(field_: OutputField, queries: QueryBatch, output: Output) -> tuple[Tensor, _Values]:
-    """Compute f at every checkpoint, ``(queries, segments + 1)``, and note it at the ends of the segments."""
+    """Compute f at every checkpoint, ``(queries, segments + 1)``, and store it for the ends of the segments."""
     segments = len(field_._trajectory)
     values: _Values = defaultdict(dict)
     ends = []
@@ -148,7 +148,7 @@ def _values_at(
     values: _Values,
     states: list[_State],
 ) -> None:
-    """Make sure that f is known at both ends of a part."""
+    """Make sure that f is known at both ends of an interval."""
     for tau in (part.start, part.end):
         known = values[(part.segment, tau)]
         if any(q not in known for q in members):
@@ -159,7 +159,7 @@ def _values_at(
 
 
 def _refine(states: list[_State], quadrature: Quadrature) -> dict[Part, list[int]]:
-    """Choose the parts to halve for every query that is not settled, and take them out of its account."""
+    """Choose the intervals to halve for every query that is not settled, and drop their integrals."""
     wanted: dict[Part, list[int]] = defaultdict(list)
     for q, state in enumerate(states):
         if not quadrature.unsettled(state.errors.values(), state.allowed):

@@ -1,7 +1,7 @@
-"""From covectors to contributions: the strongest at both ends, a bound for the rest, over one process or several.
+"""From covectors to contributions: the strongest at both ends, and a bound for the rest, over one or more processes.
 
 Exact search scans all rows once, which gives every contribution. A compressed index only proposes rows; they are ranked
-by their stored values, and the others are bounded: none contributes more than Σ_t ‖q'_t‖ ‖row_t‖ (Cauchy and Schwarz).
+by their stored values, and the others are bounded: none contributes more than Σ_t ‖q'_t‖ ‖row_t‖ (Cauchy–Schwarz).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["DeferredContributions", "Ranked", "Ranking", "mean_scan", "rank"]
 
 _BOUNDS_AT_ONCE = 1 << 16
 _ROUNDING = 1 + 1e-5
-"""What the bound is multiplied with, for the float32 numbers it is made of."""
+"""Margin of the bound for the rounding of its float32 terms."""
 
 _Best = tuple[list[Contribution], float]
-"""The strongest contributions that one process found for one query, and a bound on the size of its others."""
+"""The strongest contributions that one process found for one query, and a bound on all its others."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Ranked:
     """The strongest contributions to one query.
 
     Attributes:
-        proponents: The largest, largest first.
-        opponents: The most negative, most negative first.
-        remainder: What is known of all others.
-        contributions: All of them, ``(num_examples,)``, or what computes them when they are first asked for.
+        proponents: The largest contributions, largest first.
+        opponents: The most negative contributions, most negative first.
+        remainder: What is known about all others.
+        contributions: All of them, ``(num_examples,)``, or an object that computes them on first use.
     """
 
     proponents: tuple[Contribution, ...]
@@ -54,15 +54,15 @@ class Ranking:
     Args:
         trajectory: The run.
         factory: A faiss factory string, or ``"auto"``.
-        directory: Where an index is kept, or None.
+        directory: Where a compressed index is kept, or None.
         device: Where to search.
-        group: The processes that share the rows out.
+        group: The processes among which the rows are divided.
     """
 
     def __init__(
         self, trajectory: Trajectory, factory: str, directory: Path | None, device: torch.device, group: ProcessGroup
     ) -> None:
-        """Open the segments; nothing is built yet."""
+        """Open the segments, without building anything."""
         self.num_examples = trajectory.num_examples - len(trajectory.manifest.withdrawn)
         self.group = group
         shard = group.shard(trajectory.num_examples)
@@ -78,7 +78,7 @@ class Ranking:
 
     @property
     def index(self) -> RowIndex:
-        """The index over these rows; it is built at its first search.
+        """The index over these rows, built at its first search.
 
         Raises:
             MissingDependencyError: faiss is not installed.
@@ -89,14 +89,14 @@ class Ranking:
         return self._index
 
     def scan(self, projected: Tensor) -> Tensor:
-        """Compute the contributions of all rows here, ``(queries, rows)``, in float64."""
+        """Compute the contributions of this process's rows, ``(queries, rows)``, in float64."""
         return self._rows.scan(projected.unbind(1))
 
     def bound(self, ids: Sequence[Tensor], projected: Tensor) -> list[float]:
-        """Bound the contributions of all rows but some: Σ_t ‖q'_t‖ ‖row_t‖, the largest for each query.
+        """Bound the contributions of all rows except some: the largest Σ_t ‖q'_t‖ ‖row_t‖ for each query.
 
         Args:
-            ids: The rows to leave out, of each query.
+            ids: The rows to leave out, for each query.
             projected: q'_t, ``(queries, segments, k)``.
         """
         if self._norms is None:
@@ -114,7 +114,7 @@ class Ranking:
         """Compute the contributions of some rows to one query, and their kernels.
 
         Args:
-            ids: Rows here, ``(ids,)``.
+            ids: Rows of this process, ``(ids,)``.
             projected: q'_t, ``(segments, k)``.
 
         Returns:
@@ -136,7 +136,7 @@ def rank(
         rankings: The rows of each run that this process searches.
         projected: q'_t of each run, ``(queries, segments, k)``.
         totals: Σ_i c_i of each query, in output units.
-        k: How many proponents and how many opponents.
+        k: Number of proponents, and of opponents.
         whole: All rows of each run.
     """
     first, batch = rankings[0], _Batch(whole, projected)
@@ -160,7 +160,7 @@ def mean_scan(rankings: Sequence[Ranking], projected: Sequence[Tensor]) -> Tenso
 
 
 def _best_of_all(rankings: Sequence[Ranking], projected: Sequence[Tensor], scores: Tensor, k: int) -> list[_Best]:
-    """Take both ends of the contributions of all rows; the largest of the others is their bound."""
+    """Take both ends of all contributions; the largest of the others is their bound."""
     many = min(k, scores.shape[1])
     ends = torch.cat([scores.topk(many, largest=largest).indices for largest in (True, False)], dim=1)
     others = scores.abs().scatter_(1, ends, 0.0).amax(1) if scores.shape[1] else scores.new_zeros(len(scores))
@@ -171,7 +171,7 @@ def _best_of_all(rankings: Sequence[Ranking], projected: Sequence[Tensor], score
 
 
 def _best_of_proposed(ranking: Ranking, projected: Tensor, k: int) -> list[_Best]:
-    """Rank the rows that a compressed index proposes, and bound all that are not among the best."""
+    """Rank the rows that a compressed index proposes, and bound all others."""
     proposed = ranking.index.propose(projected.flatten(1).float().cpu().numpy(), k)
     known = [torch.from_numpy(np.unique(ids[ids >= 0])) for ids in proposed]
     best = []
@@ -185,7 +185,7 @@ def _best_of_proposed(ranking: Ranking, projected: Tensor, k: int) -> list[_Best
 def _contributions(rankings: Sequence[Ranking], ids: Tensor, projected: Sequence[Tensor]) -> list[Contribution]:
     """Compute some rows' contributions to one query, averaged over runs, largest first.
 
-    a_i is the mean contribution over the mean kernel.
+    a_i is the mean contribution divided by the mean kernel.
     """
     found = [ranking.by_segment(ids, covectors) for ranking, covectors in zip(rankings, projected, strict=True)]
     segments = torch.stack([contributions for contributions, _ in found]).mean(0)
@@ -206,7 +206,7 @@ def _contributions(rankings: Sequence[Ranking], ids: Tensor, projected: Sequence
 def _join(
     ranking: Ranking, parts: Sequence[_Best], total: float, k: int, contributions: np.ndarray | DeferredContributions
 ) -> Ranked:
-    """Join what all processes found for one query."""
+    """Merge what all processes found for one query."""
     found = sorted((c for best, _ in parts for c in best), key=lambda c: -c.contribution)
     proponents = tuple([c for c in found if c.contribution > 0][:k])
     opponents = tuple([c for c in reversed(found) if c.contribution < 0][:k])
@@ -224,7 +224,7 @@ def _join(
 
 
 class _Batch:
-    """All contributions to a batch of queries, computed when the first is asked for."""
+    """All contributions to a batch of queries, computed on first use."""
 
     def __init__(self, whole: Sequence[Ranking], projected: Sequence[Tensor]) -> None:
         self._whole, self._projected = whole, projected
@@ -237,18 +237,18 @@ class _Batch:
 
 
 class DeferredContributions:
-    """The contributions of all examples to one query, for a run that is not scanned unless somebody asks.
+    """The contributions of all examples to one query, for a run that is only scanned on demand.
 
-    It turns into an array (``np.asarray``) with one scan of the rows, and is pickled as that array: an explanation that
-    is kept does not hold on to the run.
+    ``np.asarray`` turns it into an array with one scan of the rows, and it is pickled as that array: a saved
+    explanation does not need the run.
 
     Args:
         batch: The batch of queries.
-        query: Which of them.
+        query: The position of the query in it.
     """
 
     def __init__(self, batch: _Batch, query: int) -> None:
-        """Keep the covectors; no row is read."""
+        """Keep the covectors, without reading rows."""
         self._batch, self._query = batch, query
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One run's answers: covectors of either reading, the account they belong to, and the rows that rank."""
+"""One run's answers to queries: covectors of either reading, their ledgers, and the rows to rank."""
 
 from __future__ import annotations
 
@@ -30,20 +30,18 @@ from pkexplain.store.directory import DirectoryStore
 
 __all__ = ["Account", "RunExplainer"]
 
-"""Told what is done, how much of it, and how much there is."""
-
 
 @dataclass(frozen=True)
 class Account:
-    """What one run says of a batch of queries, before its rows are ranked.
+    """One run's answer to a batch of queries, before rows are ranked.
 
     Attributes:
-        projected: What the rows are multiplied with, ``(queries, segments, k)``.
-        ledgers: The account of each query's output.
+        projected: The covectors that multiply the rows, ``(queries, segments, k)``.
+        ledgers: The ledger of each query's output.
         segment_sums: Σ_i c_i of each segment, in output units, ``(queries, segments)``.
         outputs: f(x; θ_t) at each checkpoint, in output units, ``(queries, segments + 1)``.
-        checks: What can fail, of each query.
-        costs: What each query took.
+        checks: The checks of each query.
+        costs: The cost of each query.
     """
 
     projected: Tensor
@@ -55,7 +53,7 @@ class Account:
 
 
 class RunExplainer:
-    """Make accounts of a recorded run.
+    """Answers queries from one recorded run.
 
     Args:
         store: The run.
@@ -63,9 +61,9 @@ class RunExplainer:
         index: A faiss factory string, or ``"auto"``.
         tolerance: Allowed quadrature gap, relative to |f_T − f_0|.
         quadrature: The rule of integration over a segment, and its budget.
-        device: Where to compute; None for where the model is.
+        device: Where to compute; None for the model's device.
         progress: Told the progress of long work.
-        group: A `torch.distributed` process group that shares the rows out, or None.
+        group: A `torch.distributed` process group among whose processes the rows are divided, or None.
     """
 
     def __init__(
@@ -105,7 +103,7 @@ class RunExplainer:
         )
 
     def prepare(self) -> None:
-        """Build the index, where there is none."""
+        """Build the index, if there is none yet."""
         if not self.ranking.index.ready:
             self.ranking.index.prepare(self._progress)
 
@@ -114,7 +112,7 @@ class RunExplainer:
 
         Args:
             queries: The queries.
-            at_once: How many of them go through the model together.
+            at_once: The most queries in one forward pass.
 
         Raises:
             QueryError: The prediction is not a number.
@@ -130,7 +128,7 @@ class RunExplainer:
                 got=f"nan for query {int(prediction.isnan().flatten(1).any(1).nonzero()[0])}",
                 expected="numbers",
                 source="the model after training",
-                fix="Look for nan in the query, and at the learning rate of the run",
+                fix="Check the query for nan, and the run's learning rate",
             )
         again = self.field.prediction(queries.select(pieces[0]))
         if not torch.allclose(prediction[: len(again)], again, rtol=1e-3, atol=1e-5 * float(again.abs().max())):
@@ -149,8 +147,8 @@ class RunExplainer:
 
         Args:
             queries: The queries.
-            output: What is explained, settled.
-            removal: How the removal reading is made; None for the path reading.
+            output: What is explained, resolved on the final prediction.
+            removal: Settings of the removal reading; None for the path reading.
         """
         return self._path(queries, output) if removal is None else self._removal(queries, output, removal)
 
@@ -197,10 +195,10 @@ class RunExplainer:
         return total
 
     def own(self, projected: Tensor, ids: Tensor) -> np.ndarray:
-        """Multiply each query with the rows of one example, ``(queries,)``, in float64.
+        """Multiply each query by the rows of one example, ``(queries,)``, in float64.
 
         Args:
-            projected: What the rows are multiplied with, ``(queries, segments, k)``.
+            projected: The covectors that multiply the rows, ``(queries, segments, k)``.
             ids: The example of each query, ``(queries,)``.
         """
         total = torch.zeros(len(ids), dtype=torch.float64)
@@ -210,7 +208,7 @@ class RunExplainer:
         return total.numpy()
 
     def curvature(self, loss: LossCurvature | None) -> Curvature:
-        """Make the curvature of every segment, once for each loss."""
+        """Compute the curvature of every segment, once for each loss."""
         if loss not in self._curvatures:
             pieces = self.trajectory, self.segments, self.projector
             self._curvatures[loss] = Curvature(*pieces, loss, self._progress)

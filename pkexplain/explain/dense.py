@@ -1,7 +1,7 @@
-"""The dense, slow, obvious path kernel, to check the fast one with.
+"""The dense, slow, obvious path kernel, as a check of the fast one.
 
-No hooks, no projection, no index, no correction: the displacements of a run recorded with `Identity` are taken as they
-are, the covectors come from `torch.autograd.grad` for one query at a time at the nodes of a fixed composite rule, and
+No hooks, no projection, no index, no correction: the displacements of a run recorded with `Identity` are used as they
+are, the covectors come from `torch.autograd.grad`, one query at a time, at the nodes of a fixed composite rule, and
 contributions are their inner products:
 
     c_i(x) = Σ_t ⟨∫₀¹ ∇f(x; θ_t + τ Δθ_t) dτ, D_i,t⟩      (Domingos 2020, Theorem 1, for finite steps)
@@ -31,13 +31,13 @@ __all__ = ["ExactAccount", "path_kernel"]
 
 @dataclass(frozen=True)
 class ExactAccount:
-    """The account of some queries, without compression and without correction.
+    """The ledger of some queries, without compression and without correction.
 
     Attributes:
         contributions: c_i(x), in output units, ``(queries, num_examples)``.
         kernels: K(x, x_i), ``(queries, num_examples)``; a_i is ``contributions / kernels``.
-        weight_decay: What weight decay did, in output units, ``(queries,)``.
-        optimizer: What is no example's and no decay's, in output units, ``(queries,)``.
+        weight_decay: The effect of weight decay, in output units, ``(queries,)``.
+        optimizer: What belongs to neither examples nor weight decay, in output units, ``(queries,)``.
         initial: f_0(x), in output units, ``(queries,)``.
         final: f_T(x), in output units, ``(queries,)``.
     """
@@ -51,7 +51,7 @@ class ExactAccount:
 
     @property
     def gap(self) -> np.ndarray:
-        """What quadrature and rounding leave: f_T − f_0 − Σ_i c_i − decay − optimizer, in output units."""
+        """The quadrature and rounding error: f_T − f_0 − Σ_i c_i − weight decay − optimizer, in output units."""
         return self.final - self.initial - self.contributions.sum(1) - self.weight_decay - self.optimizer
 
 
@@ -68,14 +68,14 @@ def path_kernel(
 
     Args:
         run: A run recorded with ``projection=pkexplain.Identity()``.
-        model: The model; it is left as it was.
+        model: The model; it is not changed.
         x: One query or a batch, as for `pkexplain.Explainer.explain`.
         output: What to explain, as for `pkexplain.Explainer.explain`.
         nodes: Gauss–Legendre nodes on each piece.
         pieces: Equal pieces of each segment.
 
     Returns:
-        The account; its ``gap`` is the quadrature error.
+        The ledger; its ``gap`` is the quadrature error.
 
     Raises:
         ConfigurationError: The run's rows are compressed.
@@ -114,7 +114,7 @@ def _refuse_what_is_not_exact(trajectory: Trajectory) -> None:
     if not isinstance(trajectory.projection, Identity):
         raise ConfigurationError(
             "path_kernel(run)",
-            "the run's rows are compressed, so nothing exact can be made of them",
+            "the run's rows are compressed, so nothing exact can be computed from them",
             got=f"projection {trajectory.projection}",
             expected="projection Identity()",
             source="the run's manifest",
@@ -125,16 +125,16 @@ def _refuse_what_is_not_exact(trajectory: Trajectory) -> None:
     if moved:
         raise ConfigurationError(
             "path_kernel(run)",
-            "buffers moved while it was recorded, and the dense path does not follow them",
+            "buffers changed while it was recorded, and the dense path does not follow them",
             got=", ".join(moved[:3]),
-            expected="a model whose buffers stay",
+            expected="a model whose buffers do not change",
             source="the run's checkpoints",
-            fix="Use pkexplain.Explainer, which gives running statistics a line of their own",
+            fix="Use pkexplain.Explainer, which has a ledger line for running statistics",
         )
 
 
 class _Field:
-    """The model at any point of the trajectory; it is put back after every look."""
+    """The model at any point of the trajectory, restored after each use."""
 
     def __init__(self, model: nn.Module, trajectory: Trajectory) -> None:
         self._model, self._trajectory = model, trajectory

@@ -1,4 +1,4 @@
-"""`Explainer`: queries in, explanations out; one run or the mean of several, in either reading."""
+"""`Explainer`: queries in, explanations out; for one run or the mean of several, in either reading."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ _NUMBERS_AT_ONCE = 1 << 27
 
 
 class Explainer:
-    """Explain predictions of a recorded model in training examples.
+    """Explain predictions of a recorded model by its training examples.
 
     Args:
         run: The directory of a run, or the `pkexplain.MemoryStore` it was recorded into; or a list of runs of one
-            training with different seeds, whose accounts are averaged.
-        model: The model, at any state of its recorded parameters; it is copied, never changed.
-        index: ``"Flat"`` for exact search, any other faiss factory string for a compressed index, or ``"auto"`` for a
-            choice by the number of rows. The mean of several runs is always searched exactly.
+            training with different seeds, which are averaged.
+        model: The model. It supplies the architecture; the recorded weights are explained. It is copied, never changed.
+        index: ``"Flat"`` for exact search, any other faiss factory string for a compressed index, or ``"auto"`` to
+            choose by the number of rows. The mean of several runs is always searched exactly.
         tolerance: Allowed quadrature gap before any correction, relative to |f_T − f_0|.
         quadrature: The rule of integration over a segment, and its budget.
-        device: Where to compute; by default where the model is.
-        progress: Told the progress of long work, for example `pkexplain.ProgressBar`.
-        group: A `torch.distributed` process group whose processes share the rows out: each makes an explainer, asks
-            the same questions and searches its own part, and all get the same answers.
+        device: Where to compute; by default the model's device.
+        progress: Receives the progress of long work, for example `pkexplain.ProgressBar`.
+        group: A `torch.distributed` process group among whose processes the rows are divided: each makes an explainer,
+            asks the same questions and searches its own share, and all get the same answers.
 
     Raises:
         RunNotFoundError: There is no run, or it holds no finished segment.
         RunDamagedError: A file of the run is missing, truncated or altered.
         ModelMismatchError: The model is not the one that was recorded.
-        ConfigurationError: An argument cannot be, or the runs cannot be averaged.
+        ConfigurationError: An argument is invalid, or the runs cannot be averaged.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Explainer:
     ) -> None:
         """Read the run and check the model against it; the index is built on first use."""
         if not tolerance > 0:
-            fix = "Leave it out for 1% of |f_T − f_0|"
+            fix = "Leave tolerance out for 1% of |f_T − f_0|"
             raise _refused("Explainer(tolerance=…)", "it must be positive", tolerance, "> 0", "Explainer", fix)
         runs = list(run) if isinstance(run, Sequence) and not isinstance(run, (str, bytes)) else [run]
         if not runs or (group is not None and len(runs) > 1):
             fix = "Pass a run, or a list of runs without a process group"
             raise _refused("Explainer([…])", "these runs cannot be averaged", len(runs), "1 or more", "Explainer", fix)
         report = progress or no_progress
-        index = "Flat" if len(runs) > 1 else index  # an index knows the rows of one run only
+        index = "Flat" if len(runs) > 1 else index  # an index only has the rows of one run
         setting = (index, tolerance, quadrature or Quadrature(), device, report, group)
         self._runs = [RunExplainer(open_store(each), model, *setting) for each in runs]
         check_alike(self._runs)
@@ -85,16 +85,16 @@ class Explainer:
 
     @property
     def trajectory(self) -> Trajectory:
-        """The run that is explained; of several, the first."""
+        """The explained run; of several, the first."""
         return self._first.trajectory
 
     def copy_model(self) -> nn.Module:
-        """Return a copy of the model in evaluation mode, at any point of the run."""
+        """Return a copy of the model in evaluation mode, with the weights of any point of the run."""
         return copy.deepcopy(self._first.model)
 
     @property
     def index(self) -> RowIndex:
-        """The index over the rows that this process searches, made on first use; of several runs, the first's.
+        """The index over the rows that this process searches, built on first use; of several runs, the first's.
 
         Raises:
             MissingDependencyError: faiss is not installed.
@@ -104,7 +104,7 @@ class Explainer:
         return self._first.ranking.index
 
     def prepare(self, reading: str | Removal = "path") -> None:
-        """Do now what is done once: build the index, and for a removal reading the curvature of every segment.
+        """Do one-time work now: build the index and, for a removal reading, compute the curvature of every segment.
 
         Args:
             reading: As for `explain`.
@@ -133,19 +133,19 @@ class Explainer:
             x: One query in the shape of the training inputs, or a batch of them; a tensor, a tuple of positional
                 inputs or a mapping of named inputs.
             output: What to explain; by default the logit of the predicted class, or the one number predicted.
-            k: How many proponents and how many opponents to show.
-            reading: ``"path"``: contributions that add up; ``"removal"``: what the output would lose without the
-                example, which do not; or a `pkexplain.Removal` with settings of your own.
+            k: Number of proponents, and of opponents, to show.
+            reading: ``"path"``: contributions that add up; ``"removal"``: how much the output would lose without the
+                example, which do not add up; or a `pkexplain.Removal` with settings of your own.
 
         Returns:
-            An `Explanation`, or a list of them where ``x`` was a batch.
+            An `Explanation`, or a list of them if ``x`` was a batch.
 
         Raises:
             QueryError: The query or the output does not fit the model.
             ConfigurationError: ``k`` or ``reading`` is invalid.
         """
         if not isinstance(k, int) or k < 1:
-            got, expected, wrong = repr(k), "an integer from 1 up", "so many examples cannot be shown"
+            got, expected, wrong = repr(k), "an integer from 1 up", "this many examples cannot be shown"
             raise _refused("Explainer.explain", wrong, got, expected, "the signature of explain", "Leave k out")
         removal = _removal(reading)
         queries, explanations = as_queries(x, self.trajectory.inputs, self._first.field.device), []
@@ -218,16 +218,15 @@ class Explainer:
         output: Output | Callable[[Tensor], Tensor] | None = None,
         reading: str | Removal = "removal",
     ) -> np.ndarray:
-        """Compute what training examples contribute to their own outputs.
+        """Compute how much training examples contribute to their own outputs.
 
-        In the removal reading, of the margin of the label that an example was trained with, this is how much the model
-        memorised it (Feldman and Zhang 2020): without it the model would say something else. Mislabelled examples
-        stand out.
+        In the removal reading of the margin of an example's own label, this measures how much the model memorised it
+        (Feldman and Zhang 2020): without it, the model would predict something else. Mislabelled examples stand out.
 
         Args:
             x: A batch of training examples.
             ids: Their row numbers, ``(examples,)``.
-            output: What to explain, as for `explain`; with a class or a target for each example.
+            output: What to explain, as for `explain`, with a class or a target for each example.
             reading: As for `explain`.
 
         Returns:
@@ -235,14 +234,14 @@ class Explainer:
 
         Raises:
             QueryError: The examples or the output do not fit the model.
-            ExampleIdError: The ids are not those of the run, or not one for each example.
+            ExampleIdError: The ids are out of range, or their number is not that of the examples.
             ConfigurationError: ``reading`` is invalid.
         """
         removal = _removal(reading)
         queries = as_queries(x, self.trajectory.inputs, self._first.field.device)
         known = check_ids(ids, self.trajectory.num_examples, "self_contributions(ids)")
         if len(known) != len(queries):
-            got, fix = f"{len(known)} ids for {len(queries)} examples", "Give one id for each row of the batch"
+            got, fix = f"{len(known)} ids for {len(queries)} examples", "Pass one id for each row of the batch"
             wrong, expected = "there must be one for each example", f"{len(queries)} ids"
             raise ExampleIdError(
                 "self_contributions(ids)", wrong, got=got, expected=expected, source="the batch", fix=fix
@@ -256,7 +255,7 @@ class Explainer:
         return np.concatenate(parts)
 
     def _chunks(self, queries: QueryBatch, output: Any) -> Iterator[tuple[QueryBatch, Output, list[str]]]:
-        """Settle the output on the final prediction, and cut the queries into pieces that fit in memory."""
+        """Resolve the output on the final prediction, and split the queries into batches that fit in memory."""
         predictions = [run.prediction(queries, _MOST_QUERIES_AT_ONCE) for run in self._runs]
         settled = settle_output(output, torch.stack(predictions).mean(0))
         names, quadrature = settled.names(len(queries)), self._first.quadrature
@@ -270,13 +269,13 @@ class Explainer:
 
 
 def _removal(reading: str | Removal) -> Removal | None:
-    """Take a reading by its name."""
+    """Look up a reading by its name."""
     if isinstance(reading, Removal):
         return reading
     known: dict[Any, Removal | None] = {"path": None, "removal": Removal()}
     if not isinstance(reading, str) or reading not in known:
-        fix, expected = "Leave it out for contributions that add up", '"path", "removal" or a Removal'
-        raise _refused("Explainer.explain", "this reading is not there", repr(reading), expected, "Explainer", fix)
+        fix, expected = "Leave reading out for contributions that add up", '"path", "removal" or a Removal'
+        raise _refused("Explainer.explain", "there is no such reading", repr(reading), expected, "Explainer", fix)
     return known[reading]
 
 

@@ -1,9 +1,9 @@
-"""How curved a loss is where an example stands, read off the size of its loss derivative.
+"""The curvature of an example's loss, derived from the size of its loss derivative.
 
-A row holds −η s Jᵀ ℓ', with ℓ' = ∂ℓ/∂y, η the learning rate and s what the batch multiplies a loss with. Its outer
-product is therefore ℓ' ℓ'ᵀ seen through the model, the *empirical* Fisher matrix, while training feels the Gauss-Newton
-matrix Jᵀ (∂²ℓ/∂y²) J. Along ℓ' the two differ by a factor that the size of ℓ' tells for the losses that models are
-trained with: a well-fitted example, whose derivative has almost vanished, is still curved.
+A row holds −η s Jᵀ ℓ', with ℓ' = ∂ℓ/∂y, η the learning rate and s the factor of a loss in its batch. Its outer product
+is therefore ℓ' ℓ'ᵀ seen through the model, the *empirical* Fisher matrix, while training follows the Gauss-Newton
+matrix Jᵀ (∂²ℓ/∂y²) J. Along ℓ' the two differ by a factor that, for the usual losses, is a function of the size of ℓ':
+a well-fitted example, whose derivative has almost vanished, still has curvature.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 __all__ = ["BinaryCrossEntropy", "CrossEntropy", "LossCurvature", "SquaredError", "loss_curvature_of"]
 
 _SMALLEST = 1e-3
-"""Loss derivatives below this share of the largest possible count as that large: their rows are mostly rounding."""
+"""Loss derivatives below this share of the largest possible are raised to it: their rows are mostly rounding error."""
 
 
 class LossCurvature(ABC):
     """ℓ''/ℓ'² along the loss derivative.
 
     Attributes:
-        largest: The largest ‖ℓ'‖ that one example can have, where the loss has one; None where it has none.
+        largest: The largest ‖ℓ'‖ that one example can have; None if the loss has no bound.
     """
 
     largest: float | None = None
@@ -37,7 +37,7 @@ class LossCurvature(ABC):
             size: ‖ℓ'‖ of each example's own loss, before any mean over a batch, ``(examples,)``.
 
         Returns:
-            The factor by which an outer product of loss derivatives becomes a curvature, ``(examples,)``.
+            The factor that turns an outer product of loss derivatives into a curvature, ``(examples,)``.
         """
 
 
@@ -45,8 +45,8 @@ class LossCurvature(ABC):
 class CrossEntropy(LossCurvature):
     """Softmax and cross-entropy: for two classes ℓ' = (1 − p)(−1, 1), so that the factor is p / (1 − p).
 
-    For more classes ‖ℓ'‖ / √2 lies between (1 − p) / √2 and 1 − p, and is taken for the latter, as where one wrong
-    class holds what the right one lacks.
+    For more classes ‖ℓ'‖ / √2 is between (1 − p) / √2 and 1 − p; the latter is assumed, as if a single wrong class held
+    all of 1 − p.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ class BinaryCrossEntropy(LossCurvature):
     largest = 1.0
 
     def weights(self, size: Tensor) -> Tensor:
-        """Compute p / (1 − p), p being the probability of what the example is labelled."""
+        """Compute p / (1 − p), p being the probability of the example's label."""
         missing = size.clamp(_SMALLEST, 1 - _SMALLEST)
         return (1 - missing) / missing
 
@@ -93,6 +93,6 @@ def loss_curvature_of(loss_derivatives: Tensor) -> LossCurvature:
     """Choose a loss for a run: cross-entropy for several outputs, squared error for one.
 
     Args:
-        loss_derivatives: As rows keep them: signed where the model has one output, minus a norm otherwise.
+        loss_derivatives: As stored with the rows: signed if the model has one output, otherwise minus a norm.
     """
     return SquaredError() if bool((loss_derivatives > 0).any()) else CrossEntropy()

@@ -1,7 +1,7 @@
 """What is explained: one number f(x) of the model's output, for each query.
 
-An output is called with the model's prediction ``(queries, …)`` and returns ``(queries,)``. Where a class or a target
-may differ from query to query it can be given as one value for all, or as one for each query.
+An output is called with the model's prediction ``(queries, …)`` and returns ``(queries,)``. Classes and targets can be
+one value for all queries, or one for each.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Index = int | Sequence[int] | Tensor | None
 
 
 class Output(ABC):
-    """A number of the model's output, one for each query.
+    """One number of the model's output for each query.
 
-    A subclass is a frozen dataclass that says what to compute and how to name it. Fields that may differ from query to
-    query are listed in ``per_query``; once settled they are tensors that lead with the queries.
+    A subclass is a frozen dataclass that defines what to compute and how to name it. Fields that may differ between
+    queries are listed in ``per_query``; once resolved they are tensors whose first dimension is the queries.
     """
 
     per_query: ClassVar[tuple[str, ...]] = ()
@@ -53,7 +53,7 @@ class Output(ABC):
         """Name the output of each query, for example ``logit[3]``."""
 
     def settle(self, prediction: Tensor) -> Output:
-        """Fix what depends on the final prediction (the predicted class), and check the rest against its shape.
+        """Resolve what depends on the final prediction (the predicted class), and check the rest against its shape.
 
         Raises:
             QueryError: The output does not exist in this prediction.
@@ -72,7 +72,7 @@ class _OfClass(Output):
     """An output of one class of ``(queries, classes)``.
 
     Args:
-        index: The class, one for all queries or one for each; None for the class that the final model predicts.
+        index: The class, one for all queries or one for each; None for the class predicted by the final model.
     """
 
     index: Index = None
@@ -87,7 +87,7 @@ class _OfClass(Output):
         return [f"{self._label}[{int(i)}]" for i in self._tensor(queries)]
 
     def settle(self, prediction: Tensor) -> Output:
-        """Take the predicted class where none was given; check the class against the prediction."""
+        """Use the predicted class if none was given; check the class against the prediction."""
         name = f"output={type(self).__name__}({'' if self.index is None else self.index})"
         if prediction.ndim != 2:
             wrong, expected = "it needs one row of classes for each query", "shape (queries, classes)"
@@ -120,7 +120,7 @@ class Logit(_OfClass):
 
 
 class LogProbability(_OfClass):
-    """log p_c, of the softmax of the scores, in nats."""
+    """log p_c, with p the softmax of the scores, in nats."""
 
     def __call__(self, prediction: Tensor) -> Tensor:
         """Compute log p_c, ``(queries,)``."""
@@ -128,7 +128,7 @@ class LogProbability(_OfClass):
 
 
 class Margin(_OfClass):
-    """log p_c − log(1 − p_c): the score of a class against all others together (Park et al. 2023, TRAK), in nats."""
+    """log p_c − log(1 − p_c): the log-odds of a class against all others (Park et al. 2023, TRAK), in nats."""
 
     def __call__(self, prediction: Tensor) -> Tensor:
         """Compute y_c − logsumexp of the other scores, ``(queries,)``."""
@@ -143,8 +143,8 @@ class Loss(Output):
 
     Args:
         target: The query's target: a class, or one target for each query, ``(queries, …)``.
-        function: Takes the prediction and the targets of a batch, returns the sum of the losses with
-            ``reduction="sum"`` and one for each with ``reduction="none"``, as torch's own losses do.
+        function: Called with the prediction and the targets of a batch; returns the sum of the losses with
+            ``reduction="sum"`` and one for each query with ``reduction="none"``, like torch's own losses.
     """
 
     target: Any
@@ -182,13 +182,13 @@ class Value(Output):
     """y_j, one number of the prediction, for regression.
 
     Args:
-        index: Which of the numbers of a query's prediction, flattened.
+        index: The position in a query's flattened prediction.
     """
 
     index: int = 0
 
     def __call__(self, prediction: Tensor) -> Tensor:
-        """Take the value, ``(queries,)``."""
+        """Return the value, ``(queries,)``."""
         return prediction.reshape(len(prediction), -1)[:, self.index]
 
     def names(self, queries: int) -> list[str]:
@@ -196,7 +196,7 @@ class Value(Output):
         return [f"value[{self.index}]"] * queries
 
     def settle(self, prediction: Tensor) -> Output:
-        """Check that the value is there."""
+        """Check that there is such a value."""
         size = prediction[0].numel()
         if not 0 <= self.index < size:
             raise no_output(f"output=Value({self.index})", "there is no such value", prediction, f"0 to {size - 1}")
@@ -208,8 +208,8 @@ class Custom(Output):
     """Any function of the prediction.
 
     Args:
-        function: Takes the prediction ``(queries, …)`` and returns one number for each query, ``(queries,)``, treating
-            every query alone.
+        function: Called with the prediction ``(queries, …)``; returns one number for each query, ``(queries,)``, which
+            must not depend on the other queries.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -223,25 +223,25 @@ class Custom(Output):
         return [getattr(self.function, "__name__", type(self.function).__name__)] * queries
 
     def settle(self, prediction: Tensor) -> Output:
-        """Check that the function gives one number for each query."""
+        """Check that the function returns one number for each query."""
         found = self.function(prediction)
         if not isinstance(found, Tensor) or found.shape != prediction.shape[:1]:
             got = f"{type(found).__name__} of shape {tuple(getattr(found, 'shape', ()))}"
-            wrong = f"the function does not give one number for each query but a {got}"
+            wrong = f"the function does not return one number for each query but a {got}"
             raise no_output(f"output={self.names(1)[0]}", wrong, prediction, f"shape ({len(prediction)},)")
         return self
 
 
 def settle_output(output: Output | Callable[[Tensor], Tensor] | None, prediction: Tensor) -> Output:
-    """Check what is to be explained against the final prediction.
+    """Check the output to be explained against the final prediction.
 
     Args:
-        output: An output or any function of the prediction; None for the logit of the predicted class, or for the one
-            number where the prediction is no more.
+        output: An output or any function of the prediction; None for the logit of the predicted class, or for the
+            prediction itself if it is a single number.
         prediction: The model's final prediction, ``(queries, …)``.
 
     Raises:
-        QueryError: It is no output, or not one of this prediction.
+        QueryError: It is not an output, or does not fit this prediction.
     """
     if output is None:
         output = Value() if prediction[0].numel() == 1 else Logit()
@@ -249,7 +249,7 @@ def settle_output(output: Output | Callable[[Tensor], Tensor] | None, prediction
 
 
 def as_output(output: Output | Callable[[Tensor], Tensor]) -> Output:
-    """Take an output or any function of the prediction for an output.
+    """Turn a function of the prediction into an output; an output is returned unchanged.
 
     Raises:
         QueryError: It is neither.
@@ -270,10 +270,10 @@ def as_output(output: Output | Callable[[Tensor], Tensor]) -> Output:
 
 
 def integers(numbers: Any, what: str) -> Tensor:
-    """Take classes, tokens or positions as a tensor of integers.
+    """Turn classes, tokens or positions into a tensor of integers.
 
     Raises:
-        TypeError: They are something else.
+        TypeError: They are not integers.
     """
     tensor = torch.as_tensor(numbers)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
@@ -282,7 +282,7 @@ def integers(numbers: Any, what: str) -> Tensor:
 
 
 def for_each(values: Tensor, queries: int) -> Tensor:
-    """Give every query the one value there is, or check that there is one for each."""
+    """Repeat a single value for every query, or check that there is one for each."""
     return values.expand(queries) if values.ndim == 0 else values.reshape(queries, *values.shape[1:])
 
 
@@ -294,6 +294,6 @@ _FOR_SEQUENCES = (
 
 
 def no_output(asked: str, wrong: str, prediction: Tensor, expected: str, fix: str = _FOR_OTHERS) -> QueryError:
-    """Say why an output does not exist in a prediction."""
+    """Make the error for an output that does not fit the prediction."""
     got = f"a prediction of shape {tuple(prediction.shape)}"
     return QueryError(asked, wrong, got=got, expected=expected, source="the model's prediction", fix=fix)

@@ -1,12 +1,12 @@
-"""Integrals over a segment that refine themselves where they err.
+"""Adaptive integrals over a segment.
 
-Along a segment the output's change is known exactly from two forward passes, so the error of a rule on any part of it
-is known too:
+The output's change over a segment is known exactly from two forward passes, so the error of a quadrature rule on any
+interval of it is known too:
 
     error = f(θ(b)) − f(θ(a)) − Σ_n w_n ⟨∇f(θ(τ_n)), θ(b) − θ(a)⟩
 
-Each part starts as a whole segment; parts that err most are halved until the errors together meet the tolerance or the
-budget of gradients is spent.
+It starts with one interval per segment; the intervals with the largest errors are halved until the total error is
+within tolerance or the budget of gradients is spent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Part", "Quadrature"]
 
 @dataclass(frozen=True, order=True)
 class Part:
-    """A dyadic part of segment ``segment``: τ from ``place / 2^level`` to ``(place + 1) / 2^level``."""
+    """A dyadic interval of segment ``segment``: τ from ``place / 2^level`` to ``(place + 1) / 2^level``."""
 
     segment: int
     level: int
@@ -32,17 +32,17 @@ class Part:
 
     @property
     def start(self) -> float:
-        """Where it begins, 0 to 1."""
+        """Its start, 0 to 1."""
         return self.place / 2**self.level
 
     @property
     def width(self) -> float:
-        """How much of the segment it is."""
+        """Its share of the segment."""
         return 1 / 2**self.level
 
     @property
     def end(self) -> float:
-        """Where it ends, 0 to 1."""
+        """Its end, 0 to 1."""
         return (self.place + 1) / 2**self.level
 
     def halves(self) -> tuple[Part, Part]:
@@ -57,19 +57,19 @@ class Quadrature:
     """How the covector φ_t = ∫₀¹ ∇f(θ_t + τ Δθ_t) dτ is computed.
 
     Args:
-        nodes: Gauss–Legendre nodes on each part: 2 for networks with kinks (ReLU); 4 or 8 for smooth ones.
-        budget: Most gradients of a query's output for each segment, on average over the segments.
+        nodes: Gauss–Legendre nodes on each interval: 2 for networks with kinks (ReLU), 4 or 8 for smooth ones.
+        budget: The most gradients of a query's output per segment, on average over the segments.
     """
 
     nodes: int = 2
     budget: int = 32
 
     def __post_init__(self) -> None:
-        """Refuse a rule without nodes and a budget that the first pass would exceed."""
+        """Refuse a rule without nodes, and a budget that the first pass would exceed."""
         if self.nodes < 1 or self.budget < self.nodes:
             raise ConfigurationError(
                 "Quadrature(nodes=…, budget=…)",
-                "the first pass over a segment already needs as many gradients as there are nodes",
+                "the first pass over a segment already needs one gradient for each node",
                 got=f"nodes={self.nodes}, budget={self.budget}",
                 expected="1 ≤ nodes ≤ budget",
                 source="pkexplain.explain.quadrature",
@@ -82,24 +82,24 @@ class Quadrature:
         return (nodes + 1) / 2, weights / 2
 
     def unsettled(self, errors: Iterable[float], allowed: float) -> bool:
-        """Whether the errors of all parts are too large together.
+        """Whether the total error is too large.
 
-        Both their sum and the root of the sum of their squares must be within ``allowed``: a sum alone could be small
-        by luck.
+        Both the sum of the errors and the root of the sum of their squares must be within ``allowed``: the sum alone
+        could be small by chance.
         """
         values = list(errors)
         return max(abs(math.fsum(values)), math.sqrt(math.fsum(e * e for e in values))) > allowed
 
     def worst(self, errors: dict[Part, float], allowed: float, gradients_left: int) -> list[Part]:
-        """Choose the parts to halve next: those above an even share of what is allowed, the largest errors first.
+        """Choose the intervals to halve next: those above an even share of the allowed error, largest errors first.
 
         Args:
-            errors: The known error of each part, in output units.
-            allowed: What the errors may come to, in output units.
-            gradients_left: How many gradients the budget still pays for; halving a part takes twice the nodes.
+            errors: The known error of each interval, in output units.
+            allowed: The allowed total error, in output units.
+            gradients_left: Gradients left in the budget; halving an interval takes twice the nodes.
 
         Returns:
-            Parts; empty where the budget pays for none.
+            Intervals; empty if the budget allows none.
         """
         order = sorted(errors, key=lambda part: -abs(errors[part]))
         even = allowed / math.sqrt(len(order))

@@ -1,4 +1,4 @@
-"""Queries: what a user gives to be explained, checked against the inputs that were seen while recording."""
+"""Queries: the user's inputs to explain, checked against the inputs seen while recording."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["QueryBatch", "as_queries"]
 
 
 class QueryBatch:
-    """Queries for one model: positional or named tensors that lead with the same number of rows.
+    """Queries for one model: positional or named tensors with the same number of rows.
 
     Args:
         args: Positional inputs, each with a batch dimension.
         kwargs: Named inputs, each with a batch dimension.
-        single: Whether the user gave one query without a batch dimension.
+        single: Whether the user passed one query without a batch dimension.
     """
 
     def __init__(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], *, single: bool) -> None:
@@ -39,7 +39,7 @@ class QueryBatch:
         return QueryBatch(args, kwargs, single=self.single)
 
     def row(self, position: int) -> Any:
-        """Return one query as the user would give it."""
+        """Return one query as the user would pass it."""
         if not self.kwargs:
             args = tuple(value[position] for value in self.args)
             return args[0] if len(args) == 1 else args
@@ -49,7 +49,7 @@ class QueryBatch:
         """Run the model and return its prediction, ``(queries, …)``.
 
         Raises:
-            QueryError: The model gave no tensor with one row per query.
+            QueryError: The model did not return a tensor with one row per query.
         """
         output = first_tensor(model(*self.args, **self.kwargs))
         if output is None or output.ndim == 0 or len(output) != len(self):
@@ -59,21 +59,21 @@ class QueryBatch:
                 got="no tensor" if output is None else f"shape {tuple(output.shape)}",
                 expected=f"{len(self)} rows",
                 source="the number of queries",
-                fix="Give the model a forward pass that keeps the batch as the first dimension",
+                fix="Make the model's forward pass keep the batch as the first dimension",
             )
         return output
 
 
 def as_queries(x: Any, shapes: Mapping[str, InputEntry], device: torch.device) -> QueryBatch:
-    """Take what the user gave for queries, one or a batch, in the shapes that were recorded.
+    """Turn the user's input, one query or a batch, into queries of the recorded shapes.
 
     Args:
         x: A tensor, a tuple of positional inputs, or a mapping of named inputs.
-        shapes: What `InputShapes` noted.
+        shapes: The recorded inputs.
         device: Where the model is.
 
     Raises:
-        QueryError: A shape or a type does not fit.
+        QueryError: A shape or a dtype does not fit.
     """
     if isinstance(x, Mapping):
         named = {str(name): value for name, value in x.items()}
@@ -92,7 +92,7 @@ def as_queries(x: Any, shapes: Mapping[str, InputEntry], device: torch.device) -
             wanted = shapes[name].shape
             kind = shapes[name].torch_dtype
             if tensor.is_floating_point() != kind.is_floating_point:
-                raise _bad_query(name, "it is of another type", tensor.dtype, shapes)
+                raise _bad_query(name, "it has another dtype", tensor.dtype, shapes)
             single = _fits(tensor.shape, wanted)
             if (not single and not _fits(tensor.shape[1:], wanted)) or (
                 tensor.ndim == len(wanted) + 1 and not len(tensor)
@@ -106,7 +106,7 @@ def as_queries(x: Any, shapes: Mapping[str, InputEntry], device: torch.device) -
             )
         named[name] = tensor
     if len(singles) > 1:
-        raise _bad_query(next(iter(named)), "some inputs have a batch dimension and some have not", "both", shapes)
+        raise _bad_query(next(iter(named)), "some inputs have a batch dimension and some do not", "both", shapes)
     single = singles == {True}
     named = {name: tensor[None] if single else tensor for name, tensor in named.items()}
     if len({len(tensor) for tensor in named.values()}) != 1:
@@ -131,5 +131,5 @@ def _bad_query(name: str, wrong: str, got: Any, shapes: Mapping[str, InputEntry]
         got=got,
         expected=one + kind,
         source="the inputs seen while recording",
-        fix="Prepare the query as the training examples were",
+        fix="Prepare the query like the training examples",
     )

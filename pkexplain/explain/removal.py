@@ -1,18 +1,17 @@
-"""The removal reading: what the output would lose, had an example been left out of training.
+"""The removal reading: how much the output would lose if an example were left out of training.
 
-Leaving example i out takes its displacement away, and what is missing then passes through the rest of training, where
-every step shrinks it along the directions in which the loss is curved. Read backwards, it is the covector that is
-carried from the end of training to where the displacement was made (Bae et al. 2024, segmented unrolling):
+Leaving example i out removes its displacement. The difference then passes through the rest of training, where every
+step shrinks it along the directions in which the loss is curved. Computed backwards, the covector is carried from the
+end of training to the segment of the displacement (Bae et al. 2024, segmented unrolling):
 
     λ_T = ∇f,   c_i = Σ_t ⟨A_t λ_{t+1}, D_i,t⟩,   λ_t = B_t λ_{t+1},   A_t = (1 − e^{−M_t}) / M_t,   B_t = e^{−M_t}
 
-M_t is the curvature that the training of segment t feels, times the learning rate summed over it. It is made from the
-rows themselves, in projection space: they are gradients, and `pkexplain.explain.loss_curvature` says how much each is
-curved.
-How this departs from the paper:
+M_t is the curvature of the loss in segment t, times the learning rate summed over it. It is computed from the rows
+themselves, in projection space: they are gradients, and `pkexplain.explain.loss_curvature` gives each its curvature.
+Differences from the paper:
 
-- the curvature is that of the displacements as they happened, example by example, not a Kronecker approximation;
-- ∇f is averaged over the checkpoints, not taken at the last one alone: along the run, as the displacements are.
+- the curvature comes from the recorded displacements, example by example, not from a Kronecker approximation;
+- ∇f is averaged over the checkpoints instead of taken at the last one: along the run, like the displacements.
 """
 
 from __future__ import annotations
@@ -35,25 +34,25 @@ from pkexplain.store.trajectory import Segment, Trajectory
 __all__ = ["Curvature", "FinalGradient", "Removal", "final_gradient"]
 
 _MOST_ROWS = 16384
-"""Examples that a segment's curvature is made from; of more, as many are drawn."""
+"""The most examples from which a segment's curvature is computed; of more, this many are drawn."""
 _ROWS_AT_ONCE = 4096
 _NO_CURVATURE = 1e-3
-"""Along directions in which all of training shrinks a displacement by less than about this share, it is left alone."""
+"""Directions along which all of training shrinks a displacement by less than about this share are ignored."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """How the removal reading is made.
+    """Settings of the removal reading.
 
     Attributes:
-        strength: What the curvature of the recorded training is multiplied with. 1 for the run as it was; where a share
-            of the data is taken away, that share is missing from the curvature, too.
-        loss: The loss that was trained with; None for cross-entropy where the model has several outputs, and squared
-            error where it has one.
-        checkpoints: Over how many of the last checkpoints ∇f is averaged; None for all but the first.
+        strength: Factor of the recorded curvature: 1 for the run as it was; if a share of the data is removed, that
+            share is missing from the curvature, too.
+        loss: The training loss; None for cross-entropy if the model has several outputs, and squared error if it has
+            one.
+        checkpoints: Number of last checkpoints over which ∇f is averaged; None for all but the first.
 
     Raises:
-        ConfigurationError: A number cannot be.
+        ConfigurationError: A number is invalid.
     """
 
     strength: float = 0.2
@@ -65,7 +64,7 @@ class Removal:
         if not 0 <= self.strength < float("inf"):
             raise _refused(f"strength={self.strength!r}", "a number from 0 up", "Leave it out")
         if self.checkpoints is not None and (not isinstance(self.checkpoints, int) or self.checkpoints < 1):
-            fix = "Leave it out for all, or pass 1 for the last"
+            fix = "Leave it out for all, or pass 1 for the last one"
             raise _refused(f"checkpoints={self.checkpoints!r}", "an integer from 1 up, or None", fix)
 
 
@@ -77,11 +76,11 @@ def _refused(got: str, expected: str, fix: str) -> ConfigurationError:
 def _without_derivatives() -> ConfigurationError:
     return ConfigurationError(
         'reading="removal"',
-        "the run saw no loss derivative, and a loss's curvature is read off its size",
+        "the run has no loss derivatives, from which the curvature of the loss is computed",
         got="none",
         expected="the derivative of the loss with respect to the model's output",
         source="the recording",
-        fix="Let the model return a tensor, logits, or a mapping or tuple that begins with them, and record again",
+        fix="Let the model return logits, or a mapping or tuple that begins with them, and record again",
     )
 
 
@@ -93,8 +92,8 @@ class FinalGradient:
         projected: P ∇f, averaged over the checkpoints, ``(queries, k)``.
         audit: ⟨∇f(θ_t), D_i,t⟩ of the audited examples, summed over the segments before those checkpoints, in full
             space, in output units, ``(queries, audited)``.
-        stored: The same from the rows, ``(queries, audited)``.
-        checkpoints: How many checkpoints ∇f was averaged over.
+        stored: The same, from the stored rows, ``(queries, audited)``.
+        checkpoints: The number of checkpoints over which ∇f was averaged.
     """
 
     projected: Tensor
@@ -112,8 +111,8 @@ def final_gradient(
         field: The model and the run.
         segments: The run's segments.
         queries: The queries.
-        output: What is explained, settled.
-        checkpoints: How many of the last checkpoints; None for all but the first.
+        output: What is explained, resolved on the final prediction.
+        checkpoints: The number of last checkpoints; None for all but the first.
     """
     last = range(len(segments))[-(checkpoints or len(segments)) :]
     ids = segments[0].audit_ids
@@ -146,18 +145,18 @@ class _Shrinking:
 class Curvature:
     """M_t of every segment, in projection space.
 
-    With V the rows, each divided by the square root of its columns' rates and multiplied with that of its example's
-    curvature, M_t = Vᵀ V. Its eigenvectors are found from V Vᵀ where there are fewer examples than columns.
+    With V the rows, each divided by the square root of its columns' rates and multiplied by the square root of its
+    example's curvature, M_t = Vᵀ V. If there are fewer examples than columns, its eigenvectors come from V Vᵀ.
 
     Args:
         trajectory: The run.
         segments: Its segments.
         projector: Its projection.
-        loss: The loss that was trained with; None for a choice by the rows.
+        loss: The training loss; None to choose by the rows.
         progress: Told how many segments are done, and of how many.
 
     Raises:
-        ConfigurationError: The run saw no loss derivative.
+        ConfigurationError: The run has no loss derivatives.
     """
 
     def __init__(
@@ -193,7 +192,7 @@ class Curvature:
         return self._trajectory.boundaries[t + 1] - self._trajectory.boundaries[t]
 
     def _batch_share(self, t: int, largest: float, loss: LossCurvature) -> float:
-        """Find what the batch's loss multiplies an example's with: 1/batch, or what the largest derivative says."""
+        """Return the factor of an example's loss in its batch's: 1/batch, or what the largest derivative implies."""
         mean = self._steps(t) / max(self._trajectory.summaries[t].visits, 1)
         if loss.largest is None:
             return mean
@@ -224,12 +223,12 @@ class Curvature:
         return _Shrinking(directions[:, kept].contiguous(), curvatures[kept], scale)
 
     def _felt(self, curvatures: Tensor) -> Tensor:
-        """Choose what shrinks displacements and is no rounding of the largest."""
+        """Choose the curvatures that shrink displacements and are not rounding error of the largest."""
         rounding = len(curvatures) * torch.finfo(curvatures.dtype).eps * float(curvatures.max())
         return curvatures > max(_NO_CURVATURE / len(self._trajectory), rounding)
 
     def _rates(self, segment: Segment) -> Tensor:
-        """Give every column of a row the rate of its block; where blocks share columns, their mean."""
+        """Assign every column of a row the rate of its block; if blocks share columns, their mean."""
         rates = torch.zeros(self._projector.columns, dtype=torch.float64)
         blocks = torch.zeros_like(rates)
         for rate, part in zip(segment.rate_sums, self._projector.maps, strict=True):
@@ -243,7 +242,7 @@ class Curvature:
 
         Args:
             final: λ_T in projection space, ``(queries, k)``.
-            strength: What M_t is multiplied with.
+            strength: Factor of M_t.
 
         Returns:
             A_t λ_{t+1} of every segment, ``(queries, segments, k)``.

@@ -19,13 +19,13 @@ class TokenLogProbability(Output):
 
     For a causal model with one row of scores for each position, ``(queries, positions, vocabulary)``: the sum over j of
     log p(tokens[j] | everything before it), where the scores at position start − 1 + j of the input are for the token
-    at position start + j. The input holds the span itself, as in training; only its last token may be left out of it.
+    at position start + j. The input contains the span itself, as in training; only its last token may be omitted.
 
     Args:
         tokens: The token or tokens of the span, ``(span,)`` for all queries or ``(queries, span)``.
-        start: Position in the input of the first token of the span, one for all queries or one for each; None where the
-            span is the end of the input. Padding counts: with padding on the left every position is so much higher.
-        normalized: Divide by the number of tokens.
+        start: Position in the input of the first token of the span, one for all queries or one for each; None if the
+            span is the end of the input. Padding counts: left padding shifts every position.
+        normalized: Whether to divide by the number of tokens.
     """
 
     tokens: int | Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -54,7 +54,7 @@ class TokenLogProbability(Output):
         return [f"{kind}[tokens {s}:{s + span or ''}]" for s in starts]
 
     def settle(self, prediction: Tensor) -> Output:
-        """Fix where the span lies, and check it and its tokens against the prediction."""
+        """Resolve the span's position, and check it and its tokens against the prediction."""
         name = f"output={type(self).__name__}(…)"
         if prediction.ndim != 3:
             expected = "shape (queries, positions, vocabulary)"

@@ -333,7 +333,7 @@ def test_an_output_that_does_not_depend_on_the_model_has_no_contributions(run, e
         (torch.zeros(2, 3, 64), r"it has another shape\. Got shape \(2, 3, 64\)"),
         (torch.zeros(()), r"it has another shape\. Got shape \(\)"),
         (torch.zeros(0, 64), r"it has another shape\. Got shape \(0, 64\)"),
-        (torch.zeros(64, dtype=torch.long), r"it is of another type\. Got torch\.int64; .* float32"),
+        (torch.zeros(64, dtype=torch.long), r"it has another dtype\. Got torch\.int64; .* float32"),
         (["a"] * 64, r"it is not a tensor\. Got list"),
         (None, r"it is not a tensor\. Got NoneType"),
         ((), r"there is none\. Got nothing"),
@@ -376,8 +376,8 @@ def test_a_query_may_be_anything_that_makes_a_tensor(explainer, query):
         (pk.Value(-1), r"there is no such value"),
         (pk.Loss(10), r"output=Loss\(…\): the loss failed \(.*\)\. .* expected a target it can use"),
         (pk.Loss([1, 2]), r"output=Loss\(…\): the loss failed"),
-        (lambda y: y, r"the function does not give one number for each query but a Tensor of shape \(3, 10\)"),
-        (lambda y: 1.0, r"the function does not give one number for each query but a float of shape \(\)"),
+        (lambda y: y, r"the function does not return one number for each query but a Tensor of shape \(3, 10\)"),
+        (lambda y: 1.0, r"the function does not return one number for each query but a float of shape \(\)"),
         ("logit:3", r"output=…: this is not an output\. Got 'logit:3'; expected Logit\(c\), .*pkexplain\.Logit\(c\)"),
         (3, r"this is not an output\. Got 3; "),
         (pk.Logit, r"this is not an output\. Got <class .*Logit'>"),
@@ -391,16 +391,18 @@ def test_an_output_that_does_not_exist_is_refused(run, explainer, output, wrong)
 @pytest.mark.parametrize("reading", ["REMOVAL", "PATH", None])
 def test_a_reading_that_is_not_there_is_refused(run, explainer, reading):
     expected = r"expected \"path\", \"removal\" or a Removal"
-    match = rf"^Explainer\.explain: this reading is not there\. Got {reading!r}; {expected}"
+    match = rf"^Explainer\.explain: there is no such reading\. Got {reading!r}; {expected}"
     with pytest.raises(ConfigurationError, match=match):
         explainer.explain(run.queries[0], reading=reading)
-    with pytest.raises(ConfigurationError, match="this reading is not there"):
+    with pytest.raises(ConfigurationError, match="there is no such reading"):
         explainer.contributions(run.queries[0], reading=reading)
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, "ten"])
 def test_a_number_of_examples_that_cannot_be_is_refused(run, explainer, k):
-    with pytest.raises(ConfigurationError, match=rf"so many examples cannot be shown\. Got {k!r}; expected an integer"):
+    with pytest.raises(
+        ConfigurationError, match=rf"this many examples cannot be shown\. Got {k!r}; expected an integer"
+    ):
         explainer.explain(run.queries[0], k=k)
 
 
@@ -510,7 +512,7 @@ def test_named_inputs_are_explained_as_they_were_recorded():
     alone = explainer.explain({name: value[0] for name, value in query.items()}, output=pk.Logit(1))
     close(alone.contributions, one.contributions)
     assert set(alone.query) == {"left", "right"}
-    with pytest.raises(QueryError, match="some inputs have a batch dimension and some have not"):
+    with pytest.raises(QueryError, match="some inputs have a batch dimension and some do not"):
         explainer.explain({"left": inputs[:2, :32], "right": inputs[0, 32:]})
     with pytest.raises(QueryError, match=r"the inputs hold different numbers of queries\. Got \[2, 3\]"):
         explainer.explain({"left": inputs[:2, :32], "right": inputs[:3, 32:]})

@@ -308,5 +308,5 @@ def test_without_loss_derivatives_it_is_refused():
                 optimizer.zero_grad()
                 F.cross_entropy(model(x)["inside"][0], y).backward()
                 optimizer.step()
-    with pytest.raises(ConfigurationError, match="the run saw no loss derivative"):
+    with pytest.raises(ConfigurationError, match="the run has no loss derivatives"):
         pk.Explainer(run, model).prepare("removal")
