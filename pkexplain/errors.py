@@ -3,7 +3,7 @@
 .. code-block:: text
 
     PkexplainError
-    ├── ConfigurationError (ValueError)     a Recorder, Explainer or projection asked for something that cannot be
+    ├── ConfigurationError (ValueError)     a Recorder, Explainer or projection with an invalid argument
     │   ├── UnsupportedLayerError (TypeError)      a trainable layer without a per-example rule
     │   ├── UnsupportedOptimizerError (TypeError)  an optimizer without an update rule
     │   └── MissingDependencyError (ImportError)   an extra that is not installed
@@ -12,7 +12,7 @@
     │   └── NonFiniteGradientError (ArithmeticError)  a batch whose loss or gradients are not finite
     ├── RunError (OSError)                  the files of a run
     │   ├── RunExistsError (FileExistsError)       the directory already holds a run
-    │   ├── RunBusyError (BlockingIOError)         somebody else writes to it
+    │   ├── RunBusyError (BlockingIOError)         something else is writing to it
     │   ├── RunNotFoundError (FileNotFoundError)   there is no run, or it holds no finished segment
     │   ├── RunDamagedError                        a file is missing, truncated or altered
     │   └── ModelMismatchError (ValueError)        the model is not the one that was recorded
@@ -55,9 +55,9 @@ class PkexplainError(Exception):
     Args:
         asked: What the user asked for, as they wrote it.
         wrong: What is wrong with it, without a full stop.
-        got: The value or shape that came.
-        expected: The value or shape that would do.
-        source: Where the expectation comes from.
+        got: The value or shape received.
+        expected: The value or shape expected.
+        source: Origin of the expectation.
         fix: One concrete thing to do, without a full stop.
 
     Example:
@@ -67,7 +67,7 @@ class PkexplainError(Exception):
     """
 
     def __init__(self, asked: str, wrong: str, *, got: Any, expected: Any, source: str, fix: str) -> None:
-        """Keep what each part says, and compose the message."""
+        """Keep the fields, and compose the message."""
         super().__init__(f"{asked}: {wrong}. Got {got}; expected {expected} (from {source}). {fix}.")
         self.asked, self.wrong, self.got, self.expected, self.source, self.fix = (
             asked,
@@ -79,13 +79,13 @@ class PkexplainError(Exception):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by field, as text: a worker process hands its errors on, and what it got may not be picklable."""
+        """Pickle by field, as text: worker processes pass errors on, and the received value may not be picklable."""
         fields = {"got": str(self.got), "expected": str(self.expected), "source": self.source, "fix": self.fix}
         return _rebuild, (type(self), self.asked, self.wrong, fields)
 
 
 class ConfigurationError(PkexplainError, ValueError):
-    """An argument asks for something that cannot be."""
+    """An argument is invalid."""
 
 
 class UnsupportedLayerError(ConfigurationError, TypeError):
@@ -121,7 +121,7 @@ class RunExistsError(RunError, FileExistsError):
 
 
 class RunBusyError(RunError, BlockingIOError):
-    """Somebody else writes to the run."""
+    """Something else is writing to the run."""
 
 
 class RunNotFoundError(RunError, FileNotFoundError):
@@ -141,7 +141,7 @@ class QueryError(PkexplainError, ValueError):
 
 
 class EvaluationError(PkexplainError, ValueError):
-    """A retraining, or the attributions that are checked against it, cannot be judged."""
+    """A retraining, or the attributions compared with it, cannot be judged."""
 
 
 def _rebuild(kind: type[PkexplainError], asked: str, wrong: str, fields: dict[str, str]) -> PkexplainError:
@@ -149,11 +149,11 @@ def _rebuild(kind: type[PkexplainError], asked: str, wrong: str, fields: dict[st
 
 
 _NOT_THE_USERS = {"pkexplain", "torch", "contextlib"}
-"""Packages whose frames lie between a warning and the line of the user's that caused it: hooks and `with` blocks."""
+"""Packages whose frames are between a warning and the user's line that caused it: hooks and `with` blocks."""
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the user's own line, however many of our frames and torch's lie in between.
+    """Warn at the user's own line, however many frames of ours and torch's are in between.
 
     Args:
         text: The message.

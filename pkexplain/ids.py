@@ -1,4 +1,4 @@
-"""Example ids, checked, and the tensor of a model's output that is its prediction."""
+"""Checks of example ids; and which tensor of a model's output is its prediction."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["check_ids", "first_tensor"]
 def check_ids(
     ids: Sequence[int] | Tensor, num_examples: int, asked: str = "recorder.step(ids)", gone: Sequence[int] = ()
 ) -> Tensor:
-    """Take example ids as a tensor of row numbers, ``(batch,)``.
+    """Check example ids and return them as a tensor of row numbers, ``(batch,)``.
 
     Args:
-        ids: What was given.
-        num_examples: How many examples there are.
-        asked: What they were given to.
+        ids: The ids passed.
+        num_examples: The number of examples.
+        asked: The argument they were passed as.
         gone: Examples that were withdrawn.
 
     Raises:
@@ -38,20 +38,20 @@ def check_ids(
         raise bad("the ids are not numbers", repr(ids)[:80], "Let the data loader return each row number") from error
     if tensor.ndim != 1 or len(tensor) == 0:
         got = f"shape {tuple(tensor.shape)}"
-        raise bad("the ids must be a list with one id per example", got, "Give one id for each row of the batch")
+        raise bad("the ids must be a list with one id per example", got, "Pass one id for each row of the batch")
     if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise bad("the ids are not integers", tensor.dtype, "Convert them to integers")
     tensor = tensor.long()
     outside = tensor[(tensor < 0) | (tensor >= num_examples)]
     if len(outside):
-        fix = "Count rows of the training set from 0, and give num_examples=len(train)"
+        fix = "Count rows of the training set from 0, and pass num_examples=len(train)"
         raise bad("ids are out of range", outside[:5].tolist(), fix)
     withdrawn = tensor[torch.isin(tensor, torch.tensor(gone, dtype=torch.long))] if len(gone) else ()
     if len(withdrawn):
         raise bad("these examples were withdrawn from the run", list(map(int, withdrawn[:5])), "Train without them")
     values, counts = tensor.unique(return_counts=True)
     if len(values) < len(tensor):
-        fix = "Put an example into a batch once, or into two batches with accumulate=True"
+        fix = "Use an example once in a batch, or in two batches with accumulate=True"
         raise bad("ids are repeated in one batch", values[counts > 1][:5].tolist(), fix)
     return tensor
 

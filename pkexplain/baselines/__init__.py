@@ -1,6 +1,6 @@
 """Other methods on the same run: Captum's, and cheap ones, each with scores ``(queries, num_examples)``.
 
-`pkexplain.compare` sets them side by side. One alone:
+`pkexplain.compare` runs them next to one another. A single one:
 
 ``TracInCP().scores(Setting.of(explainer, x, targets, dataset=train))``
 """

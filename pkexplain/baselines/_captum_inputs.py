@@ -1,4 +1,4 @@
-"""What Captum's methods take, made of a setting: a model of positional inputs, a loss with a reduction, layer names."""
+"""A setting in the form that Captum's methods take: a model with positional inputs, a loss with a reduction, layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 class PositionalModel(nn.Module):
-    """A model as Captum calls it: tensors by position, the prediction alone.
+    """A model as Captum calls it: positional tensors in, only the prediction out.
 
     Args:
         model: A copy of the model.
@@ -36,13 +36,13 @@ class PositionalModel(nn.Module):
         self._batch = setting.batch
 
     def forward(self, *values: Tensor) -> Tensor:
-        """Run the model, where it is."""
+        """Run the model on its device."""
         device = next(self.model.parameters()).device
         return self._batch([value.to(device) for value in values]).run(self.model)
 
 
 class ReducedLoss:
-    """A setting's loss as Captum reads it.
+    """A setting's loss in the form that Captum inspects.
 
     Args:
         setting: Holds the loss.
@@ -60,7 +60,7 @@ class ReducedLoss:
 
 
 def active_layers(model: PositionalModel, setting: Setting) -> list[str] | None:
-    """Name the layers whose parameters were recorded; None where all were.
+    """Name the layers whose parameters were recorded; None if all were.
 
     Raises:
         ConfigurationError: A layer is partly frozen: Captum would count what was not trained.
@@ -77,7 +77,7 @@ def active_layers(model: PositionalModel, setting: Setting) -> list[str] | None:
         if not below <= recorded:
             raise ConfigurationError(
                 "gradients of the recorded parameters",
-                "Captum takes whole layers, and one is partly frozen",
+                "Captum works on whole layers, and one is partly frozen",
                 got=name.removeprefix("model."),
                 expected="layers that are trained or frozen as a whole",
                 source="Captum's argument layers",
@@ -88,10 +88,10 @@ def active_layers(model: PositionalModel, setting: Setting) -> list[str] | None:
 
 
 def has_samplewise_rules(model: nn.Module) -> bool:
-    """Whether Captum computes the gradients of several examples at once, rightly, for all trained layers.
+    """Whether Captum correctly computes the gradients of several examples at once for all trained layers.
 
-    It knows Linear and Conv2d. A Conv2d with groups or a padding other than zeros, and a parameter of several layers,
-    it gets wrong or refuses.
+    It supports Linear and Conv2d. It refuses or gets wrong a Conv2d with groups or padding other than zeros, and a
+    parameter shared by several layers.
     """
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     if any(count > 1 for count in owners.values()):

@@ -23,7 +23,7 @@ class Measurement:
     allocated there.
 
     Args:
-        device: Where the work is done.
+        device: Device of the work.
 
     Attributes:
         seconds: Wall time.
@@ -45,7 +45,7 @@ class Measurement:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Stop, whether or not the work failed."""
+        """Stop, also if the work failed."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds = time.perf_counter() - self._start
@@ -64,10 +64,10 @@ class Measurement:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Look up how much memory could still be used.
+    """Return how much memory is available.
 
     Args:
-        device: Where.
+        device: The device.
 
     Returns:
         Bytes.

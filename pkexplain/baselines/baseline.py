@@ -1,4 +1,4 @@
-"""What a baseline is: a name, and scores of all training examples for each query."""
+"""The interface of a baseline: a name, and scores of all training examples for each query."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["Baseline"]
 class Baseline(ABC):
     """A method that scores training examples.
 
-    A score above zero, or above those of other examples, is a proponent's: because of the example, minus the loss of
-    the query is higher. A subclass writes `prepare`.
+    A score above zero, or above other examples' scores, marks a proponent: the example raised minus the loss of the
+    query. A subclass implements `prepare`.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
     def prepare(self, setting: Setting) -> Callable[[], np.ndarray]:
-        """Do what is done once, whatever the queries.
+        """Do the one-time work that does not depend on the queries.
 
         Args:
             setting: The run, the training set and the queries.
@@ -51,7 +51,7 @@ class Baseline(ABC):
         return self.prepare(setting)()
 
     def adds_up(self, setting: Setting) -> bool:
-        """Say whether the scores of a query are meant to sum to the change of minus its loss over training.
+        """Return whether a query's scores are meant to sum to the change of minus its loss over training.
 
         Args:
             setting: The run.

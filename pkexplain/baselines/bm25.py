@@ -23,7 +23,7 @@ class BM25(Baseline):
     Args:
         texts: The training texts, in the order of the recorded ids, ``(num_examples,)``.
         query_texts: The text of each query, ``(queries,)``.
-        k1: How soon a word that is repeated stops counting.
+        k1: How quickly a repeated word stops counting.
         b: How much a long text is discounted, 0 to 1.
     """
 
@@ -43,7 +43,7 @@ class BM25(Baseline):
                 got=f"{got[0]} and {got[1]}",
                 expected=f"{wanted[0]} and {wanted[1]}",
                 source="the training set and the queries",
-                fix="Leave BM25 out where the data is no text",
+                fix="Leave BM25 out if the data is not text",
             )
         return lambda: bm25(self.texts, self.query_texts, k1=self.k1, b=self.b)
 
@@ -57,8 +57,8 @@ def bm25(texts: Sequence[str], queries: Sequence[str], *, k1: float = 1.2, b: fl
 
     Args:
         texts: The texts, ``(texts,)``.
-        queries: The queries, ``(queries,)``; a word that is repeated counts as often.
-        k1: How soon a repeated word stops counting.
+        queries: The queries, ``(queries,)``; a repeated word counts each time.
+        k1: How quickly a repeated word stops counting.
         b: How much a long text is discounted, 0 to 1.
 
     Returns:
@@ -77,5 +77,5 @@ def bm25(texts: Sequence[str], queries: Sequence[str], *, k1: float = 1.2, b: fl
         index.index(known, show_progress=False)
         for row, words in zip(scores, asked, strict=True):
             if words:
-                row += index.get_scores(words) * (k1 + 1.0)  # the library leaves this factor out, which all share
+                row += index.get_scores(words) * (k1 + 1.0)  # the library omits this common factor
     return scores

@@ -1,4 +1,4 @@
-"""`compare`: the path reading beside other methods, on the same run and the same queries."""
+"""`compare`: the path reading next to other methods, on the same run and the same queries."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def compare(
             ``({name: x}, y)`` or mappings with a target.
         baselines: The other methods; by default Captum's and cheap ones.
         loss: Called as ``loss(prediction, targets, reduction="none")``; by default cross-entropy.
-        k: How many examples of each ranking are compared.
-        metrics: Measures of quality by name; each is given the scores of a method, ``(queries, num_examples)``, and
+        k: The number of top examples that are compared.
+        metrics: Quality metrics by name; each is called with a method's scores, ``(queries, num_examples)``, and
             returns a number.
 
     Returns:
@@ -82,7 +82,7 @@ def compare(
     chosen = BASELINES if baselines is None else tuple(baselines)
     if not isinstance(k, int) or k < 1:
         got, fix, source = repr(k), "Leave k out for 10", "the signature of compare"
-        wrong, expected = "so many examples cannot be compared", "an integer from 1 up"
+        wrong, expected = "this many examples cannot be compared", "an integer from 1 up"
         raise ConfigurationError("compare(k=…)", wrong, got=got, expected=expected, source=source, fix=fix)
     setting = Setting.of(explainer, x, targets, dataset=dataset, loss=loss)
     output = Loss(setting.targets, setting.loss)
@@ -110,7 +110,7 @@ def choose_baselines(names: str | None) -> tuple[Baseline, ...]:
     """Choose among the default baselines by their names.
 
     Args:
-        names: Names with commas between them, for example ``"TracInCP,random"``; None for all.
+        names: Names separated by commas, for example ``"TracInCP,random"``; None for all.
 
     Returns:
         The baselines, in the order of their names.
@@ -125,7 +125,7 @@ def choose_baselines(names: str | None) -> tuple[Baseline, ...]:
     unknown = [name for name in wanted if name not in known]
     if unknown:
         expected, source = ", ".join(baseline.name for baseline in BASELINES), "pkexplain.baselines"
-        wrong, fix = "there is no such method", "Write names with commas between them"
+        wrong, fix = "there is no such method", "Separate the names with commas"
         raise ConfigurationError("compare(methods)", wrong, got=unknown[0], expected=expected, source=source, fix=fix)
     return tuple(known[name] for name in wanted)
 
@@ -136,7 +136,7 @@ _Found = tuple[str, np.ndarray, Measurement, Measurement, float]
 def _reading(
     explainer: Explainer, setting: Setting, x: Any, output: Loss, reading: str
 ) -> tuple[tuple[str, np.ndarray, Measurement, Measurement], list[Explanation]]:
-    """Explain minus the loss in one of our own readings; the index is what is done once."""
+    """Explain minus the loss in one of our own readings; building the index is the one-time work."""
     with Measurement(setting.device) as once:
         explainer.prepare(reading)
     with Measurement(setting.device) as asked:
@@ -187,7 +187,7 @@ def _gather(
 
 
 def _relative(gaps: np.ndarray, changes: np.ndarray) -> float:
-    """Take the median of |gap| / |change|; a query whose loss did not change has none."""
+    """Take the median of |gap| / |change|; queries whose loss did not change are left out."""
     moved = changes != 0
     return float(np.median(np.abs(gaps[moved] / changes[moved]))) if moved.any() else float("nan")
 

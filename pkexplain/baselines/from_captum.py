@@ -1,7 +1,7 @@
-"""Captum's influence methods on a recorded run: fed from its own checkpoints, without a loader to write.
+"""Captum's influence methods on a recorded run, fed from its checkpoints.
 
-Captum is imported when a method is used. What it raises becomes a `ConfigurationError` that names the method; its
-warnings are about how it was called, which is decided here.
+Captum is imported when a method is used. Its errors become a `ConfigurationError` that names the method; its warnings,
+which concern how it is called here, are silenced.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 
 @contextmanager
 def _running(name: str) -> Iterator[None]:
-    """Let Captum run: quiet, without a change of the global random state, and with one kind of error."""
+    """Run Captum: silently, without changing the global random state, and with one type of error."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
@@ -50,9 +50,9 @@ def _running(name: str) -> Iterator[None]:
             yield
     except PkexplainError:
         raise
-    except Exception as error:  # Captum raises every kind, AssertionError and Exception itself among them
+    except Exception as error:  # Captum raises all kinds, including AssertionError and Exception itself
         said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        expected, source, fix = "a model that it can work with", "Captum", "Leave the method out"
+        expected, source, fix = "a model that it supports", "Captum", "Leave the method out"
         got = f"{type(error).__name__}: {said}"
         raise ConfigurationError(
             name, "Captum could not run it", got=got, expected=expected, source=source, fix=fix
@@ -61,7 +61,7 @@ def _running(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Captum(Baseline):
-    """What Captum's methods have in common."""
+    """The common part of Captum's methods."""
 
     batch_size: int = 64
 
@@ -73,7 +73,7 @@ class _Captum(Baseline):
         return len(setting.queries)
 
     def prepare(self, setting: Setting) -> Callable[[], np.ndarray]:
-        """Make Captum's object; what it does when it is made is done once."""
+        """Make Captum's object, which does its one-time work when it is made."""
         with _running(self.name):
             method = self._build(setting)
 
@@ -92,10 +92,10 @@ class _Captum(Baseline):
 
 @dataclass(frozen=True)
 class _ForItself(_Captum):
-    """What Captum's methods have in common that score a training example for itself, too."""
+    """The common part of Captum's methods that also compute self-influence."""
 
     def self_influence(self, setting: Setting) -> np.ndarray:
-        """Score each training example as if it were a query: high where it is mislabelled or rare.
+        """Score each training example as if it were a query: high if it is mislabelled or rare.
 
         Args:
             setting: The run and the training set.
@@ -112,15 +112,15 @@ class _ForItself(_Captum):
 
 @dataclass(frozen=True)
 class _TracIn(_Captum):
-    """What the TracIn family has in common: checkpoints with a rate each.
+    """The common part of the TracIn family: checkpoints with one rate each.
 
-    The checkpoints are those at the ends of the segments, as a user would have saved them; the rate of each is
-    `Setting.rates`, so that the scores have output units where the optimizer is SGD. Then Σ_i of a query's scores is
-    meant to be the fall of its loss over training.
+    The checkpoints are those at the ends of the segments, as a user would have saved them; their rates are
+    `Setting.rates`, so that the scores have output units if the optimizer is SGD. Then the sum of a query's scores is
+    meant to be the decrease of its loss over training.
     """
 
     def adds_up(self, setting: Setting) -> bool:
-        """Say whether the scores have output units."""
+        """Return whether the scores have output units."""
         return setting.has_units
 
     def _checkpoints(self, setting: Setting) -> dict[str, Any]:
@@ -136,11 +136,11 @@ class _TracIn(_Captum):
 class TracInCP(_ForItself, _TracIn):
     """Captum's ``TracInCP``: Σ_t η_t ⟨∇ℓ(x; θ_t), ∇ℓ_i(θ_t)⟩ (Pruthi et al. 2020), over all recorded parameters.
 
-    Gradients of several examples are computed at once where the trained layers are Linear and Conv2d, one by one
-    elsewhere, which is slow.
+    Gradients of several examples are computed at once if the trained layers are Linear and Conv2d, otherwise one by
+    one, which is slow.
 
     Args:
-        batch_size: Training examples at a time; fewer where the model is large.
+        batch_size: Training examples at a time; fewer if the model is large.
     """
 
     name: ClassVar[str] = "TracInCP"
@@ -166,7 +166,7 @@ class TracInCP(_ForItself, _TracIn):
 
 @dataclass(frozen=True)
 class TracInCPFast(_TracIn):
-    """Captum's ``TracInCPFast``: TracInCP over the weight of the final Linear layer alone (its bias is left out).
+    """Captum's ``TracInCPFast``: TracInCP over only the weight of the final Linear layer (without its bias).
 
     Args:
         batch_size: Training examples at a time.
@@ -194,7 +194,7 @@ class TracInCPFast(_TracIn):
 
 
 class _NoSearch:
-    """In place of Captum's Annoy index, which its scores do not need and which is not everywhere."""
+    """A stand-in for Captum's Annoy index, which its scores do not need and which is not installed everywhere."""
 
     def setup(self, data: Tensor) -> None:
         """Build nothing."""
@@ -207,7 +207,7 @@ class TracInCPFastRandProj(TracInCPFast):
     Args:
         batch_size: Training examples at a time.
         layer: As for `TracInCPFast`.
-        projection_dim: Numbers that are kept of an example and checkpoint, at most.
+        projection_dim: The most numbers kept for each example and checkpoint.
         seed: Seed of the projection.
     """
 
@@ -225,13 +225,13 @@ class TracInCPFastRandProj(TracInCPFast):
 
 @dataclass(frozen=True)
 class SimilarityInfluence(_Captum):
-    """Captum's ``SimilarityInfluence``: cosine of what the last Linear layer is given, at the end of training.
+    """Captum's ``SimilarityInfluence``: cosine of the last Linear layer's inputs, at the end of training.
 
-    A vector of zeros has the score 0 (``replace_nan``). Captum writes the activations to disk; here the folder is a
-    temporary one. It works on a CPU.
+    A zero vector has score 0 (``replace_nan``). Captum writes the activations to disk, here to a temporary folder. It
+    runs on the CPU.
 
     Args:
-        batch_size: Training examples at a time, about: Captum needs a divisor of their number.
+        batch_size: Approximate number of training examples at a time: Captum needs a divisor of their number.
         layer: Name of the layer; by default the last Linear that runs.
     """
 
@@ -242,8 +242,8 @@ class SimilarityInfluence(_Captum):
         found = setting.final_layer(setting.copy_model(), setting.queries, self.layer)
         model = PositionalModel(setting.copy_model(torch.device("cpu")), setting)
         parent, _, own = f"model.{found.name}".rpartition(".")
-        # Captum takes what a layer returns: one that returns what the Linear is given is put in front of it; two of
-        # them, because Captum 0.9 fails on one layer alone (it takes the list of its activations for the activations)
+        # Captum reads a layer's output, so an identity layer is put before the Linear; two of them, because Captum
+        # 0.9 fails with a single layer (it mistakes the list of activations for the activations)
         layer = nn.Sequential(nn.Identity(), nn.Identity(), getattr(model.get_submodule(parent), own))
         setattr(model.get_submodule(parent), own, layer)
         return model, [f"model.{found.name}.{at}" for at in (0, 1)], setting
@@ -266,14 +266,14 @@ class SimilarityInfluence(_Captum):
 class ArnoldiInfluenceFunction(_ForItself):
     """Captum's ``ArnoldiInfluenceFunction``: ∇ℓ(x)ᵀ H⁻¹ ∇ℓ_i at the end of training (Schioppa et al. 2022).
 
-    H is known by its largest eigenvectors, from Hessian-vector products over some of the training examples. Captum
-    would take 200 products over all of them and keep 50 eigenvectors; the defaults here take a small part of that time.
+    H is approximated by its leading eigenvectors, from Hessian-vector products over some of the training examples.
+    Captum's defaults are 200 products over all of them and 50 eigenvectors; the defaults here take much less time.
 
     Args:
         batch_size: Training examples at a time.
-        projection_dim: Eigenvectors that are kept.
+        projection_dim: Eigenvectors to keep.
         arnoldi_dim: Hessian-vector products.
-        hessian_examples: Training examples, evenly spaced, that H is of.
+        hessian_examples: Evenly spaced training examples over which H is computed.
         seed: Seed of the first vector.
     """
 

@@ -1,4 +1,4 @@
-"""Baselines that are cheap and hard to beat: neighbours, sizes of gradients, losses, chance."""
+"""Baselines that are cheap and hard to beat: nearest neighbours, gradient norms, losses, chance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _for_every_query(setting: Setting, scores: np.ndarray) -> Callable[[], np.nd
 
 @dataclass(frozen=True)
 class NearestNeighbours(Baseline):
-    """Cosine of the activations that the last Linear layer is given, at the end of training.
+    """Cosine of the last Linear layer's input activations, at the end of training.
 
     Args:
         layer: Name of the Linear layer; by default the last that runs.
@@ -73,7 +73,7 @@ class GradientNorm(Baseline):
                 with torch.enable_grad(), capture.collecting(len(inputs)) as gradients:
                     pieces = gradients(setting.losses(inputs.run(model), targets).sum())
                 blocks: dict[int, Tensor] = {}
-                for block, piece in pieces:  # a layer that is used twice comes twice
+                for block, piece in pieces:  # a layer that is used twice occurs twice
                     blocks[block] = blocks[block] + piece.dense() if block in blocks else piece.dense()
                 squares = torch.stack([block.double().square().sum(1) for block in blocks.values()]).sum(0)
                 norms[position : position + len(inputs)] += squares.sqrt().cpu().numpy()
@@ -102,7 +102,7 @@ class TrainingLoss(Baseline):
 
 @dataclass(frozen=True)
 class Random(Baseline):
-    """Gaussian scores: what chance gives.
+    """Gaussian scores: chance level.
 
     Args:
         seed: Seed of the scores.

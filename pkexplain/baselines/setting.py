@@ -1,4 +1,4 @@
-"""What every method of a comparison is given: a run, its model, its training set, and queries with their targets."""
+"""The input of every method of a comparison: a run, its model, its training set, and queries with targets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from pkexplain.baselines.rows import Rows
+from pkexplain.baselines.dataset import TupleDataset
 from pkexplain.errors import ConfigurationError, QueryError
 from pkexplain.explain.queries import QueryBatch, as_queries
 from pkexplain.store.trajectory import Checkpoint, Trajectory
@@ -25,12 +25,12 @@ __all__ = ["FinalLayer", "Setting"]
 
 @dataclass(frozen=True)
 class FinalLayer:
-    """The last Linear layer that runs, seen while it ran.
+    """The last Linear layer that runs, and its inputs.
 
     Attributes:
         name: Its name in the model.
-        inputs: What it was given, ``(queries, …, features)``.
-        is_output: Whether the model's prediction is what it returned.
+        inputs: Its inputs, ``(queries, …, features)``.
+        is_output: Whether its output is the model's prediction.
     """
 
     name: str
@@ -40,7 +40,7 @@ class FinalLayer:
 
 @dataclass(frozen=True)
 class Setting:
-    """One question to every method: how did each training example move minus the loss of each query?
+    """One question to every method: how did each training example change minus the loss of each query?
 
     Attributes:
         trajectory: The run.
@@ -48,12 +48,12 @@ class Setting:
         rows: The training set.
         queries: The queries.
         targets: Their targets, ``(queries, …)``.
-        loss: ``loss(prediction, targets, reduction="none")``, as torch's own losses.
+        loss: ``loss(prediction, targets, reduction="none")``, like torch's own losses.
     """
 
     trajectory: Trajectory
     model: nn.Module
-    rows: Rows
+    rows: TupleDataset
     queries: QueryBatch
     targets: Tensor
     loss: Callable[..., Tensor] = F.cross_entropy
@@ -69,7 +69,7 @@ class Setting:
             explainer: Of the recorded run.
             x: One query or a batch, as for `Explainer.explain`.
             targets: The target of each query, ``(queries, …)``; a class, for classification.
-            dataset: The training set in the order of the recorded ids, see `Rows`.
+            dataset: The training set in the order of the recorded ids, see `TupleDataset`.
             loss: Called as ``loss(prediction, targets, reduction="none")``; by default cross-entropy.
 
         Returns:
@@ -86,7 +86,7 @@ class Setting:
         wanted = wanted[None] if queries.single and (wanted.ndim == 0 or len(wanted) != 1) else wanted
         if wanted.ndim == 0 or len(wanted) != len(queries):
             got, expected = f"shape {tuple(wanted.shape)}", f"{len(queries)} targets"
-            source, fix = "the number of queries", "Give one target for each query"
+            source, fix = "the number of queries", "Pass one target for each query"
             wrong = "there must be one for each query"
             raise QueryError("compare(targets)", wrong, got=got, expected=expected, source=source, fix=fix)
         if len(dataset) != trajectory.num_examples:
@@ -94,30 +94,32 @@ class Setting:
             source, fix = "num_examples of the run", "Pass the whole training set, in the order of the recorded ids"
             wrong = "the data set is not the one that was recorded"
             raise ConfigurationError("compare(dataset)", wrong, got=got, expected=expected, source=source, fix=fix)
-        return cls(trajectory, model, Rows(dataset, trajectory.inputs), queries, wanted, loss or F.cross_entropy)
+        return cls(
+            trajectory, model, TupleDataset(dataset, trajectory.inputs), queries, wanted, loss or F.cross_entropy
+        )
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.targets.device
 
     @property
     def parameters(self) -> int:
-        """How many numbers were recorded of the model's parameters."""
+        """The number of recorded parameters."""
         return sum(block.numel for block in self.trajectory.fingerprint.blocks)
 
     @property
     def rates(self) -> tuple[float, ...]:
         """The factor of one example's gradient in each segment's update, ``(segments,)``.
 
-        An example of N is in a segment's batches as often as any other, and each step moves the parameters by minus
-        its learning rate times the batch's mean gradient, so that over a segment its gradient has the factor
+        Each of the N examples is in a segment's batches equally often, and each step moves the parameters by minus its
+        learning rate times the batch's mean gradient, so over a segment an example's gradient has the factor
 
             η_t = (Σ of the segment's learning rates) / N · (1 − dampening) / (1 − momentum)
 
-        where the last part is what momentum makes of every gradient in the end. Scores that are weighted by η_t have
-        output units where the optimizer is SGD and the training loss is the mean over the batch. Where parameter
-        groups have several learning rates it is their mean.
+        where the last factor is the eventual effect of momentum on every gradient. Scores weighted by η_t have output
+        units if the optimizer is SGD and the training loss is the mean over the batch. If parameter groups have
+        different learning rates, their mean is used.
         """
         factor = 1.0 / self.trajectory.num_examples
         optimizer = self.trajectory.manifest.optimizer
@@ -139,7 +141,7 @@ class Setting:
         """Return a copy of the model at the end of training.
 
         Args:
-            device: Where; by default where the queries are.
+            device: Its device; by default that of the queries.
         """
         model = copy.deepcopy(self.model).to(device or self.device)
         self.load(model, len(self.trajectory))
@@ -150,7 +152,7 @@ class Setting:
 
         Args:
             model: A copy of the model.
-            t: Which checkpoint.
+            t: The checkpoint.
         """
         checkpoint = self._read.get(t) or self._read.setdefault(t, self.trajectory.checkpoint(t))
         named, buffers = dict(model.named_parameters()), dict(model.named_buffers())
@@ -168,30 +170,30 @@ class Setting:
         """Read the training set in order.
 
         Args:
-            size: Examples a batch.
+            size: Examples in a batch.
 
         Yields:
-            Inputs and targets, where the model is.
+            Inputs and targets, on the model's device.
         """
         for *values, targets in DataLoader(self.rows, size):
             values = [value.to(self.device) for value in values]
             yield self.batch(values), targets.to(self.device)
 
     def batch(self, values: Sequence[Tensor]) -> QueryBatch:
-        """Make a batch of inputs that come in the order of `Rows`."""
+        """Make a batch of inputs in the order of `TupleDataset`."""
         if self.rows.names:
             return QueryBatch((), dict(zip(self.rows.names, values, strict=True)), single=False)
         return QueryBatch(tuple(values), {}, single=False)
 
     @property
     def query_values(self) -> tuple[Tensor, ...]:
-        """The queries' inputs in the order of `Rows`."""
+        """The queries' inputs in the order of `TupleDataset`."""
         if not self.rows.names:
             return tuple(self.queries.args) or tuple(self.queries.kwargs.values())
         return self.queries.args or tuple(self.queries.kwargs[name] for name in self.rows.names)
 
     def losses(self, prediction: Tensor, targets: Tensor) -> Tensor:
-        """Compute the loss of each example, ``(examples,)``; the mean over what an example has beside."""
+        """Compute the loss of each example, ``(examples,)``; the mean over an example's further dimensions."""
         losses = self.loss(prediction, targets.to(prediction.device), reduction="none")
         return losses.reshape(len(prediction), -1).mean(1)
 
@@ -200,8 +202,8 @@ class Setting:
 
         Args:
             model: A copy of the model.
-            inputs: What to run it on.
-            name: Which layer; by default the last Linear that runs.
+            inputs: Its inputs.
+            name: The layer; by default the last Linear that runs.
 
         Returns:
             The layer.

@@ -1,7 +1,7 @@
-"""Attributions judged by the field's metrics: train again without some examples, and see whether they were right.
+"""Attributions judged by the field's metrics: retrain without some examples, and see whether they were right.
 
-`Retraining` holds the user's training function and queries. Each metric has a function that retrains, once, where it
-needs that, and one that judges any number of attributions by what came out.
+`Retraining` holds the user's training function and queries. Each metric has a function that does the retraining it
+needs, once, and one that judges any number of attributions by the result.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pkexplain.evaluation.datamodelling import (
     linear_datamodelling_score,
     retrain_subsets,
 )
-from pkexplain.evaluation.leaving_out import (
+from pkexplain.evaluation.leave_one_out import (
     LeaveOneOut,
     LeaveOneOutCorrelation,
     leave_one_out,
     leave_one_out_correlation,
 )
 from pkexplain.evaluation.mislabels import MislabelDetection, flip_labels, mislabel_detection
-from pkexplain.evaluation.removal import SubsetRemoval, subset_removal
 from pkexplain.evaluation.retraining import Retraining
+from pkexplain.evaluation.subset_removal import SubsetRemoval, subset_removal
 
 __all__ = [
     "Estimate",

@@ -1,4 +1,4 @@
-"""What all metrics ask of the arrays they are given."""
+"""Checks of the arrays passed to the metrics."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def as_finite(values: Any, shape: tuple[int | None, ...], asked: str, axes: str,
     """Take an array, or a tensor, of finite numbers.
 
     Args:
-        values: What was given.
-        shape: The shape it must have; None where any size will do.
-        asked: What it was given as.
+        values: The value passed.
+        shape: The shape it must have; None for any size.
+        asked: The argument's name.
         axes: The names of its axes, for example ``"(queries, num_examples)"``.
-        source: Where the shape comes from.
+        source: Origin of the shape.
 
     Returns:
         The numbers, float64.
@@ -41,25 +41,25 @@ def as_finite(values: Any, shape: tuple[int | None, ...], asked: str, axes: str,
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise bad(asked, "these are no numbers", type(values).__name__, expected, source, fix) from error
+        raise bad(asked, "these are not numbers", type(values).__name__, expected, source, fix) from error
     if array.ndim != len(shape) or any(w is not None and s != w for s, w in zip(array.shape, shape, strict=True)):
         raise bad(asked, "it has another shape", f"shape {array.shape}", expected, source, fix)
     broken = np.argwhere(~np.isfinite(array))
     if len(broken):
         places = ", ".join(str(tuple(map(int, place)) if len(place) > 1 else int(place[0])) for place in broken[:3])
         got = f"{len(broken)} that are not, at {places}{', …' if len(broken) > 3 else ''}"
-        fix = "Find out where they come from; none can be ranked"
+        fix = "Find out where they come from: they cannot be ranked"
         raise bad(asked, "not all numbers are finite", got, "finite numbers", axes, fix)
     return array
 
 
 def as_ids(ids: Any, num_examples: int, asked: str) -> np.ndarray:
-    """Take example ids, in the order given.
+    """Check example ids and keep their order.
 
     Args:
-        ids: What was given.
-        num_examples: How many examples there are.
-        asked: What they were given as.
+        ids: The value passed.
+        num_examples: The number of examples.
+        asked: The argument's name.
 
     Returns:
         The ids, int64, ``(ids,)``.
@@ -74,7 +74,7 @@ def as_ids(ids: Any, num_examples: int, asked: str) -> np.ndarray:
         return bad(asked, wrong, got, expected, f"{num_examples=}", fix)
 
     if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
-        raise refuse("these are no example ids", f"{array.dtype}, shape {array.shape}", "Pass row numbers")
+        raise refuse("these are not example ids", f"{array.dtype}, shape {array.shape}", "Pass row numbers")
     outside = array[(array < 0) | (array >= num_examples)]
     if len(outside):
         raise refuse("ids are out of range", outside[:5].tolist(), "Count rows of the training set from 0")
@@ -85,18 +85,18 @@ def as_ids(ids: Any, num_examples: int, asked: str) -> np.ndarray:
 
 
 def refuse_constant(values: np.ndarray, asked: str, over: str, fix: str, scale: np.ndarray | None = None) -> None:
-    """Refuse numbers that cannot be correlated, because for some queries they are all the same.
+    """Refuse numbers that cannot be correlated because they are all the same for some query.
 
     Args:
-        values: One number a unit and query, ``(units, queries)``.
-        asked: What they belong to.
+        values: One number for each unit and query, ``(units, queries)``.
+        asked: What the numbers are.
         over: What the units are.
         fix: What to do.
-        scale: How large the terms are that each query's numbers are sums of, ``(queries,)``: a spread of their rounding
-            is none. None where the numbers are no sums.
+        scale: The size of the terms of each query's sums, ``(queries,)``: a spread within their rounding error does not
+            count. None if the numbers are not sums.
 
     Raises:
-        EvaluationError: Some are constant.
+        EvaluationError: They are constant for some query.
     """
     rounding = 0.0 if scale is None else 1e-12 * scale
     constant = np.flatnonzero(np.ptp(values, axis=0) <= rounding)

@@ -1,4 +1,4 @@
-"""What retrained models said, kept on disk, one small file for each retraining, so that an evaluation can be resumed.
+"""The outputs of retrained models on disk, one small file for each retraining, so that an evaluation can be resumed.
 
 A file is written in one step, under a name made from the example ids and the seed. So several processes may work in
 one directory: the worst that happens is that two retrain the same model. Nothing is ever unpickled.
@@ -25,11 +25,11 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class Answers:
-    """What one retrained model said about the queries.
+    """One retrained model's outputs for the queries.
 
     Attributes:
         outputs: The output of each query, ``(queries,)``, in output units.
-        classes: The class predicted for each query, ``(queries,)``; None where a prediction is no row of classes.
+        classes: The class predicted for each query, ``(queries,)``; None if a prediction is not one row of classes.
     """
 
     outputs: np.ndarray
@@ -45,15 +45,15 @@ class KeptAnswers:
     """A directory of answers to the same queries.
 
     Args:
-        path: The directory; it is made where there is none.
+        path: The directory; created if it does not exist.
         setting: What all answers in it have in common, as plain data.
     """
 
     def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
-        """Open the directory, or start it.
+        """Open or create the directory.
 
         Raises:
-            EvaluationError: It holds answers of another setting, or is no place to write to.
+            EvaluationError: It holds answers of another setting, or cannot be written.
         """
         self._path = path
         self._queries = int(setting["queries"])
@@ -82,7 +82,7 @@ class KeptAnswers:
             )
 
     def get(self, key: str) -> Answers | None:
-        """Read what was kept under a key; None where nothing was, or where it is damaged (which warns)."""
+        """Read the answers under a key; None if there are none, or if they are damaged (with a warning)."""
         place = self._path / f"{key}.json"
         try:
             content = json.loads(place.read_text(encoding="utf-8"))
@@ -96,17 +96,17 @@ class KeptAnswers:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warn(f"{place} is damaged ({error}) and counts for nothing; the model is trained again", RuntimeWarning)
+            warn(f"{place} is damaged ({error}) and is ignored; the model is trained again", RuntimeWarning)
             return None
         return Answers(outputs, classes)
 
     def put(self, key: str, answers: Answers) -> None:
-        """Keep answers under a key.
+        """Write answers under a key.
 
         Raises:
             EvaluationError: They cannot be written.
         """
-        outputs = [float(number).hex() for number in answers.outputs]  # every bit, as plain text
+        outputs = [float(number).hex() for number in answers.outputs]  # exact, as plain text
         classes = None if answers.classes is None else answers.classes.tolist()
         content = {"key": key, "outputs": outputs, "classes": classes}
         try:

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 LEAST_UNITS = 10
-"""Subsets, left-out examples or queries: with fewer, percentiles of a bootstrap say nothing."""
+"""The least number of subsets, left-out examples or queries for which bootstrap percentiles mean anything."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Estimate:
 
     Attributes:
         value: The number itself.
-        low: The lower end of the interval, a percentile of the resampled numbers, shifted by their bias.
+        low: The lower end of the interval, a percentile of the resampled numbers corrected for their bias.
         high: The upper end.
         level: The share of resampled numbers between the two.
     """
@@ -51,15 +51,15 @@ class Estimate:
 
 
 def estimate(value: float, resampled: np.ndarray, level: float) -> Estimate:
-    """Take percentiles of resampled numbers, shifted to have the number itself for their mean, for an interval.
+    """Compute an interval from percentiles of resampled numbers, shifted so that their mean is the number itself.
 
     Args:
         value: The number itself.
-        resampled: What it is on each resample, ``(resamples,)``; what is not finite is left out.
+        resampled: The number on each resample, ``(resamples,)``; values that are not finite are left out.
         level: The share of resampled numbers between the ends.
 
     Returns:
-        The number and its interval; the ends are nan where no resample gave a number.
+        The number and its interval; the ends are nan if no resample gave a number.
 
     Example:
         >>> print(estimate(0.5, np.linspace(0.0, 1.0, 101), 0.9))
@@ -68,19 +68,19 @@ def estimate(value: float, resampled: np.ndarray, level: float) -> Estimate:
     finite = resampled[np.isfinite(resampled)]
     if not len(finite):
         return Estimate(value, float("nan"), float("nan"), level)
-    # Drawing units twice lowers a rank correlation a little: without the shift a narrow interval can miss its number.
+    # Repeated units lower a rank correlation slightly: without the shift a narrow interval can miss its number.
     shifted = finite - finite.mean() + value
     low, high = np.quantile(shifted, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
     return Estimate(value, float(low), float(high), level)
 
 
 def draw_weights(units: int, resamples: int, seed: int) -> np.ndarray:
-    """Draw units with replacement, as many as there are, again and again.
+    """Draw bootstrap resamples: as many units as there are, with replacement.
 
     Args:
-        units: How many there are.
-        resamples: How often to draw.
-        seed: Of the draws.
+        units: The number of units.
+        resamples: The number of resamples.
+        seed: Seed of the draws.
 
     Returns:
         How often each unit was drawn, ``(units, resamples)``; every column sums to ``units``.
@@ -96,21 +96,21 @@ def draw_weights(units: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def estimate_mean(values: np.ndarray, weights: np.ndarray, level: float) -> Estimate:
-    """Estimate the mean of one number a unit, ``(units,)``, with `draw_weights`' weights ``(units, resamples)``."""
+    """Estimate the mean of one number per unit, ``(units,)``, with the weights of `draw_weights`."""
     return estimate(float(values.mean()), values @ weights / len(values), level)
 
 
 def correlations(first: np.ndarray, second: np.ndarray, weights: np.ndarray, *, ranked: bool) -> np.ndarray:
-    """Correlate two numbers a unit on every resample: Spearman's correlation of ranks, or Pearson's of the values.
+    """Correlate two numbers per unit on every resample: Spearman's correlation of ranks, or Pearson's of the values.
 
     Args:
-        first: One number a unit, ``(units,)``.
+        first: One number per unit, ``(units,)``.
         second: Another, ``(units,)``.
         weights: How often each unit is in each resample, ``(units, resamples)``, as integers.
         ranked: Whether to correlate ranks; ties get the mean of their ranks.
 
     Returns:
-        The correlations, ``(resamples,)``; nan where one of the two is constant.
+        The correlations, ``(resamples,)``; nan if one of the two is constant.
 
     Example:
         >>> once = np.ones((4, 1))
@@ -134,7 +134,7 @@ def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Rank units within every resample, from 1, ties averaged, ``(units, resamples)``."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
-    below = np.zeros((len(values) + 1, weights.shape[1]))  # weight below each place of the order
+    below = np.zeros((len(values) + 1, weights.shape[1]))  # weight below each position of the order
     np.cumsum(weights[order], axis=0, out=below[1:])
     ranks = below[np.searchsorted(ordered, values, "left")]
     ranks += below[np.searchsorted(ordered, values, "right")]
@@ -147,7 +147,7 @@ def resampled_means(first: np.ndarray, second: np.ndarray, weights: np.ndarray, 
     """Correlate over units for every query and resample, and take the mean over queries.
 
     Args:
-        first: One number a unit and query, ``(units, queries)``.
+        first: One number per unit and query, ``(units, queries)``.
         second: Another, ``(units, queries)``.
         weights: How often each unit is in each resample, ``(units, resamples)``.
         ranked: Spearman's correlation instead of Pearson's.
@@ -169,8 +169,8 @@ def roc_area(scores: np.ndarray, positive: np.ndarray) -> float:
     """Compute the area under the ROC curve: P(a positive scores higher) + ½ P(they tie) (Mann and Whitney 1947).
 
     Args:
-        scores: One number an example, ``(num_examples,)``.
-        positive: Which examples are positives, ``(num_examples,)``, neither none nor all.
+        scores: One number per example, ``(num_examples,)``.
+        positive: Which examples are positives, ``(num_examples,)``; at least one, and not all.
 
     Returns:
         The area, 0 to 1.
@@ -184,13 +184,13 @@ def roc_area(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def roc_areas(scores: np.ndarray, positive: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Compute `roc_area` on resamples of the positives and, each time apart from them, of the negatives.
+    """Compute `roc_area` on resamples of the positives and, drawn separately, of the negatives.
 
     Args:
-        scores: One number an example, ``(num_examples,)``.
+        scores: One number per example, ``(num_examples,)``.
         positive: Which examples are positives, ``(num_examples,)``.
-        resamples: How often to draw.
-        seed: Of the draws.
+        resamples: The number of resamples.
+        seed: Seed of the draws.
 
     Returns:
         The areas, ``(resamples,)``.
@@ -204,7 +204,7 @@ def roc_areas(scores: np.ndarray, positive: np.ndarray, resamples: int, seed: in
 
 
 def _area(inside: np.ndarray, outside: np.ndarray, groups: int) -> float:
-    """Compute the area from the places of positives and negatives among the different scores."""
+    """Compute the area from the ranks of positives and negatives among the distinct scores."""
     positives = np.bincount(inside, minlength=groups)
     negatives = np.bincount(outside, minlength=groups)
     lower = np.cumsum(negatives) - negatives

@@ -1,11 +1,11 @@
-"""The linear datamodelling score: do sums of contributions predict what models trained on subsets say?
+"""The linear datamodelling score: do sums of contributions predict the outputs of models trained on subsets?
 
-For subsets S_1 … S_m of the training set, f(x; S) the output of a model trained on S alone, and contributions c_i(x),
+For subsets S_1 … S_m of the training set, f(x; S) the output of a model trained only on S, and contributions c_i(x),
 
     LDS(x) = Spearman's correlation over j of  f(x; S_j)  and  Σ_{i ∈ S_j} c_i(x)
 
-(Park et al. 2023, *TRAK: Attributing Model Behavior at Scale*), averaged over queries. Only the order of
-subsets counts, so contributions of any scale can be judged.
+(Park et al. 2023, *TRAK: Attributing Model Behavior at Scale*), averaged over queries. Only the order of subsets
+matters, so contributions of any scale can be judged.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ __all__ = [
 ]
 
 _SEED_STRIDE = 1_000_000
-"""Between the seeds of one subset, so that raising the number of subsets or of seeds keeps what was retrained."""
+"""Distance between the seeds of one subset, so that more subsets or seeds reuse earlier retrainings."""
 
 
 @dataclass(frozen=True)
 class SubsetOutputs:
-    """What models trained on subsets say: made once, used to judge any number of contributions.
+    """The outputs of models trained on subsets: computed once, used to judge any number of contributions.
 
     Attributes:
         masks: Which examples each subset holds, bool, ``(subsets, num_examples)``.
-        repeats: The outputs, ``(seeds, subsets, queries)``, in output units; every subset was trained on once for each
+        repeats: The outputs, ``(seeds, subsets, queries)``, in output units; each subset was trained on once for each
             seed.
     """
 
@@ -50,13 +50,13 @@ class SubsetOutputs:
         """Check that the two fit.
 
         Raises:
-            EvaluationError: A shape or a type does not fit, or an output is not finite.
+            EvaluationError: A shape or a dtype does not fit, or an output is not finite.
         """
         masks = np.asarray(self.masks)
         if masks.ndim != 2 or masks.dtype != np.bool_:
             got, expected = f"{masks.dtype}, shape {masks.shape}", "bool, (subsets, num_examples)"
-            fix = "Pass True where an example is in a subset"
-            raise bad("SubsetOutputs(masks, …)", "these are no masks", got, expected, "the definition", fix)
+            fix = "Pass True for the examples in a subset"
+            raise bad("SubsetOutputs(masks, …)", "these are not masks", got, expected, "the definition", fix)
         axes = "(seeds, subsets, queries)"
         repeats = as_finite(
             self.repeats, (None, len(masks), None), "SubsetOutputs(…, repeats)", axes, "the number of masks"
@@ -78,7 +78,7 @@ class SubsetOutputs:
     def agreement(self) -> float | None:
         """How well one half of the seeds predicts the other: Spearman's correlation over subsets, mean over queries.
 
-        None with one seed; where the number of seeds is odd the last one is left out.
+        None with one seed; if the number of seeds is odd, the last one is left out.
         """
         half = len(self.repeats) // 2
         if not half:
@@ -88,11 +88,11 @@ class SubsetOutputs:
 
     @property
     def ceiling(self) -> float | None:
-        """About what a perfect predictor of the mean over endless seeds would score, 0 to 1; None with one seed.
+        """Approximate score of a perfect predictor of the mean over infinitely many seeds, 0 to 1; None with one seed.
 
-        From the agreement r of two halves the reliability of the mean of all seeds follows, R = k r / (1 + (k − 1) r),
-        k = seeds / half (Spearman 1910; Brown 1910), and a perfect predictor correlates by √R with it. Both hold
-        exactly for Pearson's correlation, and nearly for Spearman's.
+        The agreement r of two halves gives the reliability of the mean of all seeds, R = k r / (1 + (k − 1) r), with
+        k = seeds / half (Spearman 1910; Brown 1910); a perfect predictor correlates with it by √R. Both hold exactly
+        for Pearson's correlation, and approximately for Spearman's.
         """
         agreement = self.agreement
         if agreement is None:
@@ -101,7 +101,7 @@ class SubsetOutputs:
         return math.sqrt(max(0.0, longer * agreement / (1.0 + (longer - 1.0) * agreement)))
 
     def checksum(self) -> str:
-        """Name these outputs: only scores against the same can be compared."""
+        """A name for these outputs: only scores against the same outputs can be compared."""
         return checksum(self.masks.tobytes(), self.repeats.tobytes())
 
 
@@ -110,13 +110,13 @@ class LinearDatamodellingScore:
     """How well contributions predict the outputs of models trained on subsets.
 
     Attributes:
-        mean: The mean over queries, −1 to 1, with an interval over subsets: the queries are taken as they are.
+        mean: The mean over queries, −1 to 1, with an interval over subsets; queries are not resampled.
         per_query: The score of each query, ``(queries,)``.
-        subsets: How many subsets there are.
+        subsets: The number of subsets.
         agreement: As in `SubsetOutputs`.
         ceiling: As in `SubsetOutputs`.
         resampled: The mean on each resample of the subsets, ``(resamples,)``.
-        resamples_of: Which subset outputs and which draws ``resampled`` belongs to.
+        resamples_of: The subset outputs and draws of ``resampled``.
     """
 
     mean: Estimate
@@ -128,7 +128,7 @@ class LinearDatamodellingScore:
     resamples_of: str = field(repr=False)
 
     def minus(self, other: LinearDatamodellingScore) -> Estimate:
-        """Estimate by how much this score is higher than another one, on the same resamples of the same subsets.
+        """Estimate how much higher this score is than another, on the same resamples of the same subsets.
 
         Args:
             other: The score of other contributions against the same subset outputs.
@@ -152,7 +152,7 @@ class LinearDatamodellingScore:
         return estimate(value, self.resampled - other.resampled, self.mean.level)
 
     def __str__(self) -> str:
-        """Show the score as a table of plain text."""
+        """Show the score as a plain-text table."""
         quartiles = np.quantile(self.per_query, [0.25, 0.5, 0.75])
         rows = [
             ["mean over queries", str(self.mean)],
@@ -170,15 +170,15 @@ def retrain_subsets(
 ) -> SubsetOutputs:
     """Train on random subsets, and ask every model the queries.
 
-    One retraining more than ``count * seeds`` is done: a second subset with the first one's seed, to see that the
-    function uses the ids. More subsets or more seeds later keep those that were there.
+    This takes ``count * seeds + 1`` retrainings: the extra one trains a second subset with the first one's seed, to
+    check that the function uses the ids. With more subsets or seeds later, earlier retrainings are reused.
 
     Args:
         retraining: The user's training and queries.
-        count: How many subsets; at least 10, for an interval.
+        count: The number of subsets; at least 10, for an interval.
         fraction: The share of the training set that each subset holds.
-        seeds: How often each subset is trained on, each time with a seed of its own.
-        seed: Of the subsets, and the first of the training seeds.
+        seeds: Trainings on each subset, each with a different seed.
+        seed: Seed of the subsets, and the first training seed.
 
     Returns:
         The subsets and the outputs.
@@ -216,12 +216,12 @@ def linear_datamodelling_score(
     """Compute Spearman's correlation over subsets of Σ_{i ∈ S} c_i(x) and the output, for each query, and its mean.
 
     Args:
-        contributions: Of every example to every query's output, ``(queries, num_examples)``, of any scale, for example
-            `pkexplain.Explainer.contributions`.
-        subset_outputs: What models trained on subsets say about the same queries, asked for the same output.
-        resamples: How often the subsets are drawn again, with replacement, for the interval.
+        contributions: Contribution of every example to every query's output, ``(queries, num_examples)``, of any
+            scale; for example from `pkexplain.Explainer.contributions`.
+        subset_outputs: The same output of the same queries from models trained on subsets.
+        resamples: Bootstrap resamples of the subsets, for the interval.
         level: The share of the resampled means in the interval.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
 
     Returns:
         The score.
@@ -245,7 +245,7 @@ def linear_datamodelling_score(
     predicted = masks @ contributions.T
     fix = "Leave these queries out, or train for longer"
     refuse_constant(outputs, "the subset outputs", "subsets", fix)
-    fix = "Look at the contributions of these queries"
+    fix = "Check the contributions of these queries"
     refuse_constant(predicted, asked, "subsets", fix, scale=np.abs(contributions).sum(1))
     once = np.ones((len(masks), 1))
     pairs = zip(predicted.T, outputs.T, strict=True)

@@ -1,6 +1,6 @@
-"""Results of an evaluation as matplotlib figures. Nothing here touches pyplot or its global state.
+"""Results of an evaluation as matplotlib figures, without pyplot or its global state.
 
-Every function draws into the axes it is given, or into a new figure that ``axes.figure`` holds.
+Every function draws into the axes passed to it, or into a new figure, available as ``axes.figure``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 
 from pkexplain.evaluation._checking import as_finite
 from pkexplain.evaluation.datamodelling import LinearDatamodellingScore
-from pkexplain.evaluation.leaving_out import LeaveOneOut
+from pkexplain.evaluation.leave_one_out import LeaveOneOut
 from pkexplain.evaluation.mislabels import MislabelDetection
-from pkexplain.evaluation.removal import SubsetRemoval
+from pkexplain.evaluation.subset_removal import SubsetRemoval
 from pkexplain.results.drawing import INK, OTHER, POSITIVE, finish, literal, name_rows, new_axes
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ __all__ = ["plot_detection", "plot_leave_one_out", "plot_removal", "plot_scores"
 
 
 def plot_scores(scores: Mapping[str, LinearDatamodellingScore], *, ax: Axes | None = None) -> Axes:
-    """Draw linear datamodelling scores with their intervals, and the ceiling where one is known.
+    """Draw linear datamodelling scores with their intervals, and the ceiling if it is known.
 
     Args:
-        scores: What to draw, by the name of the method.
-        ax: Where to draw; a new figure where it is None.
+        scores: The scores, by method.
+        ax: Where to draw; None for a new figure.
 
     Returns:
         The axes.
@@ -50,11 +50,11 @@ def plot_detection(detections: Mapping[str, MislabelDetection], *, ax: Axes | No
     """Draw the share of mislabelled examples found over the share of examples inspected.
 
     Args:
-        detections: What to draw, by the name of the score.
-        ax: Where to draw; a new figure where it is None.
+        detections: The detections, by the name of the score.
+        ax: Where to draw; None for a new figure.
 
     Returns:
-        The axes; dotted is chance.
+        The axes; the dotted line is chance.
     """
     axes = new_axes(ax, height=4.2)
     for name, detection in detections.items():
@@ -70,8 +70,8 @@ def plot_removal(removal: SubsetRemoval, *, ax: Axes | None = None) -> Axes:
     """Draw the mean drop of the output over the number of examples left out, with intervals over queries.
 
     Args:
-        removal: What to draw.
-        ax: Where to draw; a new figure where it is None.
+        removal: The drops.
+        ax: Where to draw; None for a new figure.
 
     Returns:
         The axes.
@@ -90,16 +90,17 @@ def plot_removal(removal: SubsetRemoval, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_leave_one_out(contributions: Any, left_out: LeaveOneOut, *, query: int = 0, ax: Axes | None = None) -> Axes:
-    """Draw what one query's output lost without single examples over their contributions to it.
+    """Plot one query's output differences without single examples against their contributions.
 
     Args:
-        contributions: Of every example to every query's output, ``(queries, num_examples)``, in output units.
-        left_out: What the outputs lost.
+        contributions: Contribution of every example to every query's output, ``(queries, num_examples)``, in output
+            units.
+        left_out: The differences.
         query: Which query to draw.
-        ax: Where to draw; a new figure where it is None.
+        ax: Where to draw; None for a new figure.
 
     Returns:
-        The axes; on the dotted line both are the same.
+        The axes; on the dotted line both are equal.
 
     Raises:
         EvaluationError: The contributions are not those of these queries and examples.

@@ -1,9 +1,9 @@
 """Mislabelled examples: does a score find those whose label is wrong?
 
 Labels of a known part of the training set are changed, a model is trained on them, and every example gets a score that
-is higher the more suspicious it is. What an attribution gives is often an example's contribution to the training loss
-of itself; mind its sign. The score is judged by the area under its ROC curve, and by how many of the changed labels
-somebody finds who inspects the examples in its order.
+is higher if it is more suspicious. With an attribution method this is often an example's contribution to its own
+training loss; mind the sign. The score is judged by the area under its ROC curve, and by how many of the changed labels
+are found when the examples are inspected in the score's order.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class MislabelDetection:
 
     Attributes:
         auroc: P(a mislabelled example scores higher than a correct one), ties counted half; 0.5 is chance. The interval
-            is over examples, the mislabelled and the others resampled apart.
-        precision: The share of mislabelled examples among as many of the most suspicious as there are mislabelled ones.
-        found: The share of the mislabelled that is among the n most suspicious examples, for n from 0 to all,
-            ``(num_examples + 1,)``; where scores tie, in the mean over their orders.
-        num_mislabelled: How many there are.
+            is over examples; the mislabelled and the others are resampled separately.
+        precision: The share of mislabelled examples among the m most suspicious ones, m being their true number.
+        found: The share of mislabelled examples among the n most suspicious ones, for n from 0 to all,
+            ``(num_examples + 1,)``; for tied scores, the mean over their orders.
+        num_mislabelled: Their number.
     """
 
     auroc: Estimate
@@ -41,12 +41,12 @@ class MislabelDetection:
 
     @property
     def num_examples(self) -> int:
-        """How many examples there are."""
+        """The number of examples."""
         return len(self.found) - 1
 
     @property
     def inspected(self) -> np.ndarray:
-        """The share of all examples that is inspected at each place of ``found``, ``(num_examples + 1,)``."""
+        """The share of all examples inspected at each position of ``found``, ``(num_examples + 1,)``."""
         return np.arange(len(self.found)) / self.num_examples
 
     @property
@@ -55,7 +55,7 @@ class MislabelDetection:
         return float((self.found[1:] + self.found[:-1]).sum() / (2.0 * self.num_examples))
 
     def __str__(self) -> str:
-        """Show the detection as a table of plain text."""
+        """Show the detection as a plain-text table."""
         shares = [0.05, 0.1, 0.2, 0.5]
         rows = [
             ["area under the ROC curve", str(self.auroc)],
@@ -74,16 +74,16 @@ def flip_labels(
     """Change some labels, each to one of the other classes, all equally likely.
 
     Args:
-        labels: One class an example, integers from 0, ``(num_examples,)``.
+        labels: One class per example, integers from 0, ``(num_examples,)``.
         fraction: The share of the examples whose labels change.
-        classes: How many classes there are; None for one more than the highest label.
-        seed: Of which labels change, and to what.
+        classes: The number of classes; None for one more than the highest label.
+        seed: Seed of which labels change, and to what.
 
     Returns:
         The labels with the changes, and which of them changed, both ``(num_examples,)``.
 
     Raises:
-        EvaluationError: The labels are no classes, there is one class, or none or all labels would change.
+        EvaluationError: The labels are not classes, there is only one class, or none or all labels would change.
 
     Example:
         >>> flipped, mask = flip_labels([0, 1, 1, 0, 1, 0], fraction=1 / 3, seed=1)
@@ -94,7 +94,7 @@ def flip_labels(
     source = "the labels"
     if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
         got, expected = f"{array.dtype}, shape {array.shape}", "integers, (num_examples,)"
-        raise bad("flip_labels(labels)", "these are no classes", got, expected, "the definition", "Pass class numbers")
+        raise bad("flip_labels(labels)", "these are not classes", got, expected, "the definition", "Pass class numbers")
     known = int(array.max()) + 1 if classes is None else classes
     if array.min() < 0 or array.max() >= known or known < 2:
         got, expected = (
@@ -121,11 +121,11 @@ def mislabel_detection(
     """Judge how well a score finds mislabelled examples.
 
     Args:
-        scores: One number an example, **higher where it is more suspicious**, ``(num_examples,)``.
+        scores: One number per example, **higher if it is more suspicious**, ``(num_examples,)``.
         mislabelled: Which examples are mislabelled: bool, ``(num_examples,)``, or their ids.
-        resamples: How often the examples are drawn again for the interval.
+        resamples: Bootstrap resamples of the examples, for the interval.
         level: The share of the resampled areas in the interval.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
 
     Returns:
         The detection.
@@ -167,7 +167,7 @@ def _as_mask(mislabelled: Any, num_examples: int) -> np.ndarray:
 
 
 def _found(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Count the mislabelled among the n highest scores, for every n, ties in the mean over their orders."""
+    """Count the mislabelled among the n highest scores, for every n; for ties, the mean over their orders."""
     groups, sizes = np.unique(-scores, return_inverse=True, return_counts=True)[1:]
     inside = np.bincount(groups, weights=mask, minlength=len(sizes))
     ends = np.concatenate([[0], np.cumsum(sizes)])

@@ -1,4 +1,4 @@
-"""Models trained again by the user's function, and what they say about the queries."""
+"""Models retrained by the user's function, and their outputs for the queries."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ Job = tuple[np.ndarray, int]
 """The example ids to train on, sorted, and the seed."""
 
 _BLOCK = 512
-"""Queries that go through a retrained model at once."""
+"""The most queries in one forward pass."""
 
 
 class Retraining:
-    """Train the user's model again on some of the examples, and ask it the queries.
+    """Retrain the user's model on some of the examples, and ask it the queries.
 
-    Every set of examples is trained on once for each seed: what a model said is remembered, and kept on disk where a
-    directory is given. There it counts for this function alone, which a directory cannot know: use one for each recipe
-    of training.
+    Every set of examples is trained on once for each seed: a model's outputs are remembered, and kept on disk if a
+    directory is given. A directory cannot check which training function filled it: use a new one for each training
+    recipe.
 
     Args:
         retrain: Trains from scratch and returns the model: ``retrain(ids, seed)``, with the ids of the examples to
             train on, sorted, int64, and a seed for everything random in it (initial parameters, order, dropout).
         queries: A batch of queries, as for `pkexplain.Explainer.explain`: a tensor, a tuple of positional inputs or a
             mapping of named ones, each with a batch dimension.
-        output: What is asked of every query. Its class must be given: the class that a model predicts differs from one
-            retrained model to the next.
+        output: The output of every query. Its class must be given: the predicted class can differ between retrained
+            models.
         num_examples: The size of the whole training set; ids are row numbers below it.
-        kept: A directory in which to keep what every retrained model said, so that an interrupted evaluation goes on
-            where it was. Several processes may use one.
+        kept: A directory for the outputs of every retrained model, so that an interrupted evaluation can continue.
+            Several processes may share one.
         progress: Told the progress of long work, for example `pkexplain.ProgressBar`.
-        backwards: Work from the end of the list. With two processes in one directory, one forwards and one backwards,
-            each does half of the work and both get all of it.
+        backwards: Whether to work from the end of the list. Two processes that share a directory, one forwards and one
+            backwards, each do half of the work and both get all results.
 
     Raises:
-        EvaluationError: The output depends on the prediction, or the directory is of another setting.
-        QueryError: The queries are no batch, or the output is no output.
+        EvaluationError: The output depends on the prediction, or the directory belongs to another setting.
+        QueryError: The queries are not a batch, or the output is not an output.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Retraining:
         progress: Progress | None = None,
         backwards: bool = False,
     ) -> None:
-        """Check the setting; nothing is trained yet."""
+        """Check the setting, without training anything."""
         if num_examples < 2:
             expected, fix = "2 or more", "Pass num_examples=len(train)"
             raise bad(f"{num_examples=}", "there is nothing to leave out", num_examples, expected, "retraining", fix)
@@ -80,7 +80,7 @@ class Retraining:
         self._uses_ids = self._uses_seed = False
 
     def ask(self, ids: np.ndarray, seed: int) -> Answers:
-        """Return what the model trained on these examples with this seed says about the queries.
+        """Return the outputs of the model trained on these examples with this seed.
 
         Args:
             ids: The examples to train on, sorted, ``(examples,)``.
@@ -103,17 +103,17 @@ class Retraining:
         return answers
 
     def ask_all(self, jobs: Sequence[Job], what: str) -> list[Answers]:
-        """Do a list of retrainings; the first ones show whether the function uses the ids and the seed.
+        """Run a list of retrainings; the first ones show whether the function uses the ids and the seed.
 
         Args:
-            jobs: What to train on, with which seed.
-            what: What the list is for, for the progress.
+            jobs: Example ids and seed of each retraining.
+            what: Name of the list, for the progress.
 
         Returns:
-            What each model said, in the order of the list.
+            Each model's outputs, in the order of the list.
 
         Raises:
-            EvaluationError: The function ignores the ids or, where the seeds differ, the seed; or as for `ask`.
+            EvaluationError: The function ignores the ids or, if the seeds differ, the seed; or as for `ask`.
         """
         order = list(range(len(jobs)))
         order[3:] = order[:2:-1] if self._backwards else order[3:]
@@ -127,7 +127,7 @@ class Retraining:
         return [answers[position] for position in range(len(jobs))]
 
     def _compare(self, first: Job, second: Job) -> None:
-        """Hold two retrainings that differ in one thing against each other."""
+        """Compare two retrainings that differ in one thing."""
         (ids, seed), (other_ids, other_seed) = first, second
         same_ids, same_seed = np.array_equal(ids, other_ids), seed == other_seed
         if same_ids == same_seed:
@@ -137,24 +137,24 @@ class Retraining:
             if alike:
                 raise bad(
                     f"retrain(ids, seed={other_seed})",
-                    f"it gives exactly the model of seed={seed}, so it ignores its seed",
+                    f"it returns exactly the model of seed={seed}, so it ignores its seed",
                     f"the same outputs for all {len(self.queries)} queries",
                     "other initial parameters, or another order of the examples",
                     "seeds that differ",
-                    "Seed everything random in it with `seed`; where nothing is random, one seed is enough",
+                    "Seed everything random in it with `seed`; if nothing is random, one seed is enough",
                 )
             self._uses_seed = True
         elif same_seed and not self._uses_ids:
-            # A few examples may truly change nothing; half of them do.
+            # A few examples may indeed change nothing, but half of them do not.
             if alike and np.array_equal(self.ask(ids, seed).outputs, self.ask(ids[::2], seed).outputs):
                 raise bad(
                     f"retrain(ids, {seed=})",
-                    "it gives exactly the same model for different ids, so it ignores them",
+                    "it returns exactly the same model for different ids, so it ignores them",
                     f"the same outputs for all {len(self.queries)} queries with {len(ids)}, {len(other_ids)} and "
                     f"{len(ids[::2])} examples",
                     "models that differ",
                     "three retrainings",
-                    "Train on `ids` alone, for example with torch.utils.data.Subset(train, ids)",
+                    "Train only on `ids`, for example with torch.utils.data.Subset(train, ids)",
                 )
             self._uses_ids = True
 
@@ -162,7 +162,7 @@ class Retraining:
         model = self._retrain(ids.copy(), seed)
         asked = f"retrain(ids, {seed=}) on {len(ids)} examples"
         if not isinstance(model, nn.Module):
-            wrong, fix = "it returned no model", "Return the trained model"
+            wrong, fix = "it did not return a model", "Return the trained model"
             raise bad(asked, wrong, type(model).__name__, "a torch.nn.Module", "the function given", fix)
         model.eval()
         with torch.no_grad():
@@ -207,7 +207,7 @@ def _fixed_output(output: Output | Callable[[Tensor], Tensor]) -> Output:
         name = type(found).__name__
         raise bad(
             f"output={name}()",
-            "the class that is predicted differs from one retrained model to the next",
+            "the predicted class can differ between retrained models",
             "no class",
             "a class, or one for each query",
             "retraining",

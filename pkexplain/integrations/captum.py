@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from pkexplain.baselines.rows import Rows
+from pkexplain.baselines.dataset import TupleDataset
 from pkexplain.errors import ConfigurationError
 from pkexplain.explain.explainer import Explainer
 from pkexplain.explain.outputs import Loss
@@ -25,22 +25,22 @@ __all__ = ["PathKernelInfluence"]
 
 
 class PathKernelInfluence(DataInfluence):
-    """The contributions of a recorded run, called as Captum's ``TracInCP`` is called.
+    """The contributions of a recorded run, with the interface of Captum's ``TracInCP``.
 
-    The line that makes the object changes, and no other:
+    Only the line that makes the object changes:
 
     ``TracInCP(model, train_dataset, checkpoints, load, loss_fn=loss_fn)`` becomes
     ``PathKernelInfluence(model, train_dataset, "runs/mnist", loss_fn=loss_fn)``
 
     A score is the example's contribution to minus the loss of the query, in units of the loss: a proponent lowered it.
-    Captum's scores need not add up to anything; these are what training lowered the loss by, up to the named lines of
-    the ledger, which `Explainer.explain` shows.
+    Captum's scores do not have to add up to anything; these add up to the decrease of the loss over training, up to the
+    named lines of the ledger, which `Explainer.explain` shows.
 
     Args:
-        model: The model, at any state of its recorded parameters.
+        model: The model, which supplies the architecture; the recorded weights are explained.
         train_dataset: The training set in the order of the recorded ids.
         run: The directory of the run, its store, or an `pkexplain.Explainer` of it.
-        loss_fn: A loss of torch's, with any reduction, or a function of the prediction and the targets that returns one
+        loss_fn: A torch loss, with any reduction, or a function of the prediction and the targets that returns one
             loss for each example; by default cross-entropy.
         batch_size: Training examples at a time, for `self_influence`.
 
@@ -83,10 +83,10 @@ class PathKernelInfluence(DataInfluence):
         Args:
             inputs: A batch ``(x, targets)``, ``(x1, x2, …, targets)`` or ``({name: x}, targets)``, or a DataLoader of
                 such batches.
-            k: How many examples to return of each query; None for the scores of all.
-            proponents: Whether the largest scores are wanted, or the smallest.
-            show_progress: Taken for Captum's sake; give the `Explainer` a ``progress`` instead.
-            aggregate: Sum the scores over the queries.
+            k: The number of examples to return for each query; None for the scores of all.
+            proponents: Whether to return the largest scores, or the smallest.
+            show_progress: Only for compatibility with Captum; pass ``progress`` to the `Explainer` instead.
+            aggregate: Whether to sum the scores over the queries.
 
         Returns:
             Scores in units of the loss, ``(queries, num_examples)``; or, with ``k``, Captum's named tuple of
@@ -103,14 +103,14 @@ class PathKernelInfluence(DataInfluence):
         return KMostInfluentialResults(found.indices, found.values)
 
     def self_influence(self, inputs: None = None, show_progress: bool = False) -> Tensor:
-        """Compute each training example's contribution to minus its own loss: high where it is mislabelled or rare.
+        """Compute each training example's contribution to minus its own loss: high if it is mislabelled or rare.
 
-        It costs as much as explaining every training example. A contribution is recorded for training examples alone,
-        so that other ``inputs`` have no self-influence here.
+        It costs as much as explaining every training example. Only training examples have contributions, so other
+        ``inputs`` have no self-influence.
 
         Args:
             inputs: None.
-            show_progress: Taken for Captum's sake.
+            show_progress: Only for compatibility with Captum.
 
         Returns:
             Scores in units of the loss, ``(num_examples,)``.
@@ -123,7 +123,7 @@ class PathKernelInfluence(DataInfluence):
             wrong, fix = "only training examples contributed to training", "Leave inputs out"
             asked = "PathKernelInfluence.self_influence(inputs)"
             raise ConfigurationError(asked, wrong, got=got, expected="None", source=source, fix=fix)
-        rows = Rows(self.train_dataset, self.explainer.trajectory.inputs)
+        rows = TupleDataset(self.train_dataset, self.explainer.trajectory.inputs)
         parts, start = [], 0
         for *values, targets in DataLoader(rows, self.batch_size):
             x = dict(zip(rows.names, values, strict=True)) if rows.names else tuple(values)
@@ -144,7 +144,7 @@ def _batches(inputs: Any) -> Iterator[Any]:
 
 
 def _for_each(loss_fn: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-    """Turn Captum's kind of loss into torch's functional kind, with one loss for each example."""
+    """Turn a Captum-style loss into a functional one with one loss for each example."""
     if loss_fn is None:
         return F.cross_entropy
     if isinstance(loss_fn, nn.Module) and hasattr(loss_fn, "reduction"):

@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_refused(small):
         Setting.of(small.explainer, x, y[:3], dataset=small.dataset)
     with pytest.raises(ConfigurationError, match="Got 5 examples; expected 24"):
         Setting.of(small.explainer, x, y, dataset=[small.dataset[0]] * 5)
-    with pytest.raises(ConfigurationError, match="its rows name no target"):
+    with pytest.raises(ConfigurationError, match="its rows have no target"):
         Setting.of(small.explainer, x, y, dataset=[{"0": 1}] * COUNT)
     with pytest.raises(ConfigurationError, match=r"its rows are not inputs and a target\. Got Tensor"):
         Setting.of(small.explainer, x, y, dataset=small.inputs[:COUNT])

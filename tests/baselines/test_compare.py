@@ -194,7 +194,7 @@ def test_the_report_has_a_panel(asked, comparison, tmp_path):
 @pytest.mark.parametrize("k", [0, 1.5, "ten"])
 def test_a_k_that_cannot_be_is_refused(asked, k):
     explainer, x, targets, dataset = asked
-    with pytest.raises(ConfigurationError, match="so many examples cannot be compared"):
+    with pytest.raises(ConfigurationError, match="this many examples cannot be compared"):
         pk.compare(explainer, x, targets, dataset=dataset, k=k)
 
 

@@ -189,7 +189,7 @@ def constant_outputs():
         (lambda: ev.retrain_subsets(judge(Ridge()), count=9), "too few subsets for an interval. Got 9; expected 10"),
         (lambda: ev.retrain_subsets(judge(lambda i, s: model_of(PIXELS[0]))), "so it ignores them"),
         (lambda: ev.retrain_subsets(judge(Ridge()), seeds=2), "so it ignores its seed"),
-        (lambda: ev.retrain_subsets(judge(lambda i, s: None)), "it returned no model. Got NoneType"),
+        (lambda: ev.retrain_subsets(judge(lambda i, s: None)), "it did not return a model. Got NoneType"),
         (lambda: ev.retrain_subsets(judge(lambda i, s: model_of(PIXELS[0] * torch.nan))), "12 of 12, queries [0, 1"),
         (lambda: judge(Ridge(), output=pk.Margin()), "Pass output=pkexplain.Margin(labels)"),
         (lambda: ev.linear_datamodelling_score(np.ones((2, 7)), subset_outputs()), "Got shape (2, 7)"),

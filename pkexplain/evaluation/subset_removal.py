@@ -1,7 +1,7 @@
-"""Subset removal: does the output fall when the examples that are said to support it are left out?
+"""Subset removal: does the output fall if its strongest proponents are left out?
 
-For each query the k examples with the largest contributions are left out, a model is trained on all others with several
-seeds, and the output is compared with that of models trained on everything with the same seeds.
+For each query the k examples with the largest contributions are left out, models are trained on the others with several
+seeds, and the output is compared with that of models trained on all examples with the same seeds.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ __all__ = ["SubsetRemoval", "subset_removal"]
 
 @dataclass(frozen=True)
 class SubsetRemoval:
-    """How far outputs fell without the examples that were said to support them.
+    """How far outputs fell without their strongest proponents.
 
     Attributes:
-        methods: The names of what was judged.
-        counts: How many examples were left out.
-        drops: Output of models trained on everything minus output of models trained without the query's k strongest
+        methods: The names of the methods.
+        counts: The numbers of examples left out.
+        drops: Output of models trained on all examples minus output of models trained without the query's k strongest
             examples, means over the seeds, ``(methods, counts, queries)``, in output units.
-        flips: The share of the seeds with which the predicted class changed, ``(methods, counts, queries)``; None where
-            a prediction is no row of classes.
-        means: The mean drop over queries of each method and count, with an interval over queries, which are resampled
-            alike for all.
-        flip_means: The same of ``flips``; None where there are none.
+        flips: The share of the seeds with which the predicted class changed, ``(methods, counts, queries)``; None if
+            a prediction is not one row of classes.
+        means: The mean drop over queries of each method and count, with an interval over queries; all share
+            the same resamples.
+        flip_means: The same for ``flips``; None without flips.
     """
 
     methods: tuple[str, ...]
@@ -46,7 +46,7 @@ class SubsetRemoval:
     flip_means: Mapping[str, tuple[Estimate, ...]] | None
 
     def __str__(self) -> str:
-        """Show drops and flips as a table of plain text."""
+        """Show drops and flips as a plain-text table."""
         places = decimals(mean.value for means in self.means.values() for mean in means)
         rows = []
         for method in self.methods:
@@ -74,19 +74,19 @@ def subset_removal(
 ) -> SubsetRemoval:
     """Leave out the examples with the largest contributions to each query, and train again.
 
-    There are up to ``methods * counts * queries * seeds`` retrainings, and one for each seed on everything; sets that
-    are the same are trained on once. A drop means little by itself: give random contributions as one of the methods.
+    This takes up to ``methods * counts * queries * seeds`` retrainings, and one for each seed on all examples; equal
+    sets are trained on once. A drop alone means little: pass random contributions as one of the methods.
 
     Args:
         retraining: The user's training and queries.
-        contributions: What is to be judged, by name: of every example to every query's output,
-            ``(queries, num_examples)``, positive where the output would fall without the example. Of examples that
-            tie, those with the lower ids go first.
-        counts: How many examples to leave out.
-        seeds: To train with, each time.
-        resamples: How often the queries are drawn again for the intervals.
+        contributions: Contributions to judge, by method: of every example to every query's output,
+            ``(queries, num_examples)``, positive if the output would fall without the example. Ties are broken by the
+            lower id.
+        counts: The numbers of examples to leave out.
+        seeds: The training seeds.
+        resamples: Bootstrap resamples of the queries, for the intervals.
         level: The share of the resampled means in an interval.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
 
     Returns:
         The drops.
@@ -108,7 +108,7 @@ def subset_removal(
     everything = np.arange(examples)
     sets = [everything, *(np.delete(everything, ids) for ids in removed)]
     jobs: list[Job] = [(ids, seed) for seed in seeds for ids in sets]
-    jobs.insert(2, (everything, seeds[-1]))  # early, so that seeds which change nothing are noticed
+    jobs.insert(2, (everything, seeds[-1]))  # early, to notice seeds that change nothing
     answers = retraining.ask_all(jobs, "retraining without subsets")
     del answers[2]
     shape = (len(contributions), len(counts), queries)
@@ -132,7 +132,7 @@ def _ranking(values: Any, shape: tuple[int, int], name: str) -> np.ndarray:
 
 
 def _compare(answers: Sequence[Sequence[Answers]], shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Hold each query's answers, for each seed, against those of the model trained on everything."""
+    """Compare each query's answers, for each seed, with those of the model trained on all examples."""
     queries = np.arange(len(answers[0][0].outputs))
     drops, flips, classes = np.zeros(shape), np.zeros(shape), True
     for whole, *without in answers:
@@ -153,6 +153,6 @@ def _check(contributions: Mapping[str, Any], counts: Sequence[int], seeds: Seque
     as_ids(seeds, np.iinfo(np.int64).max, f"subset_removal({seeds=})")
     outside = [count for count in counts if not 0 < count < num_examples]
     if outside or not counts:
-        wrong = "so many examples cannot be left out" if outside else "there are none"
+        wrong = "this many examples cannot be left out" if outside else "there are none"
         expected, fix = f"1 to {num_examples - 1}", "Leave fewer out"
         raise bad(f"subset_removal({counts=})", wrong, outside, expected, f"{num_examples=}", fix)

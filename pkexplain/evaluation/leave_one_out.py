@@ -1,11 +1,9 @@
-"""Leave-one-out: what does the output lose without one example, everything else held fixed?
+"""Leave-one-out: how much does the output lose without one example, with everything else fixed?
 
-For one seed s, f(x; all, s) − f(x; all without i, s) is checked against c_i(x): both are positive where the output
-would fall without the example. It is meant for training whose every other choice stays as it was. In most training
-loops leaving one example out shifts the order of all others and the batches they are in, and the difference is mostly
-that: let the
-function draw initial parameters, the order of *all* examples and dropout from the seed, and then pass over those that
-are not in ``ids``.
+For one seed s, f(x; all, s) − f(x; all without i, s) is compared with c_i(x): both are positive if the output would
+fall without the example. Every other random choice of the training must stay the same. In most training loops, leaving
+one example out shifts the order of all others and their batches, and that dominates the difference: let the function
+draw initial parameters, the order of *all* examples and dropout from the seed, and then skip those not in ``ids``.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ __all__ = ["LeaveOneOut", "LeaveOneOutCorrelation", "leave_one_out", "leave_one_
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """What outputs lost without single examples: made once, used to judge any number of contributions.
+    """Output differences without single examples: computed once, used to judge any number of contributions.
 
     Attributes:
         ids: The examples that were left out, ``(ids,)``.
@@ -42,14 +40,14 @@ class LeaveOneOut:
 
 @dataclass(frozen=True)
 class LeaveOneOutCorrelation:
-    """How well contributions predict what outputs lose without single examples.
+    """How well contributions predict the output differences without single examples.
 
     Attributes:
         pearson: Pearson's correlation over the examples left out, mean over queries, with an interval over examples.
         spearman: Spearman's, likewise.
         pearson_per_query: Pearson's correlation for each query, ``(queries,)``.
         spearman_per_query: Spearman's, ``(queries,)``.
-        num_ids: How many examples were left out.
+        num_ids: The number of examples left out.
     """
 
     pearson: Estimate
@@ -59,7 +57,7 @@ class LeaveOneOutCorrelation:
     num_ids: int
 
     def __str__(self) -> str:
-        """Show the correlations as a table of plain text."""
+        """Show the correlations as a plain-text table."""
         rows = []
         pairs = ("Pearson", self.pearson, self.pearson_per_query), ("Spearman", self.spearman, self.spearman_per_query)
         for name, mean, per_query in pairs:
@@ -74,13 +72,13 @@ def leave_one_out(retraining: Retraining, ids: Sequence[int] | np.ndarray, *, se
     """Train without each of some examples, always with the same seed.
 
     Args:
-        retraining: The user's training and queries; its function should keep the order of the other examples, and all
-            noise, as it is with everything.
+        retraining: The user's training and queries; its function should keep the order of the other examples, and
+            all noise, the same as with all examples.
         ids: The examples to leave out, one at a time, ``(ids,)``; at least ten, for an interval.
-        seed: To train with.
+        seed: The training seed.
 
     Returns:
-        What the outputs lost.
+        The differences.
 
     Raises:
         EvaluationError: There are too few ids, they are repeated or out of range, or a retraining failed; see
@@ -98,15 +96,15 @@ def leave_one_out(retraining: Retraining, ids: Sequence[int] | np.ndarray, *, se
 def leave_one_out_correlation(
     contributions: Any, left_out: LeaveOneOut, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> LeaveOneOutCorrelation:
-    """Correlate contributions with what outputs lost without single examples, for each query.
+    """Correlate contributions with the output differences without single examples, for each query.
 
     Args:
-        contributions: Of every example to every query's output, ``(queries, num_examples)``, positive where the output
-            would fall without the example.
-        left_out: What the outputs of the same queries lost.
-        resamples: How often the examples left out are drawn again, with replacement, for the intervals.
+        contributions: Contribution of every example to every query's output, ``(queries, num_examples)``, positive if
+            the output would fall without the example.
+        left_out: The differences of the same queries' outputs.
+        resamples: Bootstrap resamples of the examples left out, for the intervals.
         level: The share of the resampled means in an interval.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
 
     Returns:
         The correlations.
@@ -126,10 +124,10 @@ def leave_one_out_correlation(
     shape = (differences.shape[1], left_out.num_examples)
     chosen = as_finite(contributions, shape, asked, "(queries, num_examples)", "what was left out")[:, left_out.ids].T
     if not np.isfinite(differences).all():
-        got, fix = f"{(~np.isfinite(differences)).sum()} that are not", "Look at the retrainings"
+        got, fix = f"{(~np.isfinite(differences)).sum()} that are not", "Check the retrainings"
         raise bad("the differences", "not all numbers are finite", got, "finite numbers", "(queries, ids)", fix)
     refuse_constant(differences, "the differences", "examples left out", "Leave these queries out")
-    refuse_constant(chosen, asked, "examples left out", "Look at the contributions of these queries")
+    refuse_constant(chosen, asked, "examples left out", "Check the contributions of these queries")
     once, weights = np.ones((len(chosen), 1)), draw_weights(len(chosen), resamples, seed)
     per_query, means = {}, {}
     for ranked in (False, True):

@@ -12,25 +12,25 @@ from torch.utils.data import Dataset
 from pkexplain.errors import ConfigurationError
 from pkexplain.store.manifest import InputEntry
 
-__all__ = ["Rows"]
+__all__ = ["TupleDataset"]
 
 _TARGET_KEYS = ("labels", "label", "target", "targets", "y")
 
 
-class Rows(Dataset[tuple[Tensor, ...]]):
+class TupleDataset(Dataset[tuple[Tensor, ...]]):
     """The training set as tuples of tensors: the inputs in the model's order, then the target.
 
     Args:
-        dataset: Rows by number: ``(x, y)``, ``(x1, x2, …, y)``, ``(id, x, y)``, ``((x1, x2, …), y)``,
+        dataset: TupleDataset by number: ``(x, y)``, ``(x1, x2, …, y)``, ``(id, x, y)``, ``((x1, x2, …), y)``,
             ``({name: x}, y)``, or mappings that hold the inputs and a target by name.
-        inputs: Shape and type of the model's inputs, as they were recorded.
+        inputs: Shape and dtype of the model's inputs, as recorded.
 
     Attributes:
-        names: Names of the inputs where the rows name them; else empty.
+        names: Names of the inputs if the rows name them; otherwise empty.
     """
 
     def __init__(self, dataset: Any, inputs: Mapping[str, InputEntry]) -> None:
-        """Look at the first row."""
+        """Inspect the first row."""
         self._dataset, self._inputs = dataset, inputs
         first, _ = self._split(0)
         self.names = tuple(first) if isinstance(first, Mapping) else ()
@@ -58,13 +58,13 @@ class Rows(Dataset[tuple[Tensor, ...]]):
         if isinstance(row, Mapping):
             key = next((key for key in _TARGET_KEYS if key in row), None)
             if key is None:
-                raise self._bad("its rows name no target", sorted(map(str, row)))
+                raise self._bad("its rows have no target", sorted(map(str, row)))
             return self._known({name: value for name, value in row.items() if name != key}), row[key]
         if not isinstance(row, (tuple, list)) or len(row) < 2:
             raise self._bad("its rows are not inputs and a target", type(row).__name__)
         *values, target = row
         if len(values) == 2 and len(self._inputs) == 1 and isinstance(values[0], int):
-            values = values[1:]  # the row's own number comes first
+            values = values[1:]  # its first item is its row number
         if len(values) == 1 and isinstance(values[0], Mapping):
             return self._known(values[0]), target
         if len(values) == 1 and isinstance(values[0], (tuple, list)) and len(self._inputs) > 1:
