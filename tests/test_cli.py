@@ -98,7 +98,7 @@ def test_demo_trains_explains_and_writes_a_report(tmp_path, monkeypatch):
 
 def test_merge_and_withdraw_change_a_run(disk_run):
     result = call("merge", disk_run.store, "--shards", 3)
-    assert (result.exit_code, result.output.strip()) == (0, "Each segment's rows lie in 3 file(s) now.")
+    assert (result.exit_code, result.output.strip()) == (0, "Each segment's rows are now in 3 file(s).")
     result = call("withdraw", disk_run.store, "--ids", "3, 17")
     assert result.exit_code == 0
     assert "2 example(s) withdrawn" in result.output
@@ -279,7 +279,7 @@ def test_an_output_that_is_none_is_refused(text):
         ("no_such_module:build", "it cannot be imported"),
         (".build", "it cannot be imported"),
         (":build", "it cannot be imported"),
-        ("{}:number", "which cannot be called"),
+        ("{}:number", "which is not callable"),
         ("{}:five", "not a torch.nn.Module"),
     ],
 )
@@ -299,7 +299,7 @@ def test_a_model_that_cannot_be_built_is_refused(explain, source, function, wron
         ("words.json", b'["a"]', "it cannot be read"),
         ("half.json", b"[1.0, ", "it cannot be read"),
         ("junk.safetensors", b"junk", "it cannot be read"),
-        ("query.pt", b"", "this kind of file is not read"),
+        ("query.pt", b"", "this file type is not supported"),
         ("short.json", b"[1.0, 2.0]", "it has another shape"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line: thin, over what Python users call."""
+"""The command line: a thin layer over the Python interface."""
 
 from pkexplain.cli._arguments import parse_output
 from pkexplain.cli._commands import app, main

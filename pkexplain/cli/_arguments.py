@@ -1,4 +1,4 @@
-"""What is written on the command line, read: numbers, outputs, functions and files of queries."""
+"""Parsing of command-line values: numbers, outputs, functions and query files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["call_function", "parse_numbers", "parse_output", "read_query"]
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
-    """Read integers and commas, for example ``3,17``.
+    """Parse integers separated by commas, for example ``3,17``.
 
     Raises:
-        QueryError: They are something else.
+        QueryError: The text is something else.
     """
     numbers = text.split(",")
     if all(number.strip().isdecimal() for number in numbers):
@@ -35,7 +35,7 @@ def parse_numbers(text: str, option: str) -> list[int]:
 
 
 def parse_output(text: str) -> Any:
-    """Read an output as it is written on the command line, for example ``logit:3``.
+    """Parse an output, for example ``logit:3``.
 
     Raises:
         QueryError: There is no such output.
@@ -83,7 +83,7 @@ def call_function(path: str, option: str) -> Any:
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             wrong = f"it cannot be imported ({error})"
         else:
-            wrong = f"it is a {type(function).__name__}, which cannot be called"
+            wrong = f"it is a {type(function).__name__}, which is not callable"
         if callable(function):
             built = function()  # what it imports may be in the working directory, too
             if option != "--model" or isinstance(built, nn.Module):
@@ -121,7 +121,7 @@ def read_query(file: Path, inputs: Collection[str]) -> Any:
             tensors = load_file(file)
             alone = len(tensors) == 1 and not tensors.keys() <= set(inputs)
             return next(iter(tensors.values())) if alone else tensors
-        wrong = "this kind of file is not read"
+        wrong = "this file type is not supported"
     except Exception as error:  # every library has its own errors for a bad file
         wrong = f"it cannot be read ({error})"
     raise QueryError(

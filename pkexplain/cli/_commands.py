@@ -1,4 +1,4 @@
-"""The commands: each a thin layer over what Python users call."""
+"""The commands: each a thin layer over the Python interface."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _console(error: bool = False) -> Any:
 
 
 def _complain(word: str, text: str) -> None:
-    """Print an error; its text may hold brackets, as in ``pkexplain[demo]``, and is shown as it is."""
+    """Print an error; brackets in its text, as in ``pkexplain[demo]``, are not markup."""
     from rich.markup import escape
 
     _console(error=True).print(f"[bold red]{word}[/bold red] {escape(text)}", soft_wrap=True)
@@ -62,7 +62,7 @@ def demo(
 
 @app.command()
 def inspect(run: RunArgument) -> None:
-    """Show what is in a run, in a table."""
+    """Show the contents of a run in a table."""
     from rich.table import Table
     from rich.text import Text
 
@@ -86,7 +86,7 @@ def inspect(run: RunArgument) -> None:
         ("on disk", f"{size / 2**20:,.1f} MiB in {len(manifest.files)} files"),
     ]
     for name, value in rows:
-        about.add_row(name, Text(value))  # a path may hold brackets
+        about.add_row(name, Text(value))  # a path may contain brackets
     console = _console()
     console.print(about)
     table = Table(title="Segments", title_justify="left")
@@ -133,21 +133,21 @@ def verify(
 
 @app.command()
 def merge(
-    run: RunArgument, shards: Annotated[int, typer.Option(min=1, help="Files of rows that a segment gets.")] = 1
+    run: RunArgument, shards: Annotated[int, typer.Option(min=1, help="Files of rows for each segment.")] = 1
 ) -> None:
-    """Lay the rows of a run out in another number of files; no number changes."""
+    """Store the rows of a run in a different number of files; no number changes."""
     from pkexplain.progress import ProgressBar
     from pkexplain.store.editing import merge as lay_out
 
     lay_out(run, shards=shards, progress=ProgressBar())
-    _console().print(f"Each segment's rows lie in {shards} file(s) now.")
+    _console().print(f"Each segment's rows are now in {shards} file(s).")
 
 
 @app.command()
 def withdraw(
     run: RunArgument, ids: Annotated[str, typer.Option(help="Row numbers of the examples, for example 3,17,1204.")]
 ) -> None:
-    """Take examples out of a run for good: their rows are gone from every file, their sum stays on the ledger."""
+    """Delete the rows of examples from a run for good; their sum stays on the ledger."""
     from pkexplain.progress import ProgressBar
     from pkexplain.store.editing import withdraw as take_out
 
@@ -164,14 +164,14 @@ def explain(
     output: Annotated[
         str | None,
         typer.Option(
-            help="logit:3, log-probability:3, margin:3, loss:3 or value:0; without a number, of the predicted class. "
+            help="logit:3, log-probability:3, margin:3, loss:3 or value:0; without a number, for the predicted class. "
             "tokens:17,42 for the log-probability of the last tokens of a sequence. "
-            "By default the logit, or the one number that the model predicts."
+            "By default the logit, or the model's output if it is one number."
         ),
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="How many proponents and opponents.")] = 10,
+    k: Annotated[int, typer.Option(min=1, help="Number of proponents, and of opponents.")] = 10,
     reading: Annotated[
-        str, typer.Option(help="path: contributions add up; removal: they predict what the output would lose.")
+        str, typer.Option(help="path: contributions add up; removal: they predict how much the output would lose.")
     ] = "path",
     index: Annotated[str, typer.Option(help="auto, Flat for exact search, or any faiss factory string.")] = "auto",
     report: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
@@ -208,10 +208,10 @@ def compare(
     methods: Annotated[
         str | None, typer.Option(help="Some of the methods, by name: TracInCP,TracInCPFast,random. By default all.")
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="How many examples of each ranking are compared.")] = 10,
+    k: Annotated[int, typer.Option(min=1, help="Number of top examples that are compared.")] = 10,
     report: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
 ) -> None:
-    """Set Captum's methods and cheap ones beside the path reading, on the same run."""
+    """Compare the path reading with Captum's and cheap methods, on the same run."""
     from pkexplain.baselines.compare import choose_baselines
     from pkexplain.baselines.compare import compare as compare_methods
     from pkexplain.explain.explainer import Explainer
@@ -240,11 +240,11 @@ def index(
         str, typer.Option(help="A faiss factory string; auto chooses one by the run's size, Flat searches exactly.")
     ] = "auto",
     benchmark: Annotated[
-        bool, typer.Option("--benchmark", help="Compare indices of this run: what they find, hold and cost.")
+        bool, typer.Option("--benchmark", help="Compare indices of this run: what they find, their size and speed.")
     ] = False,
-    queries: Annotated[int, typer.Option(min=1, help="How many queries --benchmark asks.")] = 100,
+    queries: Annotated[int, typer.Option(min=1, help="Number of queries for --benchmark.")] = 100,
 ) -> None:
-    """Build the index of a run and keep it beside it, or compare several."""
+    """Build the index of a run and keep it with the run, or compare several."""
     from pkexplain.index.row_index import RowIndex
     from pkexplain.progress import ProgressBar
     from pkexplain.store.directory import DirectoryStore
@@ -263,17 +263,17 @@ def index(
         per_row = built.kept_bytes / trajectory.num_examples
         typer.echo(f"{built.factory}: {size}, {built.kept_bytes:,} bytes, {per_row:,.0f} a row, in {directory}")
     else:
-        typer.echo(f"{built.factory}: {size}; it could not be kept in {directory} and will be built each time.")
+        typer.echo(f"{built.factory}: {size}; it could not be written to {directory} and will be built each time.")
 
 
 def _compare(trajectory: Any, count: int, factory: str) -> None:
-    """Print what indices of a run find, hold and cost."""
+    """Print what indices of a run find, their size and their speed."""
     from rich.table import Table
 
     from pkexplain.index.benchmark import FACTORIES, combine_rows, compare_indices
 
     wanted = FACTORIES if factory in ("auto", *FACTORIES) else (*FACTORIES, factory)
-    table = Table(title=f"Indices, asked {count} queries in one batch", title_justify="left")
+    table = Table(title=f"Indices, {count} queries in one batch", title_justify="left")
     table.add_column("factory")
     for column in ("recall@10", "captured mass", "bytes a row", "build", "a query", "rounding"):
         table.add_column(column, justify="right")
@@ -289,7 +289,7 @@ def _compare(trajectory: Any, count: int, factory: str) -> None:
     console.print(table)
     console.print(
         "Queries: sums of 16 random rows of this run, each scaled to length one, with Gaussian weights (seed 0); real "
-        "queries are covectors of a model. Candidates are ranked again by the stored rows. Captured mass: sum of the "
+        "queries are covectors of a model. Candidates are ranked by the stored rows. Captured mass: sum of the "
         "best 100 found over the sum of the true 100 largest. Rounding: relative error of the ten largest inner "
         "products when computed from the index's own rows, median."
     )

@@ -1,4 +1,4 @@
-"""What comes back: plain data, and how it is shown as text, plots and an HTML report."""
+"""Results: plain data, shown as text, plots and an HTML report."""
 
 from __future__ import annotations
 

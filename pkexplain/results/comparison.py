@@ -1,4 +1,4 @@
-"""Methods side by side as frozen data, and how their rankings of the training examples agree."""
+"""Methods compared, as frozen data, and how well their rankings of the training examples agree."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ __all__ = ["Comparison", "LeftOut", "Method", "rank_correlation", "top_overlap"]
 
 @dataclass(frozen=True)
 class Method:
-    """What one method said, and what it took.
+    """One method's scores, and its cost.
 
     Attributes:
         name: The method.
-        scores: Higher is a proponent of minus the query's loss, ``(queries, num_examples)``.
-        gap: The completeness gap relative to the change of minus the loss, median over the queries: what the scores'
-            sum leaves unexplained. nan where they are not meant to sum to it.
-        overlap: Share of the first ``k`` examples that are also the path reading's, mean over the queries.
-        rank_correlation: Spearman's, of all scores with the path reading's, mean over the queries.
-        setup_seconds: Wall time of what is done once.
-        query_seconds: Wall time of a query, in one batch of them all.
-        peak_bytes: Memory beside what was there before, at its highest; coarse (see `pkexplain.baselines._measuring`),
-            and nan where the system does not say.
-        metrics: What each metric said of the scores.
+        scores: Higher for proponents of minus the query's loss, ``(queries, num_examples)``.
+        gap: The completeness gap relative to the change of minus the loss, median over the queries: what the
+            sum of the scores leaves unexplained. nan if they are not meant to sum to it.
+        overlap: Share of the top ``k`` examples that are also in the path reading's, mean over the queries.
+        rank_correlation: Spearman's correlation of all scores with the path reading's, mean over the queries.
+        setup_seconds: Wall time of the one-time work.
+        query_seconds: Wall time per query, with all queries in one batch.
+        peak_bytes: Peak memory over what was used before; coarse (see `pkexplain.baselines._measuring`).
+        metrics: The value of each metric.
     """
 
     name: str
@@ -54,17 +53,17 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several methods on one run, asked the same: how did each training example move minus the loss of each query?
+    """Several methods on one run, with one question: how did each training example change minus each query's loss?
 
     Attributes:
         methods: The methods; the first is the path reading.
         left_out: Those that could not be used here.
         changes: Change of minus the loss of each query over training, in output units, ``(queries,)``.
-        k: How many examples of each ranking the overlaps are of.
-        overlaps: Share of the first ``k`` examples that two methods have in common, mean over the queries,
+        k: The number of top examples for the overlaps.
+        overlaps: Share of the top ``k`` examples that two methods have in common, mean over the queries,
             ``(methods, methods)``.
         rank_correlations: Spearman's correlation of the scores of two methods, mean over the queries,
-            ``(methods, methods)``; nan where the scores of one are all the same.
+            ``(methods, methods)``; nan if all scores of one are equal.
     """
 
     methods: tuple[Method, ...]
@@ -83,27 +82,27 @@ class Comparison:
 
     @property
     def num_queries(self) -> int:
-        """How many queries were asked."""
+        """The number of queries."""
         return len(self.changes)
 
     @property
     def num_examples(self) -> int:
-        """How many training examples were scored."""
+        """The number of training examples."""
         return self.methods[0].scores.shape[1]
 
     def __str__(self) -> str:
-        """Show the comparison as a table of plain text."""
+        """Show the comparison as a plain-text table."""
         from pkexplain.results.text import render_comparison
 
         return render_comparison(self)
 
 
 def top_overlap(scores: Sequence[np.ndarray], k: int) -> np.ndarray:
-    """Compute the share of the first k examples that two methods have in common, mean over the queries.
+    """Compute the share of the top k examples that two methods have in common, mean over the queries.
 
     Args:
         scores: Scores of each method, ``(queries, num_examples)``.
-        k: How many.
+        k: The number of top examples.
 
     Returns:
         Shares from 0 to 1, ``(methods, methods)``. By chance it is k / num_examples.
@@ -125,7 +124,7 @@ def rank_correlation(scores: Sequence[np.ndarray]) -> np.ndarray:
         scores: Scores of each method, ``(queries, num_examples)``.
 
     Returns:
-        Correlations, ``(methods, methods)``; nan where the scores of one are all the same for a query.
+        Correlations, ``(methods, methods)``; nan if all scores of one are equal for a query.
     """
     ranks = np.stack([[_ranks(row) for row in each] for each in scores])
     ranks -= ranks.mean(axis=2, keepdims=True)

@@ -1,4 +1,4 @@
-"""What all figures share: their colours, their axes, and names that matplotlib does not read as mathematics."""
+"""Shared parts of all figures: colours, axes, and names that matplotlib does not parse as mathematics."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def colour_of(value: float) -> str:
 
 
 def literal(text: str) -> str:
-    """Keep matplotlib from reading dollars in data as mathematics."""
+    """Keep matplotlib from parsing dollar signs in data as mathematics."""
     return clean(text).replace("$", r"\$")
 
 
 def name_rows(axes: Axes, names: Iterable[str]) -> None:
-    """Write a name at each row, the first one on top."""
+    """Label each row with a name, the first one at the top."""
     labels = [literal(name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…") for name in names]
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
 
 
 def finish(axes: Axes, *, xlabel: str, title: str) -> Axes:
-    """Name the horizontal axis and the figure."""
+    """Set the title and the horizontal axis's label."""
     axes.set_xlabel(literal(xlabel))
     axes.set_title(literal(title), loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -54,7 +54,7 @@ def finish(axes: Axes, *, xlabel: str, title: str) -> Axes:
 
 
 def new_axes(ax: Axes | None, *, height: float) -> Axes:
-    """Take the axes that were given, or those of a new figure."""
+    """Return the axes passed, or those of a new figure."""
     return new_figure(7.0, height).add_subplot() if ax is None else ax
 
 

@@ -1,6 +1,6 @@
-"""Frozen results: what an explanation says, and the account behind it.
+"""Frozen results: an explanation and its ledger.
 
-Everything here is plain data in output units; nothing here computes gradients. `pkexplain.explain.explainer` makes
+Everything here is plain data in output units; nothing here computes gradients. `pkexplain.explain.explainer` creates
 these objects, `pkexplain.results.report` and `pkexplain.results.plots` show them.
 """
 
@@ -20,14 +20,14 @@ __all__ = ["Check", "Contribution", "Cost", "Explanation", "GroupSum", "Ledger",
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one training example contributed to one output.
+    """One training example's contribution to one output.
 
     Attributes:
         id: The example's row number in the training set.
         contribution: c_i = Σ_t ⟨φ_t, D_i,t⟩, in output units; equals ``weight * kernel``.
-        weight: a_i, minus the example's loss derivative averaged along the path with the kernel as weight
-            (Domingos 2020, Definition 2 and Theorem 1); nan where no loss derivative was seen.
-        kernel: K(x, x_i), the path kernel, in output units per unit of weight; nan where no loss derivative was seen.
+        weight: a_i, minus the example's loss derivative, averaged along the path with the kernel as weight
+            (Domingos 2020, Definition 2 and Theorem 1); nan if no loss derivative was recorded.
+        kernel: K(x, x_i), the path kernel, in output units per unit of weight; nan if no loss derivative was recorded.
         segments: The contribution of each segment of training, in output units; they sum to ``contribution``.
     """
 
@@ -40,14 +40,14 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The account that makes up the final output: final = initial + examples + remainders + gap.
+    """The sum that makes up the final output: final = initial + examples + remainders + gap.
 
     Attributes:
         initial: f_0(x), the output before the first recorded step, in output units.
         final: f_T(x), the output after the last recorded step, in output units.
         examples: Σ_i c_i(x) over all training examples, in output units.
-        remainders: What moved the output and is no example's, by name, in output units: ``"weight_decay"``,
-            ``"optimizer"`` and, where the model holds BatchNorms, ``"buffers"`` (their running statistics).
+        remainders: Changes of the output that belong to no example, by name, in output units: ``"weight_decay"``,
+            ``"optimizer"`` and, if the model has BatchNorms, ``"buffers"`` (their running statistics).
     """
 
     initial: float
@@ -63,13 +63,13 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that can fail, measured.
+    """One thing that can go wrong, measured.
 
     Attributes:
         name: What is measured, for example ``"quadrature gap"``.
         value: The measured value, dimensionless unless ``meaning`` says otherwise.
         tolerance: The largest value that passes.
-        meaning: One sentence: what the value is, and what to do where it fails.
+        meaning: What the value is, and what to do if it fails.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the value is a number no larger than the tolerance."""
+        """Whether the value is a number within the tolerance."""
         return bool(abs(self.value) <= self.tolerance)
 
 
@@ -89,7 +89,7 @@ class GroupSum:
 
     Attributes:
         group: The group's name or label.
-        count: How many training examples are in it.
+        count: The number of training examples in it.
         net: Σ c_i over the group, in output units.
         gross: Σ |c_i| over the group, in output units.
     """
@@ -102,13 +102,13 @@ class GroupSum:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an explanation took.
+    """The cost of an explanation.
 
     Attributes:
         forward_passes: Evaluations of the model's output for this query.
         backward_passes: Gradients of the model's output for this query.
-        budget: The largest number of gradients that was allowed.
-        exhausted: Whether the budget ran out before the quadrature met its tolerance.
+        budget: The largest number of gradients allowed.
+        exhausted: Whether the budget was spent before the quadrature met its tolerance.
     """
 
     forward_passes: int
@@ -119,15 +119,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Remainder:
-    """What is known of the examples that are not shown.
+    """What is known about the examples that are not shown.
 
     Attributes:
         shown: Σ of the contributions shown, in output units.
-        rest: Σ of all others, in output units: the total, which is known exactly, without those shown.
-        num_rest: How many others there are.
-        bound: No single one of them contributes more than this, either way, in output units.
+        rest: Σ of all others, in output units: the total, which is known exactly, minus those shown.
+        num_rest: The number of others.
+        bound: None of them contributes more than this, in either direction, in output units.
         exact: Whether all rows were searched; then the bound is the next contribution. Otherwise it is certified by
-            the norms of the rows, and far above what is likely.
+            the norms of the rows, and much larger than is likely.
     """
 
     shown: float
@@ -139,22 +139,22 @@ class Remainder:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why the model gave one output for one query, in training examples.
+    """Why the model gave one output for one query, in terms of training examples.
 
     Attributes:
         output: What was explained, for example ``"logit[3]"``.
-        reading: ``"path"``: the contributions add up; ``"removal"``: they predict what the output would lose.
-        ledger: The account of the output.
+        reading: ``"path"``: the contributions add up; ``"removal"``: they predict how much the output would lose.
+        ledger: The ledger of the output.
         proponents: Examples with the largest positive contributions, largest first.
         opponents: Examples with the largest negative contributions, most negative first.
-        remainder: What is known of all other examples.
-        checks: What can fail, measured, with tolerances.
+        remainder: What is known about all other examples.
+        checks: What can go wrong, measured, with tolerances.
         cost: Forward and backward passes used.
-        boundaries: Optimizer steps done at each checkpoint, ``(segments + 1,)``.
+        boundaries: Optimizer steps taken before each checkpoint, ``(segments + 1,)``.
         segment_sums: Σ_i c_i of each segment, in output units, ``(segments,)``.
         checkpoint_outputs: f(x; θ_t) at each checkpoint, in output units, ``(segments + 1,)``.
-        query: The query itself, as it was given to the model (no batch dimension).
-        all_contributions: c_i of every training example, or what computes them; read `contributions`.
+        query: The query itself, as passed to the model (without a batch dimension).
+        all_contributions: c_i of every training example, or an object that computes them; use `contributions`.
     """
 
     output: str
@@ -198,20 +198,20 @@ class Explanation:
 
     @property
     def num_examples(self) -> int:
-        """How many training examples there are, without those that were withdrawn."""
+        """The number of training examples, without those that were withdrawn."""
         return self.remainder.num_rest + len({c.id for c in (*self.proponents, *self.opponents)})
 
     @functools.cached_property
     def contributions(self) -> np.ndarray:
         """The contribution of every training example, ``(num_examples,)``, in output units.
 
-        Exact search computes them on the way; with a compressed index the rows are scanned when this is first read.
+        Exact search computes them along the way; with a compressed index the rows are scanned when this is first read.
         """
         return np.asarray(self.all_contributions)
 
     @property
     def gross(self) -> float:
-        """Σ_i |c_i(x)|, in output units: how much was pushed, either way, before cancelling."""
+        """Σ_i |c_i(x)|, in output units: the total push in either direction, before cancelling."""
         return float(np.abs(self.contributions).sum())
 
     @property
@@ -256,7 +256,7 @@ class Explanation:
         return tuple(sums)
 
     def __str__(self) -> str:
-        """Show the ledger, the checks and the examples as a table of plain text."""
+        """Show the ledger, the checks and the examples as plain text."""
         from pkexplain.results.text import render
 
         return render(self)

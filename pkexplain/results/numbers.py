@@ -1,4 +1,4 @@
-"""How numbers, durations, sizes and untrusted text are written, in tables, plots and the report alike."""
+"""Formats of numbers, durations, sizes and untrusted text, in tables, plots and the report."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ WIDTH = 100
 
 
 def decimals(values: Iterable[float], digits: int = 4) -> int:
-    """Choose how many decimals show the largest of some values with a number of significant digits.
+    """Choose the decimals that show the largest of some values with a number of significant digits.
 
     Args:
-        values: Numbers that will be shown under each other; those that are not finite are ignored.
+        values: Numbers to be shown in one column; those that are not finite are ignored.
         digits: Significant digits of the largest one.
 
     Returns:
@@ -34,15 +34,15 @@ def decimals(values: Iterable[float], digits: int = 4) -> int:
 
 
 def fixed(value: float, places: int, *, sign: bool = False) -> str:
-    """Write a number with a fixed number of decimals, and never a small number as zero.
+    """Format a number with a fixed number of decimals, but never a small number as zero.
 
     Args:
         value: The number.
         places: Decimals.
-        sign: Whether a positive number gets its plus.
+        sign: Whether a positive number gets a plus sign.
 
     Returns:
-        The number; in scientific notation where the decimals would round it to zero or it is too long to read.
+        The number; in scientific notation if the decimals would round it to zero or it is too long to read.
 
     Example:
         >>> fixed(1234.5, 2, sign=True), fixed(4e-15, 3)
@@ -58,7 +58,7 @@ def fixed(value: float, places: int, *, sign: bool = False) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Write a number with a number of significant digits; a dash where there is none.
+    """Format a number with a number of significant digits; a dash for nan.
 
     Args:
         value: The number, or nan.
@@ -76,7 +76,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def percent(share: float) -> str:
-    """Write a share as a percentage with two significant digits, and never a small share as zero.
+    """Format a share as a percentage with two significant digits, but never a small share as zero.
 
     Args:
         share: The share, 1 for all.
@@ -93,7 +93,7 @@ def percent(share: float) -> str:
 
 
 def wall_time(seconds: float) -> str:
-    """Write a duration with the unit that suits it.
+    """Format a duration with a suitable unit.
 
     Args:
         seconds: The duration.
@@ -107,7 +107,7 @@ def wall_time(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Write a number of bytes.
+    """Format a number of bytes.
 
     Args:
         count: Bytes, or nan.
@@ -122,13 +122,13 @@ TEXT_LIMIT = 20_000
 
 
 def clean(text: str) -> str:
-    """Make characters visible that a page cannot hold, or that would reorder the text around them.
+    """Make characters visible that a page cannot contain, or that would reorder the surrounding text.
 
     Args:
         text: Any text.
 
     Returns:
-        The text, cut where it is very long, with such characters written as ``⟨U+202E⟩``.
+        The text, cut if it is very long, with such characters written as ``⟨U+202E⟩``.
     """
     cut = text if len(text) <= TEXT_LIMIT else f"{text[:TEXT_LIMIT]} … (cut after {TEXT_LIMIT:,} characters)"
     hidden = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"

@@ -1,6 +1,6 @@
-"""The report's data as matplotlib figures. Nothing here touches pyplot or its global state.
+"""The report's data as matplotlib figures, without pyplot or its global state.
 
-Every function draws into the axes it is given, or into a new figure that ``axes.figure`` holds.
+Every function draws into the axes passed to it, or into a new figure, available as ``axes.figure``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def plot_ledger(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
     """Draw the ledger as a waterfall from the initial to the final output.
 
     Args:
-        explanation: What to draw.
-        ax: Where to draw; a new figure where it is None.
+        explanation: The explanation.
+        ax: Where to draw; None for a new figure.
 
     Returns:
         The axes.
@@ -60,8 +60,8 @@ def plot_contributions(explanation: Explanation, *, ax: Axes | None = None) -> A
     """Draw the contributions of the proponents and opponents, largest first.
 
     Args:
-        explanation: What to draw.
-        ax: Where to draw; a new figure where it is None.
+        explanation: The explanation.
+        ax: Where to draw; None for a new figure.
 
     Returns:
         The axes.
@@ -82,8 +82,8 @@ def plot_timeline(explanation: Explanation, *, ax: Axes | None = None) -> Axes:
     """Draw the output at every checkpoint over the examples' summed contribution in every segment.
 
     Args:
-        explanation: What to draw.
-        ax: Where to draw; a new figure where it is None.
+        explanation: The explanation.
+        ax: Where to draw; None for a new figure.
 
     Returns:
         The axes. Bars and line share its scale, output units.
@@ -113,13 +113,13 @@ def plot_groups(
     """Draw the contributions of all training examples summed by group.
 
     Args:
-        explanation: What to draw.
+        explanation: The explanation.
         groups: One label per training example, ``(num_examples,)``.
         label_names: Name of each label, a sequence or a mapping.
-        ax: Where to draw; a new figure where it is None.
+        ax: Where to draw; None for a new figure.
 
     Returns:
-        The axes: net as bars, and its part of the gross contribution beside each name.
+        The axes: net as bars, and the share of the gross contribution next to each name.
 
     Raises:
         QueryError: The number of labels is not the number of training examples.
@@ -141,7 +141,7 @@ def plot_examples(
     """Show the query, the proponents and the opponents as pictures or texts.
 
     Args:
-        explanation: What to draw.
+        explanation: The explanation.
         dataset: The whole training set, as for `pkexplain.write_report`.
         label_names: Name of each label, a sequence or a mapping; by default the data set's own, if any.
 
@@ -171,14 +171,14 @@ def plot_examples(
 
 
 def plot_comparison(comparison: Comparison) -> Figure:
-    """Draw how methods agree, and what they cost.
+    """Draw how well methods agree, and what they cost.
 
     Args:
         comparison: What `pkexplain.compare` returned.
 
     Returns:
-        A figure: the rank correlations of all pairs as a map, then for each method the share of its first k examples
-        that are the path reading's, and the time of a query.
+        A figure: the rank correlations of all pairs as a map, then for each method the share of its top k examples
+        that it has in common with the path reading, and the time of a query.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.

@@ -1,7 +1,7 @@
 """An explanation as plain text: what `print(explanation)` shows.
 
-The ledger comes first, because a contribution is read against what it adds up to; then how much cancelled; then the
-examples; then what was checked. The dtypes are shared with the report.
+The ledger comes first, because contributions only mean something next to their total; then how much cancelled; then the
+examples; then the checks. Number formats are shared with the report.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["plain_text", "render", "render_comparison", "tabulate"]
 
 _READINGS = {
     "path": "the contributions add up to the change of the output",
-    "removal": "contributions predict what leaving an example out takes away; they do not add up",
+    "removal": "contributions predict what the output loses without an example; they do not add up",
 }
 
 
@@ -33,8 +33,8 @@ def render(explanation: Explanation) -> str:
     """Render an explanation as plain text.
 
     Args:
-        explanation: What to show. Its rows are scanned once, for the gross contribution, unless an index that does not
-            search all of them was asked for.
+        explanation: The explanation. Its rows are scanned once, for the gross contribution, unless a compressed index
+            was used.
 
     Returns:
         Lines of at most ``WIDTH`` columns, without colour codes.
@@ -60,11 +60,11 @@ def render(explanation: Explanation) -> str:
 
 
 def plain_text(*parts: RenderableType, extra: int = 0) -> str:
-    """Render parts under each other, without colour codes.
+    """Render parts one below the other, without colour codes.
 
     Args:
         parts: Texts and rich's tables.
-        extra: Columns beside the usual ones.
+        extra: Further columns of text.
 
     Returns:
         Lines of at most ``WIDTH + extra`` columns.
@@ -115,7 +115,7 @@ def _balance(explanation: Explanation, places: int) -> list[str]:
         return [
             f"Net {fixed(net, places, sign=True)}. An index proposed the examples; their own rows ranked them.",
             f"{parts};",
-            f"by the norms of their rows, none of those contributes more than {bound.removeprefix('+')} either way.",
+            f"by the norms of their rows, each of those contributes at most {bound.removeprefix('+')} in either direction.",
         ]
     gross = explanation.gross
     ratio = f", {gross / abs(net):,.1f} times as much" if net and math.isfinite(gross / net) else ""
@@ -163,7 +163,7 @@ def _checks(explanation: Explanation) -> Table:
     table.add_column("", no_wrap=True)
     wrong = [check for check in explanation.checks if not check.passed]
     if wrong:
-        table.add_column("what to look at")
+        table.add_column("what to check")
     for check in explanation.checks:
         verdict = "pass" if check.passed else "FAIL"
         row = [check.name, significant(check.value), f"{check.tolerance:g}", verdict]
@@ -173,7 +173,7 @@ def _checks(explanation: Explanation) -> Table:
 
 def _cost(explanation: Explanation) -> str:
     cost = explanation.cost
-    spent = ", which ran out" if cost.exhausted else ""
+    spent = " (exhausted)" if cost.exhausted else ""
     return (
         f"Cost: {cost.forward_passes:,} forward and {cost.backward_passes:,} backward passes; "
         f"budget {cost.budget:,}{spent}."
@@ -184,10 +184,10 @@ def render_comparison(comparison: Comparison) -> str:
     """Render a comparison as plain text.
 
     Args:
-        comparison: What to show.
+        comparison: The comparison.
 
     Returns:
-        Lines of at most 100 columns; more where there are metrics.
+        Lines of at most 100 columns; more with metrics.
     """
     from rich import box
     from rich.table import Table
@@ -201,14 +201,15 @@ def render_comparison(comparison: Comparison) -> str:
     for method in comparison.methods:
         table.add_row(*_row(method), *(f"{value:.3f}" for value in method.metrics.values()))
     parts = [
-        f"{len(comparison.methods)} methods on one run, asked how {examples:,} training examples moved minus the loss "
-        f"of {queries:,} {'query' if queries == 1 else 'queries'}.",
+        f"{len(comparison.methods)} methods on one run, asked how {examples:,} training examples changed minus the "
+        f"loss of {queries:,} {'query' if queries == 1 else 'queries'}.",
         "",
         table,
         "",
-        "gap: what the sum of the scores leaves of the change of minus the loss; the path reading's is made to close. "
+        "gap: the part of the change of minus the loss that the scores' sum misses; the path reading closes by "
+        "construction. "
         f"top {k}, rank corr.: agreement with the path reading; by chance {percent(min(k, examples) / examples)} and "
-        "0. memory: peak beside what was there, coarse.",
+        "0. memory: peak over what was used before, coarse.",
     ]
     if comparison.left_out:
         parts += ["", "Left out:", *(f"  {each.name}: {each.reason}" for each in comparison.left_out)]
@@ -223,11 +224,11 @@ def _row(method: Method) -> tuple[str, ...]:
 
 
 def tabulate(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """Lay out a table of plain text.
+    """Format a plain-text table.
 
     Args:
         title: The line above it.
-        headings: One for each column; the first column is to the left, all others to the right.
+        headings: One for each column; the first column is left-aligned, the others right-aligned.
         rows: The cells of each row.
         notes: Lines below it.
 

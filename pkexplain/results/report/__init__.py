@@ -1,4 +1,4 @@
-"""The report: an explanation as one self-contained HTML file. `data` says what is in it, `html` how it looks."""
+"""The report: an explanation as one self-contained HTML file. `data` holds its content, `html` its layout."""
 
 from __future__ import annotations
 

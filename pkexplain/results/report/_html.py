@@ -1,4 +1,4 @@
-"""Write explanations as one self-contained HTML file: no script, no request to anywhere, every text escaped."""
+"""Write explanations as one self-contained HTML file: no scripts, no requests, all text escaped."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Axis:
 
     @classmethod
     def over(cls, values: Iterable[float], start: float = 1.0, stop: float = 99.0, zero: bool = False) -> Axis:
-        """Fit a scale to values; what is not finite is left out of account.
+        """Fit a scale to values; values that are not finite are ignored.
 
         Args:
-            values: Values that must lie on the scale.
+            values: Values that must be on the scale.
             start: Percent at the smallest.
             stop: Percent at the largest.
-            zero: Whether zero must lie on the scale too.
+            zero: Whether zero must be on the scale, too.
 
         Returns:
             The scale.
@@ -72,7 +72,7 @@ class Axis:
             value: In output units.
 
         Returns:
-            Percent, three decimals; the value nearest to zero on the scale stands in for one that is not finite.
+            Percent, three decimals; for a value that is not finite, that of the value nearest to zero on the scale.
         """
         known = value if math.isfinite(value) else min(max(0.0, self.low), self.high)
         return round(self.start + (self.stop - self.start) * (known - self.low) / (self.high - self.low), 3)
@@ -94,7 +94,7 @@ class Axis:
         """Choose round values on the scale.
 
         Args:
-            count: About how many.
+            count: Approximate number of values.
 
         Returns:
             Values at multiples of 1, 2 or 5 times a power of ten.
@@ -107,10 +107,10 @@ class Axis:
 
 
 def typeset(number: str) -> str:
-    """Set a number as in print: a real minus, and powers of ten for exponents.
+    """Typeset a number: a real minus sign, and powers of ten for exponents.
 
     Args:
-        number: As Python writes it.
+        number: The number as Python formats it.
 
     Returns:
         For example ``"4.0 × 10⁻¹⁵"``.
@@ -137,7 +137,7 @@ def png_uri(picture: np.ndarray) -> str:
 
 
 def _bins(values: Sequence[float]) -> list[tuple[int, int, float]]:
-    """Sum neighbouring segments until they fit a small drawing: first segment, last segment, sum."""
+    """Sum neighbouring segments so that they fit a small drawing: first segment, last segment, sum."""
     size = -(-len(values) // _BARS) or 1
     starts = range(0, len(values), size)
     return [(i, min(i + size, len(values)) - 1, math.fsum(values[i : i + size])) for i in starts]
@@ -177,8 +177,8 @@ def render_page(sections: Sequence[Section], title: str | None = None, compariso
 
     Args:
         sections: One for each explanation, at least one.
-        title: The page's title; the question where it is None and there is one section.
-        comparison: Other methods on the same run, shown behind the explanations.
+        title: The page's title; if it is None and there is one section, the question.
+        comparison: Other methods on the same run, shown after the explanations.
 
     Returns:
         The HTML.
@@ -200,19 +200,19 @@ def write_report(
 ) -> Path:
     """Write explanations as one self-contained HTML file.
 
-    The file is written beside its place, flushed to disk and renamed, so a reader sees the old one or the new one.
+    The file is replaced in one step, so a reader sees either the old one or the new one.
 
     Args:
         explanation: One explanation, or several for one page.
-        path: Where to write; missing directories are made.
+        path: Where to write; missing directories are created.
         dataset: The whole training set in the order of the recorded ids, to show pictures or texts and to sum by label:
             a torch or Hugging Face data set, or a list, of ``(x, y)``, ``(id, x, y)``, mappings, pictures or strings.
         label_names: Name of each label, a sequence or a mapping; by default the data set's own, if it has any.
         title: The page's title; by default the question.
-        comparison: What `pkexplain.compare` returned, to show behind the explanations.
+        comparison: What `pkexplain.compare` returned, to show after the explanations.
 
     Returns:
-        Where it was written.
+        The path of the file.
 
     Raises:
         ConfigurationError: There is no explanation, or the data set is not the one that was recorded.

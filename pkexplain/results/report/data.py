@@ -1,6 +1,6 @@
-"""What a report shows, as plain data: built from explanations and, where there is one, their training set.
+"""The content of a report as plain data, built from explanations and, if given, their training set.
 
-`build_section` turns an explanation into the numbers, names and words of one section. No HTML anywhere.
+`build_section` turns an explanation into the numbers, names and words of one section, without HTML.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _LINE_NAMES = {"weight_decay": "Weight decay", "optimizer": "Optimizer remainder
 
 @dataclass(frozen=True)
 class Example:
-    """A training example beside what it contributed.
+    """A training example and its contribution.
 
     Attributes:
         entry: Its contribution, in output units.
         share: |c_i| / Σ_j |c_j|, its share of the gross contribution.
-        item: How it looks; None where no data set was given.
-        label: The name of its label; None where there is none.
+        item: Its picture or text; None without a data set.
+        label: The name of its label; None if it has none.
     """
 
     entry: Contribution
@@ -44,7 +44,7 @@ class Step:
     """One line of the ledger as a step from one level of the output to the next.
 
     Attributes:
-        name: What the line is.
+        name: Name of the line.
         kind: ``"level"`` (initial, final), ``"examples"``, ``"remainder"`` or ``"gap"``.
         start: The level before, in output units; equals ``end`` for a level.
         end: The level after, in output units.
@@ -57,21 +57,21 @@ class Step:
 
     @property
     def value(self) -> float:
-        """The level of a level, the change of a step, in output units."""
+        """The value of a level, or the change of a step, in output units."""
         return self.end if self.kind == "level" else self.end - self.start
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Gross against net, and how the gross is spread over the examples.
+    """Gross and net contribution, and how the gross is distributed over the examples.
 
     Attributes:
         positive: Σ of the positive contributions, in output units.
         negative: Σ of the negative contributions, in output units.
-        num_positive: How many contributions are positive.
-        num_negative: How many contributions are negative.
-        num_examples: How many training examples there are.
-        shown: How many of them the section shows.
+        num_positive: The number of positive contributions.
+        num_negative: The number of negative contributions.
+        num_examples: The number of training examples.
+        shown: The number of examples that the section shows.
         shown_share: Their share of the gross contribution, 0 to 1.
         half: The fewest examples that hold half of the gross contribution.
     """
@@ -97,23 +97,23 @@ class Balance:
 
     @property
     def ratio(self) -> float:
-        """Gross over |net|: 1 where nothing cancels, inf where everything does."""
+        """Gross over |net|: 1 if nothing cancels, inf if everything does."""
         return self.gross / abs(self.net) if self.net else math.inf
 
 
 @dataclass(frozen=True)
 class Section:
-    """Everything the report says about one explanation.
+    """The content of one explanation's section.
 
     Attributes:
         question: The question in words.
         explanation: The explanation, for its ledger, checks, cost and checkpoints.
-        query: How the query looks; None where the explanation holds none.
+        query: The query's picture or text; None if the explanation has no query.
         steps: The ledger from initial to final.
         proponents: Examples with positive contributions, largest first.
         opponents: Examples with negative contributions, most negative first.
-        balance: Gross against net.
-        groups: Sums by training label, with the label's name as group; empty where there are no labels.
+        balance: Gross and net.
+        groups: Sums by training label, with the label's name as group; empty without labels.
         places: Decimals that suit the ledger.
         example_places: Decimals that suit the contributions of the examples shown.
     """
@@ -133,7 +133,7 @@ class Section:
 def build_section(
     explanation: Explanation, training_set: TrainingSet | None = None, *, name: Callable[[object], str] = str
 ) -> Section:
-    """Gather what the report says about one explanation.
+    """Build one explanation's section.
 
     Args:
         explanation: The explanation. Its rows are scanned once.
@@ -220,7 +220,7 @@ def _steps(explanation: Explanation) -> Iterator[Step]:
 
 
 def _question(explanation: Explanation, name: Callable[[object], str]) -> str:
-    """Put the output into words, claiming no more than it says: a logit alone does not tell which class won."""
+    """Put the output into words, without claiming too much: a logit alone does not show which class won."""
     found = re.fullmatch(r"\W*([A-Za-z_ ]+?)\W*\[\s*(\d+)\s*\]", explanation.output)
     kind = re.sub("[^a-z]", "", (found[1] if found else explanation.output).lower())
     final = explanation.final

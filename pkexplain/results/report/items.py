@@ -1,6 +1,6 @@
-"""A training set or a query as a person sees it: a picture or a text, and a label with a name.
+"""A training set or a query for display: a picture or a text, and a label with a name.
 
-Rows come as tuples, mappings, pictures or strings, in tensors, arrays or PIL images. Everything that guesses is here.
+Rows can be tuples, mappings, pictures or strings, in tensors, arrays or PIL images. All guessing is done here.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _PICTURE_SIDE = 256
 
 @dataclass(frozen=True)
 class Item:
-    """One example or query as a person sees it.
+    """One example or query for display.
 
     Attributes:
-        picture: Grey ``(height, width)`` or colour ``(height, width, 3 or 4)``, uint8; None where it is no picture.
-        text: The text, or a description of what is neither picture nor text; None where there is a picture only.
-        label: The training label as the data set holds it, a plain Python value; None where there is none.
+        picture: Grey ``(height, width)`` or colour ``(height, width, 3 or 4)``, uint8; None if it is not a picture.
+        text: The text, or a description of anything that is neither picture nor text; None for a picture.
+        label: The training label as in the data set, a plain Python value; None if there is none.
     """
 
     picture: np.ndarray | None
@@ -68,7 +68,7 @@ class TrainingSet:
             position: Its row number.
 
         Returns:
-            The example as a person sees it.
+            The example for display.
         """
         return read_item(self.dataset[position], position)
 
@@ -76,10 +76,10 @@ class TrainingSet:
         """Name a label.
 
         Args:
-            label: The label as the data set holds it.
+            label: The label as in the data set.
 
         Returns:
-            Its name; the label itself as text where it has none.
+            Its name; the label itself as text if it has none.
         """
         return name_label(self._names, label)
 
@@ -95,7 +95,7 @@ class TrainingSet:
 
     @functools.cached_property
     def labels(self) -> tuple[object, ...]:
-        """The label of every example, ``(num_examples,)``; empty where one has none, or one is no class."""
+        """The label of every example, ``(num_examples,)``; empty if one has no label, or one that is not a class."""
         labels = []
         for label in self._iterate_labels():
             if not isinstance(label, (int, str)):
@@ -119,12 +119,12 @@ def read_item(row: Any, position: int | None = None) -> Item:
     """Read one row of a data set, or one query.
 
     Args:
-        row: ``(x, y)``, ``(position, x, y)``, a mapping with such columns, or x alone. x may be a picture
+        row: ``(x, y)``, ``(position, x, y)``, a mapping with such columns, or just x. x may be a picture
             (``(H, W)``, ``(1 or 3, H, W)``, ``(H, W, 1 or 3)``, any range, or a PIL image), a text, or anything else.
-        position: Its row number; a leading integer is taken for the row number only where it equals this one.
+        position: Its row number; a leading integer only counts as the row number if it equals this.
 
     Returns:
-        The picture or the text, and the label. Floats are scaled from their own range to 0…255; uint8 stays as it is.
+        The picture or the text, and the label. Floats are scaled from their own range to 0…255; uint8 is unchanged.
     """
     x, y = _split(row, position)
     label = _scalar(y)
@@ -213,11 +213,11 @@ def name_label(names: Sequence[str] | Mapping[Any, str] | None, label: object) -
     """Name a label.
 
     Args:
-        names: Name of each label, a sequence or a mapping; None where labels have no names.
-        label: The label as the data set holds it.
+        names: Name of each label, a sequence or a mapping; None if labels have no names.
+        label: The label as in the data set.
 
     Returns:
-        Its name; the label itself as text where it has none.
+        Its name; the label itself as text if it has none.
     """
     if isinstance(names, Mapping):
         return clean(str(names.get(label, label)))
