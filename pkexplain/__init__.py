@@ -9,7 +9,7 @@ The folders follow the data, and imports go down this list only:
 .. code-block:: text
 
     cli/  demo  integrations/  for users of a terminal and of other libraries
-    evaluation/                judge: train again and see
+    evaluation/                judge: retrain and see
     baselines/                 judge: other methods on the same run
     record/                    watches a training loop, saves, resumes
     explain/                   a query in, contributions out

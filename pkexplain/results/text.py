@@ -115,7 +115,7 @@ def _balance(explanation: Explanation, places: int) -> list[str]:
         return [
             f"Net {fixed(net, places, sign=True)}. An index proposed the examples; their own rows ranked them.",
             f"{parts};",
-            f"by the norms of their rows, each of those contributes at most {bound.removeprefix('+')} in either direction.",
+            f"by the norms of their rows, each of those contributes at most {bound.removeprefix('+')} either way.",
         ]
     gross = explanation.gross
     ratio = f", {gross / abs(net):,.1f} times as much" if net and math.isfinite(gross / net) else ""

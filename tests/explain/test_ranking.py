@@ -54,5 +54,5 @@ def test_what_a_compressed_index_shows_says_so(run):
     assert "An index proposed the examples; their own rows ranked them." in text
     assert "The 6 examples below hold " in text
     assert "the other 234 " in text
-    assert "by the norms of their rows, none of those contributes more than " in text
+    assert "by the norms of their rows, each of those contributes at most " in text
     assert "gross" not in text
