@@ -19,11 +19,11 @@
 # A network calls an image a 3. *Which training examples made it say so, by how much, and does it add up?*
 #
 # This tutorial trains a small CNN on 4,500 real MNIST digits, records the training, explains one prediction line by line,
-# and then doubts the explanation: against a slow computation that shares none of its shortcuts, with far too little
-# effort, and by training again without the examples that it names. You need to know PyTorch and nothing else. It reads
-# in a quarter of an hour and runs in less than a minute on one core.
+# and then questions the explanation: with far too little effort, against a slow computation without any of its shortcuts,
+# and by retraining without the examples that it names. You only need to know PyTorch. It takes a quarter of an hour to
+# read and less than a minute to run on one core.
 #
-# Whatever the text claims of the numbers, a line of code asserts. The last digits may differ on your machine; the claims
+# Whatever the text claims about the numbers, a line of code asserts. The last digits may differ on your machine; the claims
 # should not.
 
 # %%
@@ -48,12 +48,12 @@ len(train), len(test), tuple(images[0].shape)
 # %% [markdown]
 # ## Record
 #
-# An ordinary training loop. Recording adds two `with` lines and asks the loader to say which examples are in a batch:
-# `ids`, their row numbers in the training set. The model, the loss and the optimizer stay as they are, and so does the
-# training, bit for bit. The gradient of each example is read off the backward pass that happens anyway, so dropout and
-# augmentation are recorded as they happened.
+# An ordinary training loop. Recording adds two `with` lines and needs to know which examples are in a batch: `ids`, their
+# row numbers in the training set. The model, the loss and the optimizer stay the same, and so does the training, bit for
+# bit. The gradient of each example is taken from the backward pass that happens anyway, so dropout and augmentation are
+# recorded as they happened.
 #
-# Where a run would be kept, a path is given; here, a temporary one. `pk.MemoryStore()` in its place keeps it in memory.
+# A run is kept in a directory; here, a temporary one. Use `pk.MemoryStore()` instead to keep it in memory.
 
 # %%
 folder = tempfile.TemporaryDirectory()
@@ -81,9 +81,9 @@ print(f"test accuracy {accuracy:.1%}")
 # %% [markdown]
 # ## Explain
 #
-# What is explained is one number of the model's output. `Margin(3)` is the log-odds of class 3 against all others
-# together, in nats: 0 is even odds, 10 is as good as certain. `Logit`, `LogProbability`, `Loss`, `Value` and any function
-# of the output of your own do as well. The query is the first test digit that is a 3 and is called one.
+# An explanation is about one number of the model's output. `Margin(3)` is the log-odds of class 3 against all others, in
+# nats: 0 is even odds, 10 is practically certain. `Logit`, `LogProbability`, `Loss`, `Value` and any function of the
+# output work, too. The query is the first test digit that is a 3 and is classified as one.
 
 # %%
 is_three = (scores.argmax(1) == 3) & (test.tensors[1] == 3)
@@ -101,13 +101,13 @@ print(explanation)
 # | line | what it is |
 # | --- | --- |
 # | initial | the margin before training, with random weights |
-# | examples | what all 4,500 training examples contributed, together |
-# | decay | what weight decay did; there is none in this run |
-# | optimizer | what the optimizer did that no example answers for; here, rounding |
+# | examples | what all 4,500 training examples contributed together |
+# | weight_decay | the effect of weight decay; there is none in this run |
+# | optimizer | what the optimizer did that belongs to no example; here, rounding error |
 # | gap | what none of these lines explains |
 # | final | the margin after training |
 #
-# Everything is in nats, the unit of the margin: nothing is a score on a scale of its own.
+# Everything is in nats, the unit of the margin, not in scores on an arbitrary scale.
 
 # %%
 ledger = explanation.ledger
@@ -121,9 +121,9 @@ plots.plot_ledger(explanation).figure
 # %% [markdown]
 # ### Gross and net
 #
-# The contributions come to some dozen nats, but only after cancelling: without their signs they are many times as much.
+# The contributions sum to a dozen nats or so, but only after cancelling: their absolute values sum to many times as much.
 # Hundreds of examples pushed the margin up and hundreds pushed it down. A single contribution is one push among many, and
-# the few that are shown hold a small part of all the pushing. Never read a list of top examples without this line.
+# the few that are shown hold a small share of the total. Never read a list of top examples without this line.
 
 # %%
 print(
@@ -136,9 +136,9 @@ assert explanation.shown_share < 0.5
 plots.plot_contributions(explanation).figure
 
 # %% [markdown]
-# Sums over groups are steadier than single examples. By training label: the 3s pushed up, and what must be told
-# from a 3 pushed down, most of all the 8s. Any other grouping does, one name for each training example: by source, by
-# annotator, by date.
+# Sums over groups are more stable than single examples. By training label: the 3s pushed up, and the classes that must be
+# distinguished from a 3 pushed down, most of all the 8s. Any other grouping works, with one name for each training
+# example: by source, by annotator, by date.
 
 # %%
 by_label = explanation.by_group(labels.tolist())
@@ -152,8 +152,7 @@ plots.plot_groups(explanation, labels.tolist()).figure
 # ### Proponents and opponents
 #
 # Proponents pushed the margin up, opponents down. Almost all of these proponents are 3s. The opponents are mostly digits
-# of other classes that look like the query: while training pulled their own scores away from 3, it pulled the query's
-# along.
+# of other classes that look like the query: as training pulled their own scores away from 3, it also pulled the query's.
 
 # %%
 shown = [*explanation.proponents, *explanation.opponents]
@@ -166,13 +165,13 @@ plots.plot_examples(explanation, train)
 #
 # Each contribution is a product, $c_i = a_i \, K(x, x_i)$:
 #
-# - the **weight** $a_i$ is how hard the loss pulled at the example's own outputs, on average over training. An example
-#   that was learned at once has a small one; an example that the model got wrong until the end has a large one;
+# - the **weight** $a_i$ is how hard the loss pulled at the example's own outputs, on average over training. It is small for
+#   an example that was learned early, and large for one that the model got wrong until the end;
 # - the **path kernel** $K(x, x_i)$ is how far a pull at the example's outputs moved the query's margin. It carries the sign:
 #   positive if the two rise together.
 #
-# So there are two ways to matter: to look, to this network, like the query, or to be hard. ($a_i$ is small in absolute
-# terms because the loss is a mean over a batch of 64, and the 1/64 belongs to it.)
+# So there are two ways to matter: to look like the query, to this network, or to be hard. ($a_i$ is small in absolute
+# terms because the loss is a mean over a batch of 64, and $a_i$ includes the 1/64.)
 
 # %%
 print("   id  label  contribution        a_i          K")
@@ -182,8 +181,8 @@ for c in shown:
     print(f"{c.id:5d}  {int(labels[c.id]):5d}  {c.contribution:+12.1f}  {c.weight:9.4f}  {c.kernel:+9.0f}")
 
 # %% [markdown]
-# A contribution is also a sum over training: `c.segments` says how much of it came in each epoch. For all examples
-# together, with the margin itself as the line:
+# A contribution is also a sum over training: `c.segments` holds the part of each epoch. For all examples together, with
+# the margin itself as the line:
 
 # %%
 assert np.isclose(sum(explanation.segment_sums), explanation.total)
@@ -192,9 +191,9 @@ plots.plot_timeline(explanation).figure
 # %% [markdown]
 # ### The checks
 #
-# The rows that are kept of each example are compressed, and the sum over them is *corrected* to come out right. A
-# corrected sum cannot fail, so it proves nothing. What can fail is measured before the correction, and printed with its
-# tolerance: the integral over training, the capture of gradients, the compression, the optimizer.
+# The stored rows are compressed, and the sum over them is *corrected* to be exact. A corrected sum closes by
+# construction, so it proves nothing. What can fail is measured before the correction, and printed with its tolerance: the
+# integral over training, the capture of gradients, the compression, the optimizer.
 
 # %%
 for check in explanation.checks:
@@ -202,11 +201,11 @@ for check in explanation.checks:
 assert explanation.passed
 
 # %% [markdown]
-# ## Doubt it: too little effort
+# ## Question it: too little effort
 #
-# How would a bad explanation look? Allow one gradient for each epoch and no refinement, and explain twenty 3s at once: a
-# batch of queries gives a list. Every ledger still closes, as it is corrected to. But for most of them the quadrature
-# gap, taken before the correction, is above its tolerance, and each says that the budget was spent.
+# What does a bad explanation look like? Allow one gradient per epoch and no refinement, and explain twenty 3s at once: a
+# batch of queries gives a list. Every ledger still closes, because it is corrected. But for most of them the quadrature
+# gap, measured before the correction, is above its tolerance, and each reports that the budget was spent.
 
 # %%
 hasty = pk.Explainer(run, model, quadrature=pk.Quadrature(nodes=1, budget=1))
@@ -221,11 +220,11 @@ print(f"{len(failed)} of {len(quick)} explanations failed a check; the first of 
 print(f"{gap.name} {gap.value:.1e}, tolerance {gap.tolerance:.0e}. {gap.meaning}")
 
 # %% [markdown]
-# ## Doubt it: the slow way
+# ## Question it: the slow way
 #
-# `pkexplain.explain.dense` computes the same kernel densely: no hooks, no compression, no index, no correction, one gradient at a
-# time. It needs a run that was recorded with `Identity()`, which keeps every number, so here is a small one: 300 digits
-# of 14 × 14 pixels, a smooth network, 64-bit numbers, and an optimizer with everything switched on.
+# `pkexplain.explain.dense` computes the same kernel densely: no hooks, no compression, no index, no correction, one gradient
+# at a time. It needs a run recorded with `Identity()`, which keeps every number, so here is a small one: 300 digits of
+# 14 × 14 pixels, a smooth network, 64-bit numbers, and an optimizer with all options switched on.
 
 # %%
 small = nn.functional.avg_pool2d(images[:300], 2).double()
@@ -247,7 +246,7 @@ careful = pk.Explainer(store, tiny, tolerance=1e-7, quadrature=pk.Quadrature(nod
 fast = careful.contributions(unseen, output=pk.Logit(3))
 difference = np.abs(fast - slow.contributions).max() / np.abs(slow.contributions).max()
 print(f"900 contributions; largest difference {difference:.0e} of the largest of them")
-print("gap of the slow account, which nothing corrects:", slow.gap)
+print("gap of the slow ledger, without any correction:", slow.gap)
 assert difference < 1e-6
 assert np.abs(slow.gap).max() < 1e-6
 
@@ -255,15 +254,15 @@ assert np.abs(slow.gap).max() < 1e-6
 # ## Use it: a suspicious example
 #
 # A strong proponent with a large weight is one that the model had to be forced to agree with. Sometimes that is because
-# its label is wrong, or might as well be. So compare what the label says with what the picture says, and for the picture
-# ask somebody who knows nothing of the network: the ten nearest training images, pixel by pixel.
+# its label is wrong, or questionable. So compare the label with the picture, using something that knows nothing about the
+# network: the ten nearest training images, pixel by pixel.
 
 # %%
 pixels = images.flatten(1)
 
 
 def neighbours(example: int, count: int = 10) -> torch.Tensor:
-    """Find the training images nearest to one of them, itself left out."""
+    """Find the training images nearest to one of them, without itself."""
     distances = (pixels - pixels[example]).square().sum(1)
     distances[example] = torch.inf
     return distances.argsort()[:count]
@@ -280,18 +279,17 @@ for row, c in zip(figure.subplots(len(suspects), 6, squeeze=False), suspects, st
 figure
 
 # %% [markdown]
-# On the left, proponents whose label says 3 while none of their ten nearest images is one; beside each, its nearest. That
-# is a reason to look, not a verdict: you decide whether you would have called them a 3. Nothing here is special to this
-# query, but an example that matters to *some* prediction you care about is a better place to start looking than a list of
-# all 4,500.
+# On the left, proponents with label 3 although none of their ten nearest images is a 3; to the right, the nearest images.
+# That is a reason to look, not a verdict: decide for yourself whether they are 3s. Nothing here is special to this query,
+# but an example that matters to *some* prediction you care about is a better place to start than a list of all 4,500.
 
 # %% [markdown]
 # ## What the numbers do not mean
 #
-# **Additive is not counterfactual.** The ledger divides what happened. It does not say what would have happened without
-# an example: then the others would have pulled differently, and mostly done its work. Try it. Train again, from the same
+# **Additive is not counterfactual.** The ledger decomposes what happened. It does not say what would have happened without
+# an example: the others would have pulled differently, and mostly had the same effect. Try it. Retrain from the same
 # weights, in the same order, without all eight proponents. Together they contributed several times as much as the margin
-# rose. Had that simply gone missing, the model would now be sure that this is no 3.
+# rose. If that were simply missing, the model would now be sure that this is not a 3.
 
 # %%
 gone = torch.tensor([c.id for c in explanation.proponents])
@@ -314,13 +312,14 @@ assert explanation.final - contributed < -5
 assert abs(change) < contributed / 4
 
 # %% [markdown]
-# It hardly noticed: the other 3s took over. Both numbers are true; they answer different questions. Read a contribution as *what this example did to this output in the training that
-# happened*, and nothing more.
+# It hardly changed: the other 3s took over. Both numbers are true; they answer different questions. Read a contribution as
+# *what this example did to this output in this training*, and nothing more. To predict the effect of leaving examples out,
+# use `reading="removal"`.
 #
 # ## Show a colleague
 #
-# One HTML file that opens without a network: the query, the ledger, the examples with their pictures and their timelines,
-# the sums by label, the checks.
+# One HTML file that needs no network: the query, the ledger, the examples with their pictures and timelines, the sums by
+# label, the checks.
 
 # %%
 report = pk.write_report(explanation, Path(folder.name) / "why.html", dataset=train)
@@ -328,15 +327,15 @@ assert 'src="http' not in report.read_text(encoding="utf-8")
 print(report.name, report.stat().st_size // 1024, "KiB")
 
 # %% [markdown]
-# To keep one, give a path of your own. The run can also be looked at from the command line: `pkexplain inspect RUN` shows
-# what is in it, `pkexplain verify RUN` checks every file and every segment. This one was temporary:
+# To keep it, pass a path of your own. The command line can inspect a run, too: `pkexplain inspect RUN` shows its contents,
+# `pkexplain verify RUN` checks every file and every segment. This run was temporary:
 
 # %%
 folder.cleanup()
 
 # %% [markdown]
-# ## Where to go on
+# ## Read on
 #
-# The project's documentation says why it adds up, with proofs (`docs/mathematics.md`), which models and optimizers can be
-# recorded and what is approximate (`docs/limits.md`), and how good and how fast it is, with the scripts that measure it
+# The documentation explains why it adds up, with proofs (`docs/mathematics.md`), which models and optimizers can be recorded
+# and what is approximate (`docs/limits.md`), and how good and how fast it is, with the scripts that measure it
 # (`docs/figures.md`).

@@ -14,11 +14,11 @@
 # ---
 
 # %% [markdown]
-# # An optimizer of your own
+# # Your own optimizer
 #
-# pkexplain has to know how an optimizer turns a gradient into a step, for otherwise it could not say whose step it was. It
-# knows those of `torch.optim` that are linear in the gradient once their state is taken as recorded. This page shows what
-# that means for AdamW, and how another optimizer is taught in ten lines. It runs in some seconds on one core.
+# pkexplain has to know how an optimizer turns a gradient into a step; otherwise it could not attribute the step to
+# examples. It supports those of `torch.optim` that are linear in the gradient once their state is taken as recorded. This
+# page shows what that means for AdamW, and how to add another optimizer in ten lines. It runs in seconds on one core.
 
 # %%
 import warnings
@@ -67,9 +67,9 @@ def show(explanation):
 # %% [markdown]
 # ## AdamW
 #
-# AdamW divides by √v̂, a running mean of squared gradients. How far today's gradient moves the parameters depends on the √v̂
-# of the next dozens of steps, through the moment, so gradients wait in memory until that is known: `lookahead`. What is
-# given up by not waiting for ever is on the ledger's `optimizer` line, measured.
+# AdamW divides by √v̂, a running mean of squared gradients. How far a gradient moves the parameters depends on the √v̂ of
+# dozens of later steps, through the momentum buffer, so gradients wait in memory until that is known: `lookahead`. What is
+# lost by not waiting indefinitely is measured, on the ledger's `optimizer` line.
 
 # %%
 for lookahead in (1, "auto", "exact"):
@@ -79,10 +79,10 @@ for lookahead in (1, "auto", "exact"):
 assert adamw.value < 1e-9  # exact is exact, up to rounding
 
 # %% [markdown]
-# ## One that is not in torch
+# ## An optimizer that is not in torch
 #
-# Here is an optimizer in the manner of NovoGrad: a running mean of squares *for each layer*, one number, by which the
-# gradient is divided before it enters the momentum.
+# Here is an optimizer similar to NovoGrad: a running mean of squares *for each layer*, a single number, by which the
+# gradient is divided before it enters the momentum buffer.
 
 
 # %%
@@ -105,7 +105,7 @@ class LayerScaled(torch.optim.Optimizer):
 
 
 # %% [markdown]
-# A recorder refuses what it does not know.
+# A recorder refuses optimizers that it does not know.
 
 # %%
 try:
@@ -116,7 +116,7 @@ else:
     raise AssertionError("it was taken without a word")
 
 # %% [markdown]
-# A rule is a class with the optimizer's type and one method, which reads the numbers of a step that has just happened:
+# A rule is a class with the optimizer's type and one method, which reads the numbers of a step that was just taken:
 #
 #     m ← momentum · m + gain · g,        Δθ = −(buffer_step · m + gradient_step · g)
 
@@ -139,12 +139,12 @@ assert right.passed
 assert right.value < 1e-9
 
 # %% [markdown]
-# Every number here is a scalar, so nothing has to wait: the account is exact, and as cheap as that of SGD. A number may
-# also be a tensor of the parameter's shape, as AdamW's `buffer_step` is; then gradients wait.
+# Every number here is a scalar, so nothing has to wait: the displacements are exact, and as cheap as with SGD. A number may
+# also be a tensor of the parameter's shape, like AdamW's `buffer_step`; then gradients wait.
 #
-# ## A wrong rule shows
+# ## A wrong rule is detected
 #
-# Suppose the rule took the momentum for a running mean, a factor of 1 − momentum too little.
+# Suppose the rule mistook the momentum buffer for a running mean, a factor of 1 − momentum too small.
 
 
 # %%
@@ -164,16 +164,16 @@ pk.register_update_rule(LayerScaledRule())
 
 # %% [markdown]
 # What the rule does not explain stays on the `optimizer` line, and its check fails; while recording, a warning names the
-# parameter. The check's tolerance is 1% of f_T − f_0, so try a new rule with `lookahead="exact"` and every option switched
-# on, as above: what is left should be rounding.
+# parameter. The check's tolerance is 1% of f_T − f_0, so test a new rule with `lookahead="exact"` and all options switched
+# on, as above: what is left should be rounding error.
 #
-# ## What a rule can say, and what it cannot
+# ## What a rule can express, and what it cannot
 #
 # - `momentum`, `gain`, `buffer_step`, `gradient_step`: scalars, or tensors of the parameter's shape.
-# - `weight_decay`: the multiple of θ that is added to the gradient; `decoupled_weight_decay`: the multiple that is subtracted
-#   from θ itself.
-# - `first` tells whether the parameter had no state before the step, for optimizers that begin differently.
+# - `weight_decay`: the multiple of θ that is added to the gradient; `decoupled_weight_decay`: the multiple that is
+#   subtracted from θ itself.
+# - `first`: whether the parameter had no state before the step, for optimizers whose first step differs.
 # - State that depends on the gradient (a second moment) is taken as recorded, after the step.
 #
-# An update that is not linear in the gradient, such as the sign in Lion, or one that multiplies with a matrix, such as
-# Muon's and Shampoo's, is no such recursion. What could be said of it would be wrong, and the check would fail.
+# An update that is not linear in the gradient, such as the sign in Lion, or that multiplies by a matrix, such as Muon's and
+# Shampoo's, is not such a recursion. Any rule for it would be wrong, and the check would fail.
