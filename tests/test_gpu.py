@@ -47,7 +47,7 @@ def test_a_run_that_is_resumed_on_the_gpu_is_the_unbroken_one(tmp_path, kind):
             training = Training(tmp_path / name, kind)
             training.model.cuda()
             training.inputs, training.targets = training.inputs.cuda(), training.targets.cuda()
-            recorder, _ = training.recorder()
+            recorder, _ = training.resumed()
             with recorder:
                 for epoch in range(start, stop):
                     training.epoch(recorder, epoch)

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import pkexplain as pk
 from pkexplain.errors import RunExistsError, RunNotFoundError
-from tests.conftest import batches, digits
+from tests.conftest import RecordedTraining, batches
 
 EXAMPLES, EPOCHS = 32, 6
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -30,8 +30,8 @@ def small_model(norm: bool = False) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 8), middle, nn.GELU(), nn.Linear(8, 10)).double()
 
 
-class Training:
-    """A training loop as a user would write it who wants to go on after a crash.
+class Training(RecordedTraining):
+    """A training loop as a user would write it who wants to continue after a crash.
 
     Args:
         directory: Where the run and the user's own checkpoint go.
@@ -50,36 +50,25 @@ class Training:
         norm: bool = False,
         projection: pk.Projection | None = None,
     ) -> None:
-        self.run, self.checkpoint = directory / "run", directory / "checkpoint.pt"
-        self.store = pk.DirectoryStore(self.run)
-        self.projection = projection or pk.Kronecker(64, warm_up_examples=20)
-        self.model, self.every = small_model(norm), every
-        self.optimizer = OPTIMIZERS[kind](self.model.parameters())
-        self.inputs, self.targets = digits(EXAMPLES + 8)
+        self.run, self.checkpoint, self.every = directory / "run", directory / "checkpoint.pt", every
+        super().__init__(
+            small_model(norm),
+            OPTIMIZERS[kind],
+            examples=EXAMPLES,
+            queries=8,
+            store=pk.DirectoryStore(self.run),
+            projection=projection or pk.Kronecker(64, warm_up_examples=20),
+            segments=3,
+        )
 
-    @property
-    def queries(self) -> Tensor:
-        return self.inputs[EXAMPLES:]
-
-    def recorder(self) -> tuple[pk.Recorder, int]:
-        """Go on where the checkpoint says, or start."""
+    def resumed(self) -> tuple[pk.Recorder, int]:
+        """Continue where the checkpoint says, or start."""
         if self.checkpoint.exists():
             kept = torch.load(self.checkpoint, weights_only=True)
             self.model.load_state_dict(kept["model"])
             self.optimizer.load_state_dict(kept["optimizer"])
             return pk.Recorder.resume(self.store, self.model, self.optimizer), kept["epoch"]
         return self.new_recorder(), 0
-
-    def new_recorder(self) -> pk.Recorder:
-        return pk.Recorder(
-            self.store,
-            self.model,
-            self.optimizer,
-            num_examples=EXAMPLES,
-            projection=self.projection,
-            segments=3,
-            dtype=torch.float64,
-        )
 
     def epoch(self, recorder: pk.Recorder, epoch: int) -> None:
         for ids in batches(EXAMPLES, 7, 1, seed=epoch):
@@ -96,7 +85,7 @@ class Training:
 
     def go(self, epochs: int = EPOCHS, until: int | None = None) -> None:
         """Train from where it stands to the end; stop without leaving a trace after ``until`` epochs of this call."""
-        recorder, start = self.recorder()
+        recorder, start = self.resumed()
         with recorder:
             for epoch in range(start, epochs):
                 self.epoch(recorder, epoch)

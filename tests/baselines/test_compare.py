@@ -59,7 +59,7 @@ class Broken(Constant):
 
 @pytest.fixture(scope="module")
 def asked(run):
-    dataset = TensorDataset(run.inputs[: run.count], run.targets[: run.count])
+    dataset = TensorDataset(run.inputs[: run.examples], run.targets[: run.examples])
     return pk.Explainer(run.store, run.model), run.queries[:6], run.answers[:6], dataset
 
 

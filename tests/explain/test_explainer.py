@@ -79,7 +79,7 @@ def test_more_queries_than_fit_at_once_are_cut_and_put_together(run, explainer, 
 
 def test_a_batch_of_one_is_still_a_batch(run, explainer):
     assert len(explainer.explain(run.queries[:1])) == 1
-    assert explainer.contributions(run.queries[0]).shape == (1, run.count)
+    assert explainer.contributions(run.queries[0]).shape == (1, run.examples)
 
 
 def test_the_model_is_left_as_it_was(run):
@@ -133,16 +133,16 @@ def test_contributions_add_up_to_the_change_of_the_output(which, request):
 
 def test_groups_add_up_to_the_total(run, explainer):
     explanation = explainer.explain(run.queries[0])
-    groups = explanation.by_group(run.targets[: run.count])
+    groups = explanation.by_group(run.targets[: run.examples])
     assert [g.group for g in groups] == list(range(10))
-    assert sum(g.count for g in groups) == run.count
+    assert sum(g.count for g in groups) == run.examples
     assert sum(g.net for g in groups) == pytest.approx(explanation.contributions.sum(), rel=1e-9)
     assert sum(g.gross for g in groups) == pytest.approx(explanation.gross, rel=1e-9)
 
 
 def test_contributions_are_those_of_the_explanations(run, explainer):
     table = explainer.contributions(run.queries[:4], output=pk.LogProbability(2))
-    assert table.shape == (4, run.count)
+    assert table.shape == (4, run.examples)
     for row, explanation in zip(table, explainer.explain(run.queries[:4], output=pk.LogProbability(2)), strict=True):
         close(row, explanation.contributions, rtol=1e-9)
 

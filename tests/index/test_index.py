@@ -25,7 +25,7 @@ from pkexplain.index.benchmark import combine_rows, compare_indices
 from pkexplain.index.exact import ExactSearch, RunRows
 from pkexplain.index.row_index import RowIndex, choose_factory
 from pkexplain.store.directory import DirectoryStore
-from tests.conftest import Run
+from tests.conftest import user_run
 from tests.trainings import killed_at_random
 
 FACTORIES = [
@@ -52,7 +52,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def large():
-    return Run(pk.MemoryStore(), epochs=2, count=1700).store.trajectory()
+    return user_run(pk.MemoryStore(), epochs=2, examples=1700).store.trajectory()
 
 
 def matrix(trajectory) -> np.ndarray:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Captum's own
 
 @pytest.fixture(scope="module")
 def dataset(run):
-    return TensorDataset(run.inputs[: run.count], run.targets[: run.count])
+    return TensorDataset(run.inputs[: run.examples], run.targets[: run.examples])
 
 
 @pytest.fixture(scope="module")

@@ -23,50 +23,15 @@ from pkexplain.errors import (
     UnsupportedLayerError,
     UnsupportedOptimizerError,
 )
-from tests.conftest import batches, digits, mlp, train
+from tests.conftest import RecordedTraining, batches, digits, mlp, train
 
 ALL = slice(None)
 EXAMPLES = 24
 
 
-class Loop:
-    """A recorder that is entered, with a model, an optimizer and data around it."""
-
-    def __init__(self, model=None, optimizer=None, num_examples=EXAMPLES, **options):
-        self.inputs, self.targets = digits(EXAMPLES)
-        self.model = mlp() if model is None else model
-        self.optimizer = optimizer or torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
-        self.store = pk.MemoryStore()
-        options = {"projection": pk.Identity(), "dtype": torch.float64, **options}
-        self.recorder = pk.Recorder(self.store, self.model, self.optimizer, num_examples=num_examples, **options)
-
-    def __enter__(self):
-        self.recorder.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.recorder.__exit__(*error)
-
-    def backward(self, ids, factor=1.0):
-        self.optimizer.zero_grad()
-        (F.cross_entropy(self.model(self.inputs[ids]), self.targets[ids]) * factor).backward()
-
-    def step(self, ids, rows=None, factor=1.0, **options):
-        with self.recorder.step(ids, **options):
-            self.backward(ids if rows is None else rows, factor)
-            self.optimizer.step()
-
-    def parameters(self):
-        return [p.detach().clone() for p in self.model.parameters()]
-
-    def explain(self, **options):
-        explainer = pk.Explainer(self.store, self.model, quadrature=pk.Quadrature(4, 64), **options)
-        return explainer.explain(self.inputs[0], output=pk.Logit(0))
-
-
 @pytest.fixture
 def loop():
-    with Loop() as entered:
+    with RecordedTraining() as entered:
         yield entered
 
 
@@ -185,7 +150,7 @@ def test_backward_that_is_never_called(loop):
 def test_several_backward_passes_of_a_step_are_summed():
     found = []
     for times in (1, 2):
-        with Loop() as loop, loop.recorder.step(range(8)):
+        with RecordedTraining() as loop, loop.recorder.step(range(8)):
             loop.optimizer.zero_grad()
             loss = F.cross_entropy(loop.model(loop.inputs[:8]), loop.targets[:8])
             other = loop.model(loop.inputs[:8]).square().mean()
@@ -212,7 +177,7 @@ def test_a_step_inside_a_step(loop):
 
 
 def test_a_step_outside_the_recorder():
-    loop = Loop()
+    loop = RecordedTraining()
     with broken("the recorder is not open"), loop.recorder.step([0]):
         pass
     with loop:
@@ -257,7 +222,7 @@ def test_a_parameter_used_by_hand_is_refused_by_name_at_the_first_step():
         def forward(self, x):
             return self.out(F.gelu(F.linear(x, self.inner.weight)))
 
-    with Loop(ByHand().double()) as loop:
+    with RecordedTraining(ByHand().double()) as loop:
         before = loop.parameters()
         wrong = r"parameters inner\.weight, inner\.bias: .*do not sum to the gradient\. Got none of it.*F\.linear"
         with pytest.raises(RecordingError, match=wrong):
@@ -276,7 +241,7 @@ def test_a_parameter_used_by_hand_later_on_is_warned_of():
         def forward(self, x):
             return self.out(F.gelu(F.linear(x, self.inner.weight) if self.by_hand else self.inner(x)))
 
-    with Loop(Sometimes().double(), segments=20) as loop:
+    with RecordedTraining(Sometimes().double(), segments=20) as loop:
         for _ in range(20):
             loop.step([0, 1])
         loop.model.by_hand = True
@@ -291,7 +256,7 @@ def test_a_parameter_used_by_hand_later_on_is_warned_of():
 def test_running_statistics_have_a_line_of_their_own(frozen):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 10)).double()
-    with Loop(model.train(), segments=2) as loop:
+    with RecordedTraining(model.train(), segments=2) as loop:
         if frozen:
             model[1].eval()
         for ids in batches(EXAMPLES, 8, 4):
@@ -321,7 +286,7 @@ def test_running_statistics_have_a_line_of_their_own(frozen):
 )
 def test_arguments_that_cannot_be(options, wrong):
     with pytest.raises(ConfigurationError, match=f"^{wrong}"):
-        Loop(**options)
+        RecordedTraining(**options)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adadelta, torch.optim.Rprop, torch.optim.ASGD, torch.optim.LBFGS])
@@ -329,7 +294,7 @@ def test_an_optimizer_without_a_rule_is_refused_with_those_that_have_one(kind):
     model = mlp()
     name = re.escape(f"{kind.__module__}.{kind.__name__}")
     with pytest.raises(UnsupportedOptimizerError, match=rf"Got {name}; expected Adagrad, Adam, .* SGD \(from"):
-        Loop(model, kind(model.parameters()))
+        RecordedTraining(model, kind(model.parameters()))
 
 
 def test_an_optimizer_derived_from_sgd_is_not_taken_for_it():
@@ -338,16 +303,16 @@ def test_an_optimizer_derived_from_sgd_is_not_taken_for_it():
 
     model = mlp()
     with pytest.raises(UnsupportedOptimizerError, match=r"Got .*Mine; expected Adagrad, .*register_update_rule"):
-        Loop(model, Mine(model.parameters(), lr=0.1))
+        RecordedTraining(model, Mine(model.parameters(), lr=0.1))
 
 
 def test_a_model_without_a_trainable_parameter():
     model = mlp().requires_grad_(False)
     with pytest.raises(ConfigurationError, match=r"no parameter would change\. Got no trainable parameter"):
-        Loop(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        RecordedTraining(model, torch.optim.SGD(model.parameters(), lr=0.1))
     other = mlp()
     with pytest.raises(ConfigurationError, match="no parameter would change"):
-        Loop(mlp(), torch.optim.SGD(other.parameters(), lr=0.1))
+        RecordedTraining(mlp(), torch.optim.SGD(other.parameters(), lr=0.1))
 
 
 def compiled_in_place(model):
@@ -366,7 +331,7 @@ def compiled_in_place(model):
 )
 def test_a_wrapped_or_compiled_model_is_refused(wrap, got):
     with pytest.raises(ConfigurationError, match=rf"layers of a wrapped or compiled model\. Got {got}; "):
-        Loop(wrap(mlp()))
+        RecordedTraining(wrap(mlp()))
 
 
 def test_nothing_is_written_before_the_model_is_accepted(tmp_path):
@@ -405,7 +370,7 @@ def test_the_trained_model_is_bitwise_that_of_training_without_a_recorder(projec
 
 @pytest.mark.parametrize("where", ["block", "loop", "backward"])
 def test_no_hook_is_left_after_an_exception(where):
-    loop = Loop()
+    loop = RecordedTraining()
 
     def interrupted():
         with loop:
@@ -445,7 +410,7 @@ def test_a_users_hook_on_a_layer_that_is_differentiated_again_runs_once():
 
     seen = []
     for batch in ([0], [1, 2]):  # a batch of one, too, in which a layer's example looks like the whole batch
-        with Loop(Gate().double()) as loop:
+        with RecordedTraining(Gate().double()) as loop:
             handle = loop.model.register_forward_hook(lambda *_: seen.append(1))
             loop.step(batch)
             handle.remove()
@@ -463,10 +428,10 @@ def account(loop):
 
 
 def test_two_accumulated_batches_are_one_large_batch():
-    with Loop(segments=2) as whole:
+    with RecordedTraining(segments=2) as whole:
         for ids in ([0, 1, 2, 3], [4, 5, 6, 7]):
             whole.step(ids)
-    with Loop(segments=2) as parts:
+    with RecordedTraining(segments=2) as parts:
         for ids in ([0, 1, 2, 3], [4, 5, 6, 7]):
             parts.optimizer.zero_grad()
             for half, accumulate in ((ids[:3], True), (ids[3:], False)):
@@ -482,7 +447,7 @@ def test_two_accumulated_batches_are_one_large_batch():
 
 
 def test_an_accumulated_example_may_come_twice():
-    with Loop() as loop:
+    with RecordedTraining() as loop:
         with loop.recorder.step([0, 1], accumulate=True):
             loop.backward([0, 1])
         with loop.recorder.step([1, 2]):
@@ -494,7 +459,7 @@ def test_an_accumulated_example_may_come_twice():
 
 @pytest.mark.parametrize("change", ["clip", "unscale", "both"])
 def test_one_factor_on_the_gradient_is_found_and_recorded(change):
-    with Loop() as loop:
+    with RecordedTraining() as loop:
         for ids in batches(EXAMPLES, 8, 1):
             with loop.recorder.step(ids):
                 loop.backward(ids, 1.0 if change == "clip" else 512.0)
@@ -518,7 +483,7 @@ def test_what_belongs_to_no_example_is_on_the_optimizer_line_and_fails_its_check
     match = r"not a multiple of .* Clipping by value, .* optimizer line"
     match = r"what moved 2\.weight .* outside optimizer\.step\(\)" if change == "parameter" else match
     said = pytest.warns(UserWarning, match=match)
-    with said, Loop() as loop:
+    with said, RecordedTraining() as loop:
         for ids in batches(EXAMPLES, 8, 1):
             with loop.recorder.step(ids):
                 loop.backward(ids)
@@ -547,7 +512,7 @@ def test_what_belongs_to_no_example_is_on_the_optimizer_line_and_fails_its_check
 def test_frozen_parameters_are_not_recorded_and_not_moved():
     model = mlp()
     model[0].weight.requires_grad_(False)
-    with Loop(model) as loop:
+    with RecordedTraining(model) as loop:
         for ids in batches(EXAMPLES, 8, 2):
             loop.step(ids)
     _, trajectory = account(loop)
@@ -558,13 +523,13 @@ def test_frozen_parameters_are_not_recorded_and_not_moved():
 
 def test_parameters_that_the_optimizer_does_not_hold_are_not_recorded():
     model = mlp()
-    with Loop(model, torch.optim.SGD(model[2].parameters(), lr=0.1)) as loop:
+    with RecordedTraining(model, torch.optim.SGD(model[2].parameters(), lr=0.1)) as loop:
         loop.step([0, 1])
     assert set(account(loop)[1].fingerprint.frozen) == {"0.weight", "0.bias"}
 
 
 def test_a_schedule_is_followed():
-    with Loop(segments=3) as loop:
+    with RecordedTraining(segments=3) as loop:
         schedule = torch.optim.lr_scheduler.StepLR(loop.optimizer, 1, gamma=0.5)
         for ids in batches(EXAMPLES, 8, 2):
             loop.step(ids)
@@ -576,7 +541,7 @@ def test_a_schedule_is_followed():
 
 
 def test_a_segment_is_an_epoch_also_where_the_last_batch_is_dropped():
-    with Loop() as loop:
+    with RecordedTraining() as loop:
         for _ in range(3):
             for ids in ([*range(10)], [*range(10, 20)]):  # of 24 examples
                 loop.step(ids)
@@ -586,7 +551,7 @@ def test_a_segment_is_an_epoch_also_where_the_last_batch_is_dropped():
 
 
 def test_a_segment_is_an_epoch():
-    with Loop() as loop:
+    with RecordedTraining() as loop:
         for ids in batches(EXAMPLES, 10, 2):
             loop.step(ids)
     _, trajectory = account(loop)
@@ -595,7 +560,7 @@ def test_a_segment_is_an_epoch():
 
 
 def test_a_segment_is_a_number_of_steps_and_the_last_may_be_shorter():
-    with Loop(segments=2) as loop:
+    with RecordedTraining(segments=2) as loop:
         for ids in batches(EXAMPLES, 8, 1) + batches(EXAMPLES, 8, 1):
             loop.step(ids)
         loop.step([0])
@@ -610,7 +575,7 @@ def interrupted(loop):
 
 
 def test_a_segment_ends_also_where_its_last_step_raised_behind_the_optimizer():
-    with Loop(segments=2) as loop:
+    with RecordedTraining(segments=2) as loop:
         loop.step([0, 1])
         with pytest.raises(TypeError):
             interrupted(loop)
@@ -620,7 +585,7 @@ def test_a_segment_ends_also_where_its_last_step_raised_behind_the_optimizer():
 
 
 def test_momentum_goes_on_moving_parameters_in_the_next_segment():
-    with Loop(segments=1) as loop:
+    with RecordedTraining(segments=1) as loop:
         loop.step([0, 1])
         loop.step([2, 3])
     segments, _ = account(loop)
@@ -663,7 +628,7 @@ def test_a_layer_whose_input_is_a_parameter_is_recorded_as_it_was():
     torch.manual_seed(0)
     model = LearnedQuery().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    with Loop(model, optimizer, projection=pk.Kronecker(60)) as loop:
+    with RecordedTraining(model, optimizer, projection=pk.Kronecker(60)) as loop:
         for ids in batches(EXAMPLES, 8, 1):
             loop.step(ids)
     assert values(loop.explain())["displacement gap"] < 1e-12

@@ -207,7 +207,7 @@ def test_two_recorders_at_one_place_are_refused(tmp_path):
         training.epoch(recorder, 0)
         training.save(recorder, 0)
         with pytest.raises(RunBusyError, match=r"^writing to the run in .*: it is already being written to"):
-            other.recorder()[0].__enter__()
+            other.resumed()[0].__enter__()
         training.epoch(recorder, 1)
     other.go()
     assert len(pk.DirectoryStore(other.run).trajectory()) == 2 * EPOCHS
@@ -228,7 +228,7 @@ def test_only_the_last_two_states_stay(tmp_path):
 def test_a_state_that_is_saved_again_after_a_resume_replaces_the_one_before(tmp_path):
     Training(tmp_path).go(epochs=2)
     training = Training(tmp_path)
-    recorder, _ = training.recorder()
+    recorder, _ = training.resumed()
     with recorder:
         training.save(recorder, 1)
     manifest = json.loads((training.run / "manifest.json").read_text())
@@ -245,7 +245,7 @@ def test_a_state_that_is_saved_again_after_a_resume_replaces_the_one_before(tmp_
 def test_examples_that_no_segment_holds_do_not_count_yet(tmp_path):
     Training(tmp_path).go(epochs=1)
     training = Training(tmp_path)
-    training.recorder()
+    training.resumed()
     with pk.Recorder.resume(training.run, training.model, training.optimizer, num_examples=EXAMPLES + 4):
         pass
     trajectory = pk.DirectoryStore(training.run).trajectory()

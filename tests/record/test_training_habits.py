@@ -9,37 +9,15 @@ from torch.nn import functional as F
 
 import pkexplain as pk
 from pkexplain.errors import NonFiniteGradientError, RecordingError
-from tests.conftest import batches, cnn, digits, mlp
+from tests.conftest import RecordedTraining, batches, cnn, mlp
 
 EXAMPLES = 48
 
 
-class Loop:
+def adamw(make=mlp, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), dtype=torch.float64, **options):
     """AdamW around a small model, exact lookahead in double precision unless told otherwise."""
-
-    def __init__(self, make=mlp, optimizer=None, image=False, dtype=torch.float64, **options):
-        self.inputs, self.targets = digits(EXAMPLES, dtype, image=image)
-        self.model = make(dtype=dtype)
-        of = optimizer or (lambda p: torch.optim.AdamW(p, lr=3e-3))
-        self.optimizer = of(self.model.parameters())
-        self.store = pk.MemoryStore()
-        options = {"projection": pk.Identity(), "lookahead": "exact", "dtype": dtype, "segments": 6, **options}
-        self.recorder = pk.Recorder(self.store, self.model, self.optimizer, num_examples=EXAMPLES, **options)
-
-    def run(self, epochs=3, on_step=lambda done, loop: None, loss=F.cross_entropy):
-        with self.recorder:
-            for done, ids in enumerate(batches(EXAMPLES, 8, epochs)):
-                on_step(done, self)
-                with self.recorder.step(ids):
-                    self.optimizer.zero_grad()
-                    loss(self.model(self.inputs[ids]), self.targets[ids]).backward()
-                    self.optimizer.step()
-        return self
-
-    def values(self, output=None, **options):
-        explainer = pk.Explainer(self.store, self.model, tolerance=1e-5, quadrature=pk.Quadrature(4, 128), **options)
-        explanation = explainer.explain(self.inputs[0], output=output or pk.Logit(0))
-        return {check.name: check.value for check in explanation.checks}
+    options = {"examples": EXAMPLES, "lookahead": "exact", "segments": 6, **options}
+    return RecordedTraining(make(dtype=dtype), optimizer, dtype=dtype, **options)
 
 
 def assert_closes(loop, tolerance=1e-8):
@@ -60,7 +38,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_losses_of_every_kind(loss):
-    assert_closes(Loop().run(loss=loss))
+    assert_closes(adamw().train(loss=loss))
 
 
 def test_losses_of_tokens_are_means_over_all_tokens_of_a_batch():
@@ -80,7 +58,7 @@ def test_losses_of_tokens_are_means_over_all_tokens_of_a_batch():
         tokens = torch.stack([t + place for place in range(8)], dim=1) % 10
         return F.cross_entropy(y, tokens.masked_fill(tokens > 7, -100))  # a batch has as many tokens as are not masked
 
-    loop = Loop(make).run(loss=loss)
+    loop = adamw(make).train(loss=loss)
     values = loop.values(output=lambda y: y[:, 3, -1])
     assert values["optimizer share"] < 1e-8
     assert values["displacement gap"] < 1e-8
@@ -94,7 +72,7 @@ def test_accumulation_warm_up_groups_and_both_decays():
             lr=2e-3,
         )
 
-    loop = Loop(cnn, of, image=True)
+    loop = adamw(cnn, of, image=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda step: min(1.0, step / 4))  # from zero
     with loop.recorder:
         for epoch in range(3):
@@ -115,7 +93,7 @@ def test_parameters_frozen_and_thawed_midway(name):
     def on_step(done, loop):
         loop.model.get_parameter(name).requires_grad_(not 4 <= done < 11)
 
-    loop = Loop().run(on_step=on_step)
+    loop = adamw().train(on_step=on_step)
     assert_closes(loop)
     before, after = (loop.store.trajectory().checkpoint(t).parameters for t in (1, 2))
     assert (before != after).any()
@@ -137,15 +115,15 @@ def test_a_parameter_without_a_gradient_stands_still():
     def on_step(done, loop):
         loop.model.use = int(done % 3 == 2)
 
-    assert_closes(Loop(make).run(on_step=on_step))
-    assert_closes(Loop(make, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)).run(on_step=on_step))
+    assert_closes(adamw(make).train(on_step=on_step))
+    assert_closes(adamw(make, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)).train(on_step=on_step))
 
 
 @pytest.mark.parametrize("projection", [pk.SparseSign(300), pk.Kronecker(200, 20)], ids=lambda p: p.kind)
 @pytest.mark.parametrize("lookahead", ["auto", 1, 5])
 @pytest.mark.filterwarnings("ignore:pkexplain. .* give the recorder a longer lookahead")
 def test_every_lookahead_closes_the_account_in_projection_space(projection, lookahead):
-    loop = Loop(cnn, image=True, projection=projection, lookahead=lookahead).run()
+    loop = adamw(cnn, image=True, projection=projection, lookahead=lookahead).train()
     values = loop.values()
     assert values["displacement gap"] < 1e-8
     assert values["capture gap"] < 1e-8
@@ -156,7 +134,9 @@ def test_every_lookahead_closes_the_account_in_projection_space(projection, look
 def test_a_longer_lookahead_leaves_less_on_the_optimizer_line():
     shares = []
     for lookahead in (1, 4, 12, "exact"):
-        loop = Loop(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), segments=12, lookahead=lookahead).run(epochs=6)
+        loop = adamw(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), segments=12, lookahead=lookahead).train(
+            epochs=6
+        )
         shares.append(max(s.optimizer_share for s in loop.store.trajectory().summaries))
     assert shares[0] > shares[1] > shares[2] > shares[3]
     assert shares[0] < 0.3
@@ -164,8 +144,8 @@ def test_a_longer_lookahead_leaves_less_on_the_optimizer_line():
 
 
 def test_a_balanced_projection_with_room_for_everything_is_exact():
-    exact = Loop().run()
-    roomy = Loop(projection=pk.Kronecker(100_000)).run()
+    exact = adamw().train()
+    roomy = adamw(projection=pk.Kronecker(100_000)).train()
     found, expected = (
         pk.Explainer(run.store, run.model, tolerance=1e-9, quadrature=pk.Quadrature(8, 512)).contributions(
             run.inputs[:3]
@@ -180,7 +160,7 @@ def test_a_balanced_projection_with_room_for_everything_is_exact():
 
 
 def test_autocast_leaves_little_to_the_optimizer_line():
-    loop = Loop(cnn, image=True, dtype=torch.float32, lookahead="auto")
+    loop = adamw(cnn, image=True, dtype=torch.float32, lookahead="auto")
     with loop.recorder:
         for ids in batches(EXAMPLES, 8, 3):
             with loop.recorder.step(ids):
@@ -197,7 +177,7 @@ def test_a_loss_scaler_that_skips_steps(fused):
     def of(parameters):
         return torch.optim.AdamW(parameters, lr=3e-3, fused=fused)
 
-    loop = Loop(optimizer=of, dtype=torch.float32, segments="epoch")
+    loop = adamw(optimizer=of, dtype=torch.float32, segments="epoch")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     with loop.recorder:
         for done, ids in enumerate(batches(EXAMPLES, 8, 2)):
@@ -227,7 +207,7 @@ def test_a_parameter_that_is_added_or_thawed_later_is_refused_by_name():
             loop.optimizer.add_param_group({"params": [loop.model.late]})
 
     with pytest.raises(RecordingError, match=r"^recording parameter 'late': the optimizer updates it, and"):
-        Loop().run(on_step=on_step)
+        adamw().train(on_step=on_step)
 
     def make(dtype):
         model = mlp(dtype=dtype)
@@ -238,14 +218,14 @@ def test_a_parameter_that_is_added_or_thawed_later_is_refused_by_name():
         loop.model[0].weight.requires_grad_(done >= 2)
 
     with pytest.raises(RecordingError, match=r"^recording parameter '0\.weight': .* keep it trainable until"):
-        Loop(make).run(on_step=thaw)
+        adamw(make).train(on_step=thaw)
 
 
 def test_nan_in_one_example_is_named_by_its_id():
-    loop = Loop()
+    loop = adamw()
     loop.inputs[17] = float("nan")
     with pytest.raises(NonFiniteGradientError, match=r"nan or infinity from example 17; expected finite"):
-        loop.run()
+        loop.train()
 
 
 def test_a_parameter_changed_by_hand_is_named():
@@ -255,12 +235,12 @@ def test_a_parameter_changed_by_hand_is_named():
 
     said = pytest.warns(UserWarning, match=r"2\.weight .* outside optimizer\.step\(\)")
     with said:
-        loop = Loop().run(on_step=on_step)
+        loop = adamw().train(on_step=on_step)
     assert loop.values()["optimizer share"] > 1e-2
 
 
 def test_a_run_without_surprises_warns_of_nothing():
-    assert_closes(Loop(dtype=torch.float32).run(), tolerance=1e-4)  # warnings are errors here
+    assert_closes(adamw(dtype=torch.float32).train(), tolerance=1e-4)  # warnings are errors here
 
 
 @pytest.mark.parametrize(
@@ -271,7 +251,7 @@ def test_a_run_without_surprises_warns_of_nothing():
 def test_an_input_buffer_that_is_written_over_while_gradients_accumulate_does_no_harm(optimizer):
     found = []
     for reused in (False, True):
-        loop = Loop(optimizer=optimizer, projection=pk.Kronecker(100_000))
+        loop = adamw(optimizer=optimizer, projection=pk.Kronecker(100_000))
         buffer = torch.empty(8, 64, dtype=torch.float64)
         with loop.recorder:
             for place, ids in enumerate(batches(EXAMPLES, 8, 2)):
@@ -298,7 +278,7 @@ def test_a_segment_of_many_visits_is_added_up_on_its_way(monkeypatch):
 
     monkeypatch.setattr(AdaptiveAccumulator, "_settle_visits", counting)
     options = {"segments": 60, "lookahead": 4, "projection": pk.SparseSign(300)}
-    loop = Loop(cnn, image=True, **options).run(epochs=10)
+    loop = adamw(cnn, image=True, **options).train(epochs=10)
     values = loop.values()
     assert values["displacement gap"] < 1e-8
     assert values["audit error"] < 1.0
@@ -307,7 +287,7 @@ def test_a_segment_of_many_visits_is_added_up_on_its_way(monkeypatch):
 
 
 def test_nan_under_a_loss_scaler_is_named_once():
-    loop = Loop(dtype=torch.float32, segments="epoch")
+    loop = adamw(dtype=torch.float32, segments="epoch")
     loop.inputs[17] = float("nan")
     scaler = torch.amp.GradScaler("cpu")
     said = pytest.warns(UserWarning, match=r"skipped a step .* only some examples is nan: 17\. Scaling")

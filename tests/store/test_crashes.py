@@ -186,7 +186,7 @@ def test_files_that_changed_places_are_noticed_by_name(runs, tmp_path):
 
 def fill_up(training, room):
     """Train; after two epochs there is no more room."""
-    recorder, _ = training.recorder()
+    recorder, _ = training.resumed()
     with recorder:
         for epoch in range(EPOCHS):
             if epoch == 2:

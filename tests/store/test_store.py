@@ -21,7 +21,7 @@ from pkexplain.store.directory import DirectoryStore, open_store
 from pkexplain.store.fingerprint import ModelFingerprint
 from pkexplain.store.manifest import FORMAT_VERSION, InputEntry, Manifest, OptimizerEntry, RecordingEntry
 from pkexplain.store.memory import MemoryStore
-from tests.conftest import Run, digits, mlp
+from tests.conftest import digits, mlp, user_run
 from tests.faults import reseal
 
 MANIFEST = Manifest(
@@ -129,7 +129,7 @@ def test_a_run_without_a_finished_segment(store):
 
 
 def test_a_recorder_refuses_a_place_that_holds_a_run_and_leaves_it_as_it_was(tmp_path):
-    run = Run(tmp_path / "run", epochs=1, count=48)
+    run = user_run(tmp_path / "run", epochs=1, examples=48)
     before = snapshot(tmp_path)
     optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
     with (
@@ -142,7 +142,7 @@ def test_a_recorder_refuses_a_place_that_holds_a_run_and_leaves_it_as_it_was(tmp
 
 
 def test_explanations_of_a_run_in_memory_and_on_disk_are_the_same(tmp_path):
-    runs = [Run(store, epochs=1, count=48) for store in (pk.MemoryStore(), tmp_path / "run")]
+    runs = [user_run(store, epochs=1, examples=48) for store in (pk.MemoryStore(), tmp_path / "run")]
     found = [pk.Explainer(run.store, run.model).contributions(run.queries[:3]) for run in runs]
     assert np.array_equal(*found)
 
@@ -203,7 +203,7 @@ def test_a_path_is_a_directory_store(tmp_path):
 def original(tmp_path_factory):
     """Two runs of the same shapes and other numbers."""
     path = tmp_path_factory.mktemp("runs")
-    run = Run(path / "run", epochs=2, count=48)
+    run = user_run(path / "run", epochs=2, examples=48)
     model = mlp(seed=1, dtype=torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     with pk.Recorder(path / "other", model, optimizer, num_examples=48) as recorder:
