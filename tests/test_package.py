@@ -130,3 +130,16 @@ def test_the_docstring_lists_every_folder_and_file():
         if not entry.name.startswith("_"):
             name = f"{entry.name}/" if entry.is_dir() else entry.stem
             assert re.search(rf"^    (.* )?{re.escape(name)}( |$)", pk.__doc__, re.MULTILINE), name
+
+
+def test_every_module_path_in_the_documentation_exists():
+    root = Path(__file__).parent.parent
+    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("tutorials/*.py")]
+    paths = {path for page in pages for path in re.findall(r"\bpkexplain(?:\.[a-zA-Z_]\w*)+", page.read_text())}
+    assert len(paths) > 20
+    for path in sorted(paths):
+        found = pk
+        for at, name in enumerate(path.split(".")[1:], start=2):
+            if not hasattr(found, name):
+                importlib.import_module(".".join(path.split(".")[:at]))
+            found = getattr(found, name)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import pkexplain as pk
-import pkexplain.explain._ranking
+from pkexplain.distributed import ProcessGroup
+from pkexplain.explain import _ranking
+from pkexplain.explain._ranking import Ranking
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +37,11 @@ def test_no_example_that_is_not_shown_contributes_more_than_the_bound(run, every
 
 
 def test_the_bound_is_that_of_cauchy_and_schwarz(run, monkeypatch):
-    monkeypatch.setattr(pkexplain.explain._ranking, "_BOUNDS_AT_ONCE", 50)
-    explainer = pk.Explainer(run.store, run.model, index="SQ8")
-    ranking, k = explainer._first.ranking, 3
-    covectors = torch.randn(4, len(run.store.trajectory()), len(run.store.trajectory().segment(0).row_sum))
-    rows = [segment.read_rows(slice(None)) for segment in ranking._segments]
+    monkeypatch.setattr(_ranking, "_BOUNDS_AT_ONCE", 50)
+    trajectory, k = run.store.trajectory(), 3
+    ranking = Ranking(trajectory, "SQ8", None, torch.device("cpu"), ProcessGroup())
+    covectors = torch.randn(4, len(trajectory), len(trajectory.segment(0).row_sum))
+    rows = [trajectory.segment(t).read_rows(slice(None)) for t in range(len(trajectory))]
     for known in (0, k):
         parts = [part.norm(dim=1) * covectors[:, t].norm(dim=1)[:, None] for t, part in enumerate(rows)]
         true = torch.stack(parts).sum(0)

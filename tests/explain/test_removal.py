@@ -185,11 +185,15 @@ def dense_curvature(explainer, loss, t) -> torch.Tensor:
 def test_carrying_back_is_that_of_dense_matrices(projection):
     run, model, _ = record("binary", lambda p: torch.optim.SGD(p, lr=0.5), segments=20, projection=projection)
     explainer, loss = pk.Explainer(run, model), pk.BinaryCrossEntropy()
-    runner = explainer._first
-    curvature = Curvature(runner.trajectory, runner.segments, runner.projector, loss)
-    final = torch.randn(4, runner.projector.columns, generator=torch.Generator().manual_seed(1)).double()
+    trajectory = explainer.trajectory
+    segments, projector = (
+        [trajectory.segment(t) for t in range(len(trajectory))],
+        trajectory.projector(torch.device("cpu")),
+    )
+    curvature = Curvature(trajectory, segments, projector, loss)
+    final = torch.randn(4, projector.columns, generator=torch.Generator().manual_seed(1)).double()
     found, left = curvature.carry(final, 0.7), final
-    for t in reversed(range(len(runner.trajectory))):
+    for t in reversed(range(len(trajectory))):
         m = 0.7 * dense_curvature(explainer, loss, t)
         # A is the upper right block of exp [[-M, I], [0, 0]]: ∫₀¹ e^{−sM} ds
         k = len(m)

@@ -333,8 +333,8 @@ def read_while_recording(tmp_path, openings, epochs):
             trajectory = pk.DirectoryStore(training.run).trajectory()
             explainer = pk.Explainer(training.run, training.model)
             values = explainer.contributions(training.queries[:1], output=pk.Logit(3))
-            found.setdefault(len(explainer._first.segments), []).append(values)
-            assert len(explainer._first.segments) >= len(trajectory)
+            found.setdefault(len(explainer.trajectory), []).append(values)
+            assert len(explainer.trajectory) >= len(trajectory)
             count += 1
         except RunNotFoundError:
             refused += 1
