@@ -1,6 +1,6 @@
 # From nothing but Python 3.10 or newer and make:
 #
-#   make demo        train on real MNIST digits, explain a prediction, say where the report lies
+#   make demo        train on real MNIST digits, explain a prediction, print the report's path
 #   make test        everything that has to hold: lint, types, import contract, tests, tutorials, site
 #   make lint        the first three of those
 #   make docs        the site, in build/site

@@ -26,7 +26,7 @@ log = logging.getLogger("mkdocs.hooks.pkexplain")
 # Where pymdownx.arithmatex (`generic: true`) leaves the LaTeX of a Markdown page.
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
-# A notebook's cells keep their dollars; what lies in code, scripts and styles is not mathematics.
+# A notebook's cells keep their dollars; code, scripts and styles are not mathematics.
 VERBATIM = re.compile(r"(<(pre|code|script|style|textarea)\b.*?</\2>)", re.DOTALL)
 DOLLARS = re.compile(r"(?<![\\$])(?:\$\$([^$<>]+)\$\$|\$(?=\S)([^$<>]+?)(?<=\S)\$(?!\d))")
 # nbconvert loads MathJax and Mermaid from outside; neither is needed.
@@ -34,7 +34,7 @@ OUTSIDE_SCRIPT = re.compile(r"<script\b(?:(?!</script>).)*?https?://(?:(?!</scri
 
 STRETCHY_BAR = re.compile(r"<m[oi][^>]*>(&#x02016;|&#x0007C;|\|)</m[oi]>")
 
-# What a browser fetches by itself when it opens a page or a style sheet. A plain link is not a request.
+# What a browser fetches when it opens a page or a style sheet. A plain link is not a request.
 REQUEST = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\ssrc=["']?(?:https?:)?//[^"'\s>]+"""
     r"""|<link\b(?=[^>]*rel=["']?(?:stylesheet|preload|preconnect|icon))[^>]*?href=["']?(?:https?:)?//[^"'\s>]+"""
@@ -46,7 +46,7 @@ REQUEST = re.compile(
 
 @event_priority(100)  # before mkdocs-jupyter, which turns notebooks into pages
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the changelog, the pictures and the tutorials, which live beside `docs/` and not in it."""
+    """Add the changelog, the pictures and the tutorials, which are outside `docs/`."""
     outside = [(ROOT, "CHANGELOG.md")]
     for picture in sorted((ROOT / "assets").iterdir()):
         if picture.suffix in PICTURES:

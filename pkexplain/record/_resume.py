@@ -123,7 +123,7 @@ def find_standpoint(
     if len(files) != group.world_size:
         raise ConfigurationError(
             f"resuming the run in {store}",
-            "every process saved a state of its own",
+            "every process saved its own state",
             got=f"{group.world_size} processes",
             expected=f"{len(files)}",
             source="the run's states",

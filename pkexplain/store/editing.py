@@ -1,7 +1,7 @@
-"""Changing a run that is there: merging its shards, withdrawing examples.
+"""Changing an existing run: merging its shards, withdrawing examples.
 
-New files are written beside the old ones and count from the manifest on that names them; only then the old ones are
-removed. A kill leaves one run or the other, never half of each.
+New files get new names, and count once a manifest lists them; only then are the old ones deleted. A kill leaves one run
+or the other, never half of each.
 """
 
 from __future__ import annotations

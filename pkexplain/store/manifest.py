@@ -91,7 +91,7 @@ class OptimizerEntry(_Entry, frozen=True):
 
 
 class RecordingEntry(_Entry, frozen=True):
-    """The recorder's settings that a resumed run goes on with."""
+    """The recorder's settings with which a resumed run continues."""
 
     segments: str | int
     lookahead: str | int
@@ -148,7 +148,7 @@ class SegmentFiles(_Entry, frozen=True):
 
     @classmethod
     def named(cls, segment: int, counts: Sequence[int], revision: int = 0) -> SegmentFiles:
-        """Name the files of a segment; a revision of the run has names of its own, so nothing is overwritten."""
+        """Name the files of a segment; each revision of the run has different names, so nothing is overwritten."""
         end = f"-{revision}.safetensors" if revision else ".safetensors"
         return cls(
             vectors=f"segments/{segment:05d}{end}",
@@ -199,7 +199,7 @@ class Manifest(_Entry, frozen=True):
         model: What the model must be.
         inputs: The model's inputs by name, or position; empty where none was a tensor with a batch dimension.
         segments: The finished segments.
-        states: Where a recording can go on.
+        states: The points from which a recording can be resumed.
         revision: How often files of the run were replaced.
         withdrawn: Examples that were withdrawn.
         files: Every file of tensors; the store fills this in.
