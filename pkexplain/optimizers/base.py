@@ -17,7 +17,7 @@ from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.displacement import RowAccumulator
 from pkexplain.optimizers.rules import LinearStep
-from pkexplain.projection.kinds import Projection
+from pkexplain.projection.kinds import Projection, WarmUp
 from pkexplain.projection.maps import Projector
 from pkexplain.store.scratch import zeros_on_disk
 
@@ -266,11 +266,9 @@ class DisplacementAccumulator(ABC):
     ) -> Target:
         """Fix the projection from the gradients seen so far."""
         spec, group = self._spec, self._spec.group
-        like = spec.like
-        projector = spec.projection.bind(spec.blocks, like.dtype, like.device, seen, preconditioner, group)
+        projector = spec.projection.bind(spec.blocks, spec.like, WarmUp(seen, preconditioner, group))
         if group.world_size > 1:  # identical to the last bit in every process
-            buffered = group.broadcast(projector.tensors())
-            projector = spec.projection.restore(spec.blocks, like.dtype, like.device, buffered)
+            projector = spec.projection.restore(spec.blocks, spec.like, group.broadcast(projector.tensors()))
         self._target = self._aim(projector)
         return self._target
 

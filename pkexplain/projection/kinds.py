@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,10 +22,25 @@ from pkexplain.gradients.layers import Block
 from pkexplain.projection._principal import principal_bases
 from pkexplain.projection.maps import IdentityMap, Map, Pieces, Projector, TwoSidedMap, hashed
 
-__all__ = ["Identity", "Kronecker", "Projection", "SparseSign", "projection_from_description"]
+__all__ = ["Identity", "Kronecker", "Projection", "SparseSign", "WarmUp", "projection_from_description"]
 
 _MOST_NONZEROS = 256
 """Adding a coordinate to more columns than this makes the table larger and the projection no better."""
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What a projection may depend on.
+
+    Attributes:
+        batches: The first batches of captured gradients, already preconditioned.
+        preconditioner: S, ``(parameters,)``, for a map P of S⁻¹ D and S φ; None for the identity.
+        group: The processes, each with its own batches.
+    """
+
+    batches: Sequence[Pieces] = ()
+    preconditioner: Tensor | None = None
+    group: ProcessGroup = field(default_factory=ProcessGroup)
 
 
 @dataclass(frozen=True)
@@ -44,25 +59,13 @@ class Projection(ABC):
         return torch.float16 if dtype == torch.float32 else dtype
 
     @abstractmethod
-    def bind(
-        self,
-        blocks: Sequence[Block],
-        dtype: torch.dtype,
-        device: Any,
-        seen: Sequence[Pieces],
-        preconditioner: Tensor | None = None,
-        group: ProcessGroup | None = None,
-    ) -> Projector:
+    def bind(self, blocks: Sequence[Block], like: Tensor, warm_up: WarmUp) -> Projector:
         """Make the map for a model's blocks.
 
         Args:
             blocks: The model's blocks.
-            dtype: Dtype of the arithmetic.
-            device: Device of the arithmetic.
-            seen: Batches of captured gradients, of at least ``warm_up`` examples if there are that many.
-            preconditioner: S, ``(parameters,)``, for a map P of S⁻¹ D and S φ; the gradients in ``seen`` are already
-                preconditioned.
-            group: The processes, each with its own gradients; by default only this one.
+            like: A tensor of the dtype and device of the arithmetic.
+            warm_up: The first gradients of the run, of at least ``warm_up`` examples if there are that many.
         """
 
     @abstractmethod
@@ -70,9 +73,7 @@ class Projection(ABC):
         """Count the columns of the map that `restore` makes."""
 
     @abstractmethod
-    def restore(
-        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
-    ) -> Projector:
+    def restore(self, blocks: Sequence[Block], like: Tensor, kept: Mapping[str, Tensor]) -> Projector:
         """Rebuild the same map from what `Projector.tensors` returned."""
 
     def describe(self) -> dict[str, Any]:
@@ -90,27 +91,17 @@ class Identity(Projection):
         """Return the recorder's dtype: an exact row is not rounded."""
         return dtype
 
-    def bind(
-        self,
-        blocks: Sequence[Block],
-        dtype: torch.dtype,
-        device: Any,
-        seen: Sequence[Pieces],
-        preconditioner: Tensor | None = None,
-        group: ProcessGroup | None = None,
-    ) -> Projector:
+    def bind(self, blocks: Sequence[Block], like: Tensor, warm_up: WarmUp) -> Projector:
         """Make the map for a model's blocks; it loses nothing, so it needs no preconditioner."""
-        return Projector(blocks, [IdentityMap(block.span) for block in blocks], dtype, device)
+        return Projector(blocks, [IdentityMap(block.span) for block in blocks], like)
 
     def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
         """Count the columns: one for each number."""
         return sum(block.numel for block in blocks)
 
-    def restore(
-        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
-    ) -> Projector:
+    def restore(self, blocks: Sequence[Block], like: Tensor, kept: Mapping[str, Tensor]) -> Projector:
         """Rebuild the same map."""
-        return self.bind(blocks, dtype, device, ())
+        return self.bind(blocks, like, WarmUp())
 
 
 @dataclass(frozen=True)
@@ -135,15 +126,7 @@ class SparseSign(Projection):
         if self.nonzeros > _MOST_NONZEROS:
             raise _no_map(self, "nonzeros", self.nonzeros, f"at most {_MOST_NONZEROS}")
 
-    def bind(
-        self,
-        blocks: Sequence[Block],
-        dtype: torch.dtype,
-        device: Any,
-        seen: Sequence[Pieces],
-        preconditioner: Tensor | None = None,
-        group: ProcessGroup | None = None,
-    ) -> Projector:
+    def bind(self, blocks: Sequence[Block], like: Tensor, warm_up: WarmUp) -> Projector:
         """Make the map for a model's blocks; a block's columns grow with the root of its size, up to its size."""
         maps: list[Map] = []
         start = 0
@@ -154,7 +137,7 @@ class SparseSign(Projection):
                 IdentityMap(columns) if whole else hashed(columns, block.numel, self.nonzeros, self.seed, position)
             )
             start += width
-        return Projector(blocks, maps, dtype, device, preconditioner)
+        return Projector(blocks, maps, like, warm_up.preconditioner)
 
     def _widths(self, blocks: Sequence[Block]) -> list[int]:
         """Divide k among the blocks, small blocks first: what they leave of their share goes to the others."""
@@ -170,11 +153,9 @@ class SparseSign(Projection):
         """Count the columns."""
         return sum(self._widths(blocks))
 
-    def restore(
-        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
-    ) -> Projector:
+    def restore(self, blocks: Sequence[Block], like: Tensor, kept: Mapping[str, Tensor]) -> Projector:
         """Rebuild the same map."""
-        return self.bind(blocks, dtype, device, (), kept.get("preconditioner"))
+        return self.bind(blocks, like, WarmUp(preconditioner=kept.get("preconditioner")))
 
 
 @dataclass(frozen=True)
@@ -209,24 +190,16 @@ class Kronecker(Projection):
         """The number of examples whose gradients are needed to fix the map."""
         return self.warm_up_examples
 
-    def bind(
-        self,
-        blocks: Sequence[Block],
-        dtype: torch.dtype,
-        device: Any,
-        seen: Sequence[Pieces],
-        preconditioner: Tensor | None = None,
-        group: ProcessGroup | None = None,
-    ) -> Projector:
+    def bind(self, blocks: Sequence[Block], like: Tensor, warm_up: WarmUp) -> Projector:
         """Find the principal directions of the gradients seen and make the map."""
         loose = sum(width for width in self._loose_widths(blocks).values())
-        bases = principal_bases(blocks, seen, self.k - loose, self.seed, group or ProcessGroup())
+        bases = principal_bases(blocks, warm_up.batches, self.k - loose, self.seed, warm_up.group)
         kept = {}
         for position, (left, right) in bases.items():
             kept[f"{position}.left"], kept[f"{position}.right"] = left, right
-        if preconditioner is not None:
-            kept["preconditioner"] = preconditioner
-        return self.restore(blocks, dtype, device, kept)
+        if warm_up.preconditioner is not None:
+            kept["preconditioner"] = warm_up.preconditioner
+        return self.restore(blocks, like, kept)
 
     def _loose_widths(self, blocks: Sequence[Block]) -> dict[int, int]:
         """Give an eighth of the columns, in equal parts, to the parameters that are not a matrix."""
@@ -239,9 +212,7 @@ class Kronecker(Projection):
         sides = [len(kept[f"{p}.left"]) * len(kept[f"{p}.right"]) for p in matrices]
         return sum(sides) + sum(self._loose_widths(blocks).values())
 
-    def restore(
-        self, blocks: Sequence[Block], dtype: torch.dtype, device: Any, kept: Mapping[str, Tensor]
-    ) -> Projector:
+    def restore(self, blocks: Sequence[Block], like: Tensor, kept: Mapping[str, Tensor]) -> Projector:
         """Rebuild the same map from its stored bases."""
         widths = self._loose_widths(blocks)
         maps: list[Map] = []
@@ -256,7 +227,7 @@ class Kronecker(Projection):
                 columns = slice(start, start + len(left) * len(right))
                 maps.append(TwoSidedMap(columns, left, right, len(block.parameters) > 1))
             start = columns.stop
-        return Projector(blocks, maps, dtype, device, kept.get("preconditioner"))
+        return Projector(blocks, maps, like, kept.get("preconditioner"))
 
 
 def _positive(projection: Projection, **sizes: int) -> None:

@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -136,22 +135,17 @@ class Projector:
     """
 
     def __init__(
-        self,
-        blocks: Sequence[Block],
-        maps: Sequence[Map],
-        dtype: torch.dtype,
-        device: Any,
-        preconditioner: Tensor | None = None,
+        self, blocks: Sequence[Block], maps: Sequence[Map], like: Tensor, preconditioner: Tensor | None = None
     ) -> None:
         """Move the maps' tables to the device."""
-        self.blocks, self.dtype, self.device = tuple(blocks), dtype, device
+        self.blocks, self.dtype, self.device = tuple(blocks), like.dtype, like.device
         self.maps = tuple(maps)
         self.columns = max(m.columns.stop for m in maps)
-        self.preconditioner = None if preconditioner is None else preconditioner.to(device=device, dtype=dtype)
+        self.preconditioner = None if preconditioner is None else preconditioner.to(like)
         for part in maps:
             for name, value in vars(part).items():
                 if isinstance(value, Tensor):
-                    setattr(part, name, value.to(device=device, dtype=dtype if value.is_floating_point() else None))
+                    setattr(part, name, value.to(like if value.is_floating_point() else like.device))
 
     def add(self, rows: Tensor, position: int, gradients: ExampleGradients) -> None:
         """Project one block's gradients and add them to ``rows``, ``(examples, columns)``, in place."""

@@ -232,7 +232,7 @@ class Trajectory:
         """Rebuild the run's projection as it was recorded."""
         self.checkpoint(0)  # shows that θ, and so P's tables, may be as large as the manifest says
         kept = self.read("projection.safetensors")
-        return self.projection.restore(self.fingerprint.blocks, self.dtype, device, kept)
+        return self.projection.restore(self.fingerprint.blocks, torch.empty(0, dtype=self.dtype, device=device), kept)
 
     @classmethod
     def of(cls, manifest: Manifest, read: Callable[[str], Mapping[str, Tensor]]) -> Trajectory:

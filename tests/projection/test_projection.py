@@ -14,7 +14,7 @@ import pkexplain as pk
 from pkexplain.errors import ConfigurationError
 from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.layers import find_layers
-from pkexplain.projection.kinds import projection_from_description
+from pkexplain.projection.kinds import WarmUp, projection_from_description
 from pkexplain.projection.maps import hashed, random_signs
 from tests.conftest import cnn, digits, mlp
 from tests.golden import projection as golden
@@ -56,7 +56,7 @@ class Seen:
             self.dense[:, self.blocks[position].span] += gradients.dense()
 
     def bind(self, projection):
-        return projection.bind(self.blocks, self.dtype, CPU, [self.pieces])
+        return projection.bind(self.blocks, torch.empty(0, dtype=self.dtype), WarmUp([self.pieces]))
 
 
 def two_groups(model):
@@ -91,7 +91,7 @@ def test_a_stored_projection_is_the_same_again(projection, seen):
     described = json.loads(json.dumps(projection.describe()))
     again = projection_from_description(described)
     assert again == projection
-    restored = again.restore(seen.blocks, seen.dtype, CPU, projector.tensors())
+    restored = again.restore(seen.blocks, torch.empty(0, dtype=seen.dtype), projector.tensors())
     assert torch.equal(restored.project_displacements(seen.dense), projector.project_displacements(seen.dense))
     assert torch.equal(restored.project(seen.pieces, seen.count), projector.project(seen.pieces, seen.count))
     assert [m.columns for m in restored.maps] == [m.columns for m in projector.maps]
@@ -110,7 +110,7 @@ def test_the_same_seed_makes_the_same_numbers_and_another_seed_others(projection
 def test_single_precision_agrees_with_double(projection):
     single, double = Seen(mlp, dtype=torch.float32), Seen(mlp)
     kept = double.bind(projection)
-    of_single = projection.restore(single.blocks, torch.float32, CPU, kept.tensors())
+    of_single = projection.restore(single.blocks, torch.empty(0), kept.tensors())
     found = of_single.project(single.pieces, single.count)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), kept.project(double.pieces, double.count), rtol=1e-4, atol=1e-5)
@@ -199,7 +199,7 @@ def test_kronecker_takes_no_more_than_k_columns(seen, k):
 def test_a_layer_that_has_not_been_seen_takes_no_more_than_its_share(k):
     seen = Seen(cnn)
     pieces = [piece for piece in seen.pieces if seen.blocks[piece[0]].name != "6"]
-    projector = pk.Kronecker(k).bind(seen.blocks, seen.dtype, CPU, [pieces])
+    projector = pk.Kronecker(k).bind(seen.blocks, torch.empty(0, dtype=seen.dtype), WarmUp([pieces]))
     assert projector.columns <= k
     rows = projector.project(seen.pieces, seen.count)
     torch.testing.assert_close(rows, projector.project_displacements(seen.dense), rtol=1e-10, atol=1e-12)
@@ -232,7 +232,7 @@ class LowRank:
         self.dense = self.pieces[0][1].dense()
 
     def error(self, projection):
-        projector = projection.bind(self.blocks, torch.float32, CPU, [self.pieces])
+        projector = projection.bind(self.blocks, torch.empty(0), WarmUp([self.pieces]))
         rows = projector.project(self.pieces, 64)
         exact = self.dense @ self.dense.T
         return float((rows @ rows.T - exact).norm() / exact.norm())
