@@ -58,13 +58,13 @@ class KeptAnswers:
         self._path = path
         self._queries = int(setting["queries"])
         setting = {"format_version": FORMAT_VERSION, **setting}
-        place = path / "setting.json"
+        file = path / "setting.json"
         try:
             path.mkdir(parents=True, exist_ok=True)
             with FileLock(path / "lock"):
-                known = json.loads(place.read_text(encoding="utf-8")) if place.exists() else None
+                known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
                 if known is None:
-                    _write(place, setting)
+                    _write(file, setting)
         except ValueError as error:
             raise self._unusable("its setting.json is damaged", str(error)) from error
         except (OSError, NotImplementedError) as error:
@@ -77,15 +77,15 @@ class KeptAnswers:
                 f"it holds answers of another setting ({', '.join(differing)})",
                 got=", ".join(f"{name} {setting[name]}" for name in differing),
                 expected=", ".join(f"{name} {known.get(name)}" for name in differing),
-                source=str(place),
+                source=str(file),
                 fix="Choose another directory for this setting",
             )
 
     def get(self, key: str) -> Answers | None:
         """Read the answers under a key; None if there are none, or if they are damaged (with a warning)."""
-        place = self._path / f"{key}.json"
+        file = self._path / f"{key}.json"
         try:
-            content = json.loads(place.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
             stated = content.pop("sha256")
             if stated != checksum_json(content) or content["key"] != key:
                 raise ValueError("its content does not fit its checksum or its name")
@@ -96,7 +96,7 @@ class KeptAnswers:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warn(f"{place} is damaged ({error}) and is ignored; the model is trained again", RuntimeWarning)
+            warn(f"{file} is damaged ({error}) and is ignored; the model is trained again", RuntimeWarning)
             return None
         return Answers(outputs, classes)
 
@@ -121,6 +121,6 @@ class KeptAnswers:
         )
 
 
-def _write(place: Path, content: Mapping[str, Any]) -> None:
-    with write_atomically(place) as temporary:
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    with write_atomically(file) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")

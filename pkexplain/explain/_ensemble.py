@@ -20,7 +20,7 @@ def check_alike(runs: Sequence[RunExplainer]) -> None:
         ConfigurationError: The runs differ.
     """
     first = runs[0].trajectory
-    for place, run in enumerate(runs[1:], start=1):
+    for position, run in enumerate(runs[1:], start=1):
         other = run.trajectory
         for what, mine, theirs in (
             ("their data differ in size", first.num_examples, other.num_examples),
@@ -32,7 +32,7 @@ def check_alike(runs: Sequence[RunExplainer]) -> None:
             if mine != theirs:
                 raise ConfigurationError(
                     "Explainer([…])",
-                    f"runs 0 and {place} cannot be averaged: {what}",
+                    f"runs 0 and {position} cannot be averaged: {what}",
                     got=theirs or mine,
                     expected=mine if theirs else "different runs",
                     source="the first run",

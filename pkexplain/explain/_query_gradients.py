@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pkexplain.explain._output_field import OutputField, Products
 from pkexplain.explain.outputs import Output
-from pkexplain.explain.quadrature import Part, Quadrature
+from pkexplain.explain.quadrature import Interval, Quadrature
 from pkexplain.explain.queries import QueryBatch
 from pkexplain.progress import Progress, no_progress
 
@@ -56,8 +56,8 @@ class _State:
 
     allowed: float
     budget: int
-    integrals: dict[Part, Products] = field(default_factory=dict)
-    errors: dict[Part, float] = field(default_factory=dict)
+    integrals: dict[Interval, Products] = field(default_factory=dict)
+    errors: dict[Interval, float] = field(default_factory=dict)
     forward_passes: int = 0
     backward_passes: int = 0
     settled: bool = False
@@ -90,25 +90,25 @@ def integrate(
     segments = outputs.shape[1] - 1
     allowed = tolerance * (outputs[:, -1] - outputs[:, 0]).abs()
     states = [_State(float(a), quadrature.budget * segments, forward_passes=segments + 1) for a in allowed]
-    wanted: dict[Part, list[int]] = {Part(t, 0, 0): list(range(len(queries))) for t in range(segments)}
+    wanted: dict[Interval, list[int]] = {Interval(t, 0, 0): list(range(len(queries))) for t in range(segments)}
     nodes, weights = quadrature.rule()
     done = planned = 0
     while wanted:
         planned += len(wanted)
-        for part in sorted(wanted):
-            members = torch.tensor(wanted[part])
+        for interval in sorted(wanted):
+            members = torch.tensor(wanted[interval])
             some, some_output = queries.select(members), output.select(members)
-            _values_at(field_, part, some, some_output, wanted[part], values, states)
+            _values_at(field_, interval, some, some_output, wanted[interval], values, states)
             integral = None
             for node, weight in zip(nodes, weights, strict=True):
-                field_.move_to(part.segment, part.start + part.width * float(node))
-                products = field_.products(some, some_output, part.segment) * (float(weight) * part.width)
+                field_.move_to(interval.segment, interval.start + interval.width * float(node))
+                products = field_.products(some, some_output, interval.segment) * (float(weight) * interval.width)
                 integral = products if integral is None else integral + products
-            for q, values_of in zip(wanted[part], integral.values if integral else (), strict=True):
+            for q, values_of in zip(wanted[interval], integral.values if integral else (), strict=True):
                 state, mine = states[q], Products(values_of, field_.columns)
-                change = values[(part.segment, part.end)][q] - values[(part.segment, part.start)][q]
-                state.integrals[part] = mine
-                state.errors[part] = change - float(mine.buffers) - float(mine.displacement)
+                change = values[(interval.segment, interval.end)][q] - values[(interval.segment, interval.start)][q]
+                state.integrals[interval] = mine
+                state.errors[interval] = change - float(mine.buffers) - float(mine.displacement)
                 state.backward_passes += len(nodes)
             done += 1
             progress("covectors", done, planned)
@@ -141,7 +141,7 @@ def _at_checkpoints(field_: OutputField, queries: QueryBatch, output: Output) ->
 
 def _values_at(
     field_: OutputField,
-    part: Part,
+    interval: Interval,
     queries: QueryBatch,
     output: Output,
     members: list[int],
@@ -149,26 +149,26 @@ def _values_at(
     states: list[_State],
 ) -> None:
     """Make sure that f is known at both ends of an interval."""
-    for tau in (part.start, part.end):
-        known = values[(part.segment, tau)]
+    for tau in (interval.start, interval.end):
+        known = values[(interval.segment, tau)]
         if any(q not in known for q in members):
-            field_.move_to(part.segment, tau)
+            field_.move_to(interval.segment, tau)
             for q, value in zip(members, field_.value(queries, output).tolist(), strict=True):
                 known[q] = value
                 states[q].forward_passes += 1
 
 
-def _refine(states: list[_State], quadrature: Quadrature) -> dict[Part, list[int]]:
+def _refine(states: list[_State], quadrature: Quadrature) -> dict[Interval, list[int]]:
     """Choose the intervals to halve for every query that is not settled, and drop their integrals."""
-    wanted: dict[Part, list[int]] = defaultdict(list)
+    wanted: dict[Interval, list[int]] = defaultdict(list)
     for q, state in enumerate(states):
         if not quadrature.unsettled(state.errors.values(), state.allowed):
             state.settled = True
             continue
         left = state.budget - state.backward_passes
-        for part in quadrature.worst(state.errors, state.allowed, left):
-            del state.errors[part], state.integrals[part]
-            for half in part.halves():
+        for interval in quadrature.worst(state.errors, state.allowed, left):
+            del state.errors[interval], state.integrals[interval]
+            for half in interval.halves():
                 wanted[half].append(q)
     return wanted
 
@@ -178,8 +178,8 @@ def _gather(field_: OutputField, states: list[_State], outputs: Tensor) -> Covec
     some = next(iter(states[0].integrals.values())).values
     whole = Products(some.new_zeros(len(states), segments, len(some)), field_.columns)
     for q, state in enumerate(states):
-        for part, integral in state.integrals.items():
-            whole.values[q, part.segment] += integral.values
+        for interval, integral in state.integrals.items():
+            whole.values[q, interval.segment] += integral.values
     return Covectors(
         projected=whole.projected,
         buffers=whole.buffers.double().cpu(),

@@ -67,7 +67,7 @@ class Ranking:
         self.group = group
         shard = group.shard(trajectory.num_examples)
         self.first = shard.start
-        self._trajectory = trajectory.part(shard) if group.world_size > 1 else trajectory
+        self._trajectory = trajectory.subset(shard) if group.world_size > 1 else trajectory
         self._segments = [self._trajectory.segment(t) for t in range(len(trajectory))]
         self._rows = ExactSearch(RunRows(self._trajectory), device)
         self._index: RowIndex | None = None

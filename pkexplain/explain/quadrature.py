@@ -19,21 +19,21 @@ import numpy as np
 
 from pkexplain.errors import ConfigurationError
 
-__all__ = ["Part", "Quadrature"]
+__all__ = ["Interval", "Quadrature"]
 
 
 @dataclass(frozen=True, order=True)
-class Part:
-    """A dyadic interval of segment ``segment``: τ from ``place / 2^level`` to ``(place + 1) / 2^level``."""
+class Interval:
+    """A dyadic interval of segment ``segment``: τ from ``index / 2^level`` to ``(index + 1) / 2^level``."""
 
     segment: int
     level: int
-    place: int
+    index: int
 
     @property
     def start(self) -> float:
         """Its start, 0 to 1."""
-        return self.place / 2**self.level
+        return self.index / 2**self.level
 
     @property
     def width(self) -> float:
@@ -43,11 +43,11 @@ class Part:
     @property
     def end(self) -> float:
         """Its end, 0 to 1."""
-        return (self.place + 1) / 2**self.level
+        return (self.index + 1) / 2**self.level
 
-    def halves(self) -> tuple[Part, Part]:
+    def halves(self) -> tuple[Interval, Interval]:
         """Halve it."""
-        below = (Part(self.segment, self.level + 1, 2 * self.place + half) for half in (0, 1))
+        below = (Interval(self.segment, self.level + 1, 2 * self.index + half) for half in (0, 1))
         first, second = below
         return first, second
 
@@ -90,7 +90,7 @@ class Quadrature:
         values = list(errors)
         return max(abs(math.fsum(values)), math.sqrt(math.fsum(e * e for e in values))) > allowed
 
-    def worst(self, errors: dict[Part, float], allowed: float, gradients_left: int) -> list[Part]:
+    def worst(self, errors: dict[Interval, float], allowed: float, gradients_left: int) -> list[Interval]:
         """Choose the intervals to halve next: those above an even share of the allowed error, largest errors first.
 
         Args:
@@ -101,7 +101,7 @@ class Quadrature:
         Returns:
             Intervals; empty if the budget allows none.
         """
-        order = sorted(errors, key=lambda part: -abs(errors[part]))
+        order = sorted(errors, key=lambda interval: -abs(errors[interval]))
         even = allowed / math.sqrt(len(order))
-        chosen = [part for part in order if abs(errors[part]) > even] or order[:1]
+        chosen = [interval for interval in order if abs(errors[interval]) > even] or order[:1]
         return chosen[: gradients_left // (2 * self.nodes)]

@@ -75,7 +75,7 @@ class Lookahead:
 class Pending:
     """The waiting batches of one step, with its position in the list of steps; −1 once its segment is over."""
 
-    place: int
+    position: int
     batches: Sequence[CapturedBatch]
     scale: Factors
     gradient: Tensor
@@ -230,19 +230,19 @@ class AdaptiveAccumulator(DisplacementAccumulator):
 
     def _shares(self) -> list[float]:
         """Return the share of each waiting step's gradient that is still in the buffer, the largest of all blocks."""
-        remains, by_place = 1.0, {}
-        for place in range(len(self._steps) - 1, -1, -1):
-            by_place[place] = remains
-            remains *= max((_largest(n.momentum) for n in self._steps[place].values() if _moves(n)), default=1.0)
-        return [by_place.get(pending.place, remains) for pending in self._pending]
+        remains, by_position = 1.0, {}
+        for position in range(len(self._steps) - 1, -1, -1):
+            by_position[position] = remains
+            remains *= max((_largest(n.momentum) for n in self._steps[position].values() if _moves(n)), default=1.0)
+        return [by_position.get(pending.position, remains) for pending in self._pending]
 
     def _forget_steps(self) -> None:
         """Drop the steps before the oldest one that waits."""
-        first = min((pending.place for pending in self._pending), default=len(self._steps))
+        first = min((pending.position for pending in self._pending), default=len(self._steps))
         if first > 0:
             self._steps = self._steps[first:]
             for pending in self._pending:
-                pending.place -= first
+                pending.position -= first
 
     def _finish(self, projector: Projector, pendings: Sequence[Pending], over: bool) -> None:
         """Project what some steps' batches have moved, block by block, and pass on what is left in the buffer.
@@ -261,9 +261,9 @@ class AdaptiveAccumulator(DisplacementAccumulator):
         passed: list[dict[int, float]] = [{} for _ in pendings]
         left: list[dict[int, Number]] = [{} for _ in pendings]
         for b, block in enumerate(self._spec.blocks):
-            reaches = {r.step: r for r in look_back([n[b] for n in self._steps], [p.place for p in pendings])}
+            reaches = {r.step: r for r in look_back([n[b] for n in self._steps], [p.position for p in pendings])}
             for i, pending in enumerate(pendings):
-                moved, buffered = _of(reaches[pending.place], pending, b)
+                moved, buffered = _of(reaches[pending.position], pending, b)
                 moved = _spread(moved, block.numel, self._spec.like)
                 if b in pending.still:
                     moved, buffered = moved * pending.still[b], buffered * pending.still[b]
@@ -281,7 +281,7 @@ class AdaptiveAccumulator(DisplacementAccumulator):
                 self._visits.append(
                     _Visit(len(self._tail.folds), batch.everywhere, batch.ids, *entry, derivatives, passed[i])
                 )
-            pending.place, pending.carried = -1, left[i] if on[i] else None
+            pending.position, pending.carried = -1, left[i] if on[i] else None
 
     def _entry(self, projector: Projector, batch: CapturedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Allocate a batch's rows and its audited examples' rows; return them with the audited positions."""

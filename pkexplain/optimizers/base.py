@@ -81,10 +81,10 @@ class CapturedBatch:
     def compact(self) -> None:
         """Keep the waiting gradients in the form that takes less memory."""
         everyone = torch.arange(len(self.ids), device=self.ids.device)
-        for place, (position, gradients) in enumerate(self.pieces):
+        for index, (position, gradients) in enumerate(self.pieces):
             compact = gradients.compact()
             # a copy: a layer's input may be a parameter that changes, or a buffer that the next batch is written into
-            self.pieces[place] = position, gradients.select(everyone) if compact is gradients else compact
+            self.pieces[index] = position, gradients.select(everyone) if compact is gradients else compact
 
     def loss_derivatives(self, factor: float, like: Tensor) -> Tensor:
         """Return the loss derivatives as the optimizer saw them, nan if there are none, ``(batch,)``."""

@@ -45,11 +45,11 @@ def look_back(steps: Sequence[LinearStep], wanted: Sequence[int] | None = None) 
     chosen = None if wanted is None else set(wanted)
     reach: Number = 0.0  # momentum_{r+1} W_{r+1}
     remains: Number = 1.0  # momentum_{r+1} ⋯ momentum_e
-    for place in range(len(steps) - 1, -1, -1):
-        step = steps[place]
+    for position in range(len(steps) - 1, -1, -1):
+        step = steps[position]
         reach = reach + step.buffer_step
-        if chosen is None or place in chosen:
-            yield Reach(place, step.gradient_step + step.gain * reach, step.gain * remains)
+        if chosen is None or position in chosen:
+            yield Reach(position, step.gradient_step + step.gain * reach, step.gain * remains)
         reach, remains = reach * step.momentum, remains * step.momentum
     yield Reach(-1, reach, remains)
 

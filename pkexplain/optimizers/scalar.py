@@ -57,8 +57,8 @@ class ScalarAccumulator(DisplacementAccumulator):
     ) -> Tensor | None:
         """Follow one optimizer step."""
         self._steps.append(numbers)
-        place, waited = len(self._steps) - 1, bool(self._held)
-        self._held += [(place, batch, scale) for batch in batches]
+        position, waited = len(self._steps) - 1, bool(self._held)
+        self._held += [(position, batch, scale) for batch in batches]
         waiting = [batch for _, batch, _ in self._held]
         if self._target is None and self._warm(waiting):
             self._fix([batch.pieces for batch in waiting])
@@ -90,7 +90,7 @@ class ScalarAccumulator(DisplacementAccumulator):
         """Project the waiting batches; return the sum of their rows as captured, ``(columns,)``."""
         like = self._spec.like
         total = like.new_zeros(target.projector.columns)
-        for place, batch, scale in self._held:
+        for position, batch, scale in self._held:
             for piece in batch.pieces:
                 self._project(target.projector, batch, *piece)
             rows, batch.pieces = self._rows_of(target.projector, batch), []
@@ -99,7 +99,7 @@ class ScalarAccumulator(DisplacementAccumulator):
             _scale(rows, columns, scale)
             if batch.audit_rows is not None:
                 _scale(batch.audit_rows, self._spec.spans, scale)
-            self._visits.append((place, batch, batch.loss_derivatives(next(iter(scale.values())), like)))
+            self._visits.append((position, batch, batch.loss_derivatives(next(iter(scale.values())), like)))
             self._waiting += batch.everywhere
         self._held = []
         return total
@@ -112,8 +112,8 @@ class ScalarAccumulator(DisplacementAccumulator):
         earlier = _factors(reaches, -1)
         for rows in (target.rows, self._audit.rows):
             rows.pass_on(*earlier)
-        for place, batch, derivatives in self._visits:
-            factors = _factors(reaches, place)
+        for position, batch, derivatives in self._visits:
+            factors = _factors(reaches, position)
             add_to_rows(
                 self._spec, target.rows, batch.ids, self._rows_of(target.projector, batch), derivatives, *factors
             )
@@ -140,9 +140,9 @@ class ScalarAccumulator(DisplacementAccumulator):
         return batch.rows
 
 
-def _factors(reaches: dict[int, dict[int, Reach]], place: int) -> tuple[Factors, Factors]:
-    moved = {block: float(by_step[place].moved) for block, by_step in reaches.items()}
-    return moved, {block: float(by_step[place].buffered) for block, by_step in reaches.items()}
+def _factors(reaches: dict[int, dict[int, Reach]], position: int) -> tuple[Factors, Factors]:
+    moved = {block: float(by_step[position].moved) for block, by_step in reaches.items()}
+    return moved, {block: float(by_step[position].buffered) for block, by_step in reaches.items()}
 
 
 def _scale(rows: Tensor, columns: dict[int, slice], scale: Factors) -> None:

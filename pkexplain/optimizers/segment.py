@@ -181,21 +181,21 @@ class SegmentAccountant:
         """
         accumulator = self._accumulator = self._accumulator or self._open(elementwise=False)
         totals, decay, projector = accumulator.close(), self._decay.close(), accumulator.projector
-        left = displacement - totals.examples - decay
+        remainder = displacement - totals.examples - decay
         row_dtype = self._spec.projection.row_dtype(self._spec.like.dtype)
         empty = partial(empty_on_disk, directory=self._spec.scratch) if totals.rows.device.type == "cpu" else None
         rows = Rows.pack(totals.rows, totals.derivatives, row_dtype, empty)
         segment = Segment(
             shards=(rows,),
-            row_sum=self._spec.group.all_reduce(rows.sum().to(left.device)),
+            row_sum=self._spec.group.all_reduce(rows.sum().to(remainder.device)),
             weight_decay=decay,
-            optimizer=left,
+            optimizer=remainder,
             audit_ids=accumulator.audit_ids,
             audit_rows=totals.audit_rows,
             withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64),
             rate_sums=self._rate_sums.close(projector.preconditioner if projector else None),
         )
-        both = torch.stack([displacement, displacement - decay - left])
+        both = torch.stack([displacement, displacement - decay - remainder])
         whole, explained = both if projector is None else projector.project_displacements(both)
         gap = (explained.double() - segment.row_sum).norm() / whole.double().norm().clamp_min(1e-300)
         summary = SegmentSummary(
@@ -203,7 +203,7 @@ class SegmentAccountant:
             visits=self.visits,
             learning_rate_sum=tuple(self._rates.values()),
             displacement_gap=float(gap),
-            optimizer_share=float(left.norm() / displacement.norm().clamp_min(1e-30)),
+            optimizer_share=float(remainder.norm() / displacement.norm().clamp_min(1e-30)),
             capture_gap=self.capture_gap,
             rescaled=(self._smallest, self._largest),
             bent=self.bend,

@@ -33,13 +33,13 @@ _SAVED_CLASSES = (RowSum, Pending, CapturedBatch, *GRADIENT_CLASSES)
 def checksum_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
     """Return the SHA-256 of an optimizer's state for some parameters; None if it has no state."""
     lines = []
-    for place, parameter in enumerate(parameters):
+    for index, parameter in enumerate(parameters):
         state = optimizer.state.get(parameter, {})
         for name in sorted(state):
             value = state[name]
             if value is None:
                 continue
-            lines.append(f"{place} {name} {checksum(value) if isinstance(value, Tensor) else repr(value)}\n")
+            lines.append(f"{index} {name} {checksum(value) if isinstance(value, Tensor) else repr(value)}\n")
     return checksum(*lines) if lines else None
 
 
@@ -213,7 +213,7 @@ def _check_pending(pending: Pending, spec: RecordingSpec) -> None:
     """
     blocks = range(len(spec.blocks))
     by_block = [pending.scale, pending.still, pending.carried or {}]
-    if pending.place != -1 or pending.gradient.shape != (spec.size,) or any(d.keys() - {*blocks} for d in by_block):
+    if pending.position != -1 or pending.gradient.shape != (spec.size,) or any(d.keys() - {*blocks} for d in by_block):
         raise ValueError("steps that did not wait")
     parts = [(b, part) for by in by_block for b, part in by.items() if isinstance(part, Tensor)]
     if any(part.shape != (spec.blocks[b].numel,) for b, part in parts):

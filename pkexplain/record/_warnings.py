@@ -32,18 +32,18 @@ class SegmentWarnings:
         self._names, self._sizes = names, list(sizes)
         self._warned, self._named = False, False
 
-    def of(self, segment: int, summary: SegmentSummary, left: Tensor, moved: Tensor, apart: bool) -> None:
+    def of(self, segment: int, summary: SegmentSummary, remainder: Tensor, moved: Tensor, apart: bool) -> None:
         """Warn about what a finished segment could not attribute to examples, and why.
 
         Args:
             segment: Which segment.
             summary: Its numbers.
-            left: What is on the optimizer line, ``(parameters,)``.
+            remainder: What is on the optimizer line, ``(parameters,)``.
             moved: Δθ, ``(parameters,)``.
             apart: Whether a penalty in the loss is known; there was a warning about it already.
         """
         if not self._warned and not apart and summary.bent <= _BEND:
-            self._of_unexplained(segment, left, moved)
+            self._of_unexplained(segment, remainder, moved)
         if summary.bent > _BEND and not self._warned:
             self._warned = True
             warn(
@@ -61,9 +61,9 @@ class SegmentWarnings:
                 "the displacement gap shows it."
             )
 
-    def _of_unexplained(self, segment: int, left: Tensor, moved: Tensor) -> None:
+    def _of_unexplained(self, segment: int, remainder: Tensor, moved: Tensor) -> None:
         floor = 0.01 * float(moved.norm())  # a parameter that hardly moved does not matter
-        pairs = zip(left.split(self._sizes), moved.split(self._sizes), strict=True)
+        pairs = zip(remainder.split(self._sizes), moved.split(self._sizes), strict=True)
         shares = [float(a.norm()) / max(float(b.norm()), floor, 1e-30) for a, b in pairs]
         share = max(shares)
         if share > _UNEXPLAINED:

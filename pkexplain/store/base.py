@@ -27,7 +27,7 @@ class Store(ABC):
 
         Raises:
             RunExistsError: There is one already.
-            RunError: The place cannot be written to.
+            RunError: The run cannot be written.
         """
 
     @abstractmethod

@@ -212,9 +212,9 @@ class DirectoryStore(Store):
 
     def _keep_inside(self, name: str) -> None:
         """Refuse a link that leads out of the run: nothing outside it may be read, written or deleted."""
-        place, home = (self.path / name).resolve(), self.path.resolve()
-        if place != home and home not in place.parents:
-            raise self._damaged(name, "it is a link that leaves the run", place, "a file inside the run")
+        target, home = (self.path / name).resolve(), self.path.resolve()
+        if target != home and home not in target.parents:
+            raise self._damaged(name, "it is a link that leaves the run", target, "a file inside the run")
 
     def _damaged(self, name: str, wrong: str, got: Any, expected: Any) -> RunDamagedError:
         return damaged(self, name, wrong, got, expected)

@@ -62,7 +62,7 @@ def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Pro
     def dealt(segment: Segment) -> Segment:
         count = sum(map(len, segment.shards))
         edges = [count * s // shards for s in range(shards + 1)]
-        parts = [_copy(store, segment.part(slice(a, b)).shards) for a, b in itertools.pairwise(edges)]
+        parts = [_copy(store, segment.subset(slice(a, b)).shards) for a, b in itertools.pairwise(edges)]
         return replace(segment, shards=tuple(parts))
 
     _rewrite(store, "merging", dealt, None, progress)
@@ -151,11 +151,11 @@ def _rewrite(
             changed = change(segment)
             new = SegmentFiles.named(t, [len(shard) for shard in changed.shards], revision)
             names = list(new.rows)
-            for place, shard in enumerate(changed.shards):
-                if len(names) == len(old.rows) and shard is segment.shards[place]:
-                    names[place] = old.rows[place]
+            for index, shard in enumerate(changed.shards):
+                if len(names) == len(old.rows) and shard is segment.shards[index]:
+                    names[index] = old.rows[index]
                 else:
-                    store.put(names[place], shard.tensors())
+                    store.put(names[index], shard.tensors())
             store.put(new.vectors, changed.tensors())
             store.drop([old.vectors, *(name for name in old.rows if name not in names)])
             files = structs.replace(new, rows=tuple(names), checkpoint=old.checkpoint)

@@ -66,16 +66,16 @@ class Rows:
         shape = (len(rows), rows.shape[1])
         stored = empty(shape, row_dtype) if empty else torch.empty(shape, dtype=row_dtype, device=rows.device)
         sizes, size_of = scale.unique(return_inverse=True)
-        left = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64, device=rows.device)
+        error = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64, device=rows.device)
         for some in torch.arange(len(rows), device=rows.device).split(_ROWS_AT_ONCE):
             factors = scale[some, None].to(rows.dtype)
             part = rows[some]
             rounded = (part / factors).to(row_dtype)
             stored[some] = rounded
             if row_dtype != rows.dtype:
-                left.index_add_(0, size_of[some], (part - rounded.to(rows.dtype) * factors).double())
+                error.index_add_(0, size_of[some], (part - rounded.to(rows.dtype) * factors).double())
         if row_dtype != rows.dtype and len(rows):
-            _hand_down(rows, stored, sizes, size_of, left)
+            _hand_down(rows, stored, sizes, size_of, error)
         return cls(stored, scale, loss_derivatives, _norms(stored, scale))
 
     def sum(self) -> Tensor:
@@ -89,7 +89,7 @@ class Rows:
         """Read rows as stored, ``(ids, k)``, in parameter units of the projection space."""
         return self.rows[ids].to(dtype) * self.scale[ids, None].to(dtype)
 
-    def part(self, some: slice) -> Rows:
+    def subset(self, some: slice) -> Rows:
         """Return the rows of some of the examples, without a copy."""
         return Rows(**{name: value[some] for name, value in vars(self).items()})
 
@@ -110,7 +110,7 @@ def _norms(stored: Tensor, scale: Tensor) -> Tensor:
     return norms * scale.to(wide) * _ROUNDED_UP
 
 
-def _hand_down(rows: Tensor, stored: Tensor, sizes: Tensor, size_of: Tensor, left_by_size: Tensor) -> None:
+def _hand_down(rows: Tensor, stored: Tensor, sizes: Tensor, size_of: Tensor, errors_by_size: Tensor) -> None:
     """Add the rounding error of larger rows to one row of each scale, in place, so that the sum keeps its digits.
 
     If large rows cancel, their rounding error can exceed the sum that remains; relative to a smaller row it is small.
@@ -120,15 +120,15 @@ def _hand_down(rows: Tensor, stored: Tensor, sizes: Tensor, size_of: Tensor, lef
         stored: The same, divided by their scales and rounded.
         sizes: The scales that occur, ascending, ``(sizes,)``.
         size_of: Which of them each row has, ``(num_examples,)``.
-        left_by_size: The rounding error of the sum of each scale's rows, ``(sizes, k)``.
+        errors_by_size: The rounding error of the sum of each scale's rows, ``(sizes, k)``.
     """
-    left = torch.zeros_like(left_by_size[0])
+    error = torch.zeros_like(errors_by_size[0])
     places = torch.arange(len(rows), device=rows.device)
     last = torch.zeros_like(sizes, dtype=torch.long).scatter_reduce_(0, size_of, places, "amax")
-    for place in range(len(sizes) - 1, -1, -1):
-        size, row = sizes[place].double(), last[place]
-        left = left + left_by_size[place]
+    for index in range(len(sizes) - 1, -1, -1):
+        size, row = sizes[index].double(), last[index]
+        error = error + errors_by_size[index]
         most = rows[row].abs().max().double() * _MOST_HANDED_DOWN
         before = stored[row].double() * size
-        stored[row] = ((before + torch.where(left.abs() <= most, left, 0.0)) / size).to(stored.dtype)
-        left = left - (stored[row].double() * size - before)
+        stored[row] = ((before + torch.where(error.abs() <= most, error, 0.0)) / size).to(stored.dtype)
+        error = error - (stored[row].double() * size - before)

@@ -87,11 +87,11 @@ class Segment:
         known = [shard.norms for shard in self.shards]
         return torch.cat([*known, known[0].new_zeros(self.examples - sum(map(len, known)))])
 
-    def part(self, some: slice) -> Segment:
+    def subset(self, some: slice) -> Segment:
         """Return the segment with the rows of some of the examples, without a copy."""
         parts, start = [], 0
         for shard in self.shards:
-            parts.append(shard.part(slice(max(some.start - start, 0), max(min(some.stop - start, len(shard)), 0))))
+            parts.append(shard.subset(slice(max(some.start - start, 0), max(min(some.stop - start, len(shard)), 0))))
             start += len(shard)
         return replace(self, shards=tuple(parts), examples=some.stop - some.start)
 
@@ -215,10 +215,10 @@ class Trajectory:
             self.read(files.vectors), map(self.read, files.rows), max(sum(files.counts), self.first + self.num_examples)
         )
         if self.first or whole.examples > self.num_examples:
-            return whole.part(slice(self.first, self.first + self.num_examples))
+            return whole.subset(slice(self.first, self.first + self.num_examples))
         return whole
 
-    def part(self, some: slice) -> Trajectory:
+    def subset(self, some: slice) -> Trajectory:
         """Return the run with the rows of some of the examples, numbered from 0 again."""
         return replace(self, first=self.first + some.start, num_examples=some.stop - some.start)
 

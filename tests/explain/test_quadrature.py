@@ -13,7 +13,7 @@ from torch import nn
 import pkexplain as pk
 from pkexplain.errors import ConfigurationError
 from pkexplain.explain import dense as exact
-from pkexplain.explain.quadrature import Part, Quadrature
+from pkexplain.explain.quadrature import Interval, Quadrature
 from tests.conftest import batches, digits, mlp, train
 
 COUNT = 48
@@ -64,7 +64,7 @@ def test_a_rule_is_exact_for_polynomials_of_twice_its_nodes(count):
 
 
 def test_halves_make_up_their_part():
-    part = Part(3, 2, 1)
+    part = Interval(3, 2, 1)
     first, second = part.halves()
     assert (part.start, part.end, part.width) == (0.25, 0.5, 0.25)
     assert (first.start, first.end) == (0.25, 0.375)
@@ -75,7 +75,7 @@ def test_halves_make_up_their_part():
 
 def test_parts_cover_a_segment_without_overlap_however_they_are_halved():
     random = np.random.default_rng(0)
-    parts = [Part(0, 0, 0)]
+    parts = [Interval(0, 0, 0)]
     for _ in range(30):
         parts += parts.pop(int(random.integers(len(parts)))).halves()
     edges = sorted((part.start, part.end) for part in parts)
@@ -94,8 +94,8 @@ def test_errors_that_cancel_are_not_settled():
 
 def test_the_worst_parts_are_halved_first_and_within_the_budget():
     rule = Quadrature(nodes=2)
-    errors = {Part(0, 0, 0): 0.1, Part(1, 0, 0): -0.5, Part(2, 0, 0): 0.0, Part(3, 0, 0): 0.3}
-    every = [Part(1, 0, 0), Part(3, 0, 0), Part(0, 0, 0)]
+    errors = {Interval(0, 0, 0): 0.1, Interval(1, 0, 0): -0.5, Interval(2, 0, 0): 0.0, Interval(3, 0, 0): 0.3}
+    every = [Interval(1, 0, 0), Interval(3, 0, 0), Interval(0, 0, 0)]
     assert rule.worst(errors, 0.1, 100) == every  # an even share is 0.05
     assert rule.worst(errors, 0.4, 100) == every[:2]
     assert rule.worst(errors, 0.1, 11) == every[:2]  # halving takes four gradients each
