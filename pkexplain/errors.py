@@ -61,22 +61,15 @@ class PkexplainError(Exception):
         fix: One concrete thing to do, without a full stop.
 
     Example:
-        >>> wrong, fix = "out of range", "Pass row numbers"
-        >>> print(ExampleIdError("ids", wrong, got=7, expected="0 to 4", source="num_examples=5", fix=fix))
+        >>> print(ExampleIdError("ids", "out of range", 7, "0 to 4", "num_examples=5", "Pass row numbers"))
         ids: out of range. Got 7; expected 0 to 4 (from num_examples=5). Pass row numbers.
     """
 
-    def __init__(self, asked: str, wrong: str, *, got: Any, expected: Any, source: str, fix: str) -> None:
+    def __init__(self, asked: str, wrong: str, got: Any, expected: Any, source: str, fix: str) -> None:
         """Keep the fields, and compose the message."""
         super().__init__(f"{asked}: {wrong}. Got {got}; expected {expected} (from {source}). {fix}.")
-        self.asked, self.wrong, self.got, self.expected, self.source, self.fix = (
-            asked,
-            wrong,
-            got,
-            expected,
-            source,
-            fix,
-        )
+        self.asked, self.wrong, self.got, self.expected = asked, wrong, got, expected
+        self.source, self.fix = source, fix
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by field, as text: worker processes pass errors on, and the received value may not be picklable."""

@@ -9,12 +9,7 @@ import numpy as np
 from pkexplain.errors import EvaluationError
 from pkexplain.evaluation._statistics import LEAST_UNITS
 
-__all__ = ["as_finite", "as_ids", "bad", "refuse_constant", "refuse_too_few"]
-
-
-def bad(asked: str, wrong: str, got: Any, expected: Any, source: str, fix: str) -> EvaluationError:
-    """Make the error of an evaluation."""
-    return EvaluationError(asked, wrong, got=got, expected=expected, source=source, fix=fix)
+__all__ = ["as_finite", "as_ids", "refuse_constant", "refuse_too_few"]
 
 
 def as_finite(values: Any, shape: tuple[int | None, ...], asked: str, axes: str, source: str) -> np.ndarray:
@@ -41,15 +36,15 @@ def as_finite(values: Any, shape: tuple[int | None, ...], asked: str, axes: str,
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise bad(asked, "these are not numbers", type(values).__name__, expected, source, fix) from error
+        raise EvaluationError(asked, "these are not numbers", type(values).__name__, expected, source, fix) from error
     if array.ndim != len(shape) or any(w is not None and s != w for s, w in zip(array.shape, shape, strict=True)):
-        raise bad(asked, "it has another shape", f"shape {array.shape}", expected, source, fix)
+        raise EvaluationError(asked, "it has another shape", f"shape {array.shape}", expected, source, fix)
     broken = np.argwhere(~np.isfinite(array))
     if len(broken):
         places = ", ".join(str(tuple(map(int, place)) if len(place) > 1 else int(place[0])) for place in broken[:3])
         got = f"{len(broken)} that are not, at {places}{', …' if len(broken) > 3 else ''}"
         fix = "Find out where they come from: they cannot be ranked"
-        raise bad(asked, "not all numbers are finite", got, "finite numbers", axes, fix)
+        raise EvaluationError(asked, "not all numbers are finite", got, "finite numbers", axes, fix)
     return array
 
 
@@ -71,7 +66,7 @@ def as_ids(ids: Any, num_examples: int, asked: str) -> np.ndarray:
     expected = f"different integers from 0 to {num_examples - 1}"
 
     def refuse(wrong: str, got: Any, fix: str) -> EvaluationError:
-        return bad(asked, wrong, got, expected, f"{num_examples=}", fix)
+        return EvaluationError(asked, wrong, got, expected, f"{num_examples=}", fix)
 
     if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
         raise refuse("these are not example ids", f"{array.dtype}, shape {array.shape}", "Pass row numbers")
@@ -103,7 +98,9 @@ def refuse_constant(values: np.ndarray, asked: str, over: str, fix: str, scale: 
     if len(constant):
         more = ", …" if len(constant) > 5 else ""
         got = f"{len(constant)} of {values.shape[1]} queries: {constant[:5].tolist()}{more}"
-        raise bad(asked, f"for some queries they are the same for all {over}", got, "numbers that differ", over, fix)
+        raise EvaluationError(
+            asked, f"for some queries they are the same for all {over}", got, "numbers that differ", over, fix
+        )
 
 
 def refuse_too_few(count: int, asked: str, what: str) -> None:
@@ -114,4 +111,4 @@ def refuse_too_few(count: int, asked: str, what: str) -> None:
     """
     if count < LEAST_UNITS:
         wrong, fix = f"there are too few {what} for an interval", f"Take {LEAST_UNITS} or more; 100 are usual"
-        raise bad(asked, wrong, count, f"{LEAST_UNITS} or more", "the bootstrap", fix)
+        raise EvaluationError(asked, wrong, count, f"{LEAST_UNITS} or more", "the bootstrap", fix)

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pkexplain.evaluation._checking import as_finite, bad, refuse_constant, refuse_too_few
+from pkexplain.errors import EvaluationError
+from pkexplain.evaluation._checking import as_finite, refuse_constant, refuse_too_few
 from pkexplain.evaluation._statistics import Estimate, correlations, draw_weights, estimate, resampled_means
 from pkexplain.evaluation.retraining import Job, Retraining
 from pkexplain.files import checksum
@@ -56,7 +57,9 @@ class SubsetOutputs:
         if masks.ndim != 2 or masks.dtype != np.bool_:
             got, expected = f"{masks.dtype}, shape {masks.shape}", "bool, (subsets, num_examples)"
             fix = "Pass True for the examples in a subset"
-            raise bad("SubsetOutputs(masks, …)", "these are not masks", got, expected, "the definition", fix)
+            raise EvaluationError(
+                "SubsetOutputs(masks, …)", "these are not masks", got, expected, "the definition", fix
+            )
         axes = "(seeds, subsets, queries)"
         repeats = as_finite(
             self.repeats, (None, len(masks), None), "SubsetOutputs(…, repeats)", axes, "the number of masks"
@@ -140,7 +143,7 @@ class LinearDatamodellingScore:
             EvaluationError: The other score is of other outputs, or of other resamples.
         """
         if self.resamples_of != other.resamples_of:
-            raise bad(
+            raise EvaluationError(
                 "score.minus(other)",
                 "the two are not of the same subset outputs and resamples",
                 other.resamples_of,
@@ -192,7 +195,7 @@ def retrain_subsets(
         got, expected = f"{fraction=}, {seeds=}, {count=}", "a fraction between 0 and 1, and 1 or more seeds"
         fix = "Pass fraction=0.5"
         source = f"num_examples={retraining.num_examples}"
-        raise bad("retrain_subsets(…)", "there are no such subsets", got, expected, source, fix)
+        raise EvaluationError("retrain_subsets(…)", "there are no such subsets", got, expected, source, fix)
     masks = np.zeros((count, retraining.num_examples), dtype=bool)
     for position, mask in enumerate(masks):
         random = np.random.default_rng([seed, position])

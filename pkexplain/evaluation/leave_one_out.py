@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pkexplain.evaluation._checking import as_finite, as_ids, bad, refuse_constant, refuse_too_few
+from pkexplain.errors import EvaluationError
+from pkexplain.evaluation._checking import as_finite, as_ids, refuse_constant, refuse_too_few
 from pkexplain.evaluation._statistics import Estimate, correlations, draw_weights, estimate, resampled_means
 from pkexplain.evaluation.retraining import Job, Retraining
 from pkexplain.results.text import tabulate
@@ -125,7 +126,9 @@ def leave_one_out_correlation(
     chosen = as_finite(contributions, shape, asked, "(queries, num_examples)", "what was left out")[:, left_out.ids].T
     if not np.isfinite(differences).all():
         got, fix = f"{(~np.isfinite(differences)).sum()} that are not", "Check the retrainings"
-        raise bad("the differences", "not all numbers are finite", got, "finite numbers", "(queries, ids)", fix)
+        raise EvaluationError(
+            "the differences", "not all numbers are finite", got, "finite numbers", "(queries, ids)", fix
+        )
     refuse_constant(differences, "the differences", "examples left out", "Leave these queries out")
     refuse_constant(chosen, asked, "examples left out", "Check the contributions of these queries")
     once, weights = np.ones((len(chosen), 1)), draw_weights(len(chosen), resamples, seed)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pkexplain.evaluation._checking import as_finite, as_ids, bad
+from pkexplain.errors import EvaluationError
+from pkexplain.evaluation._checking import as_finite, as_ids
 from pkexplain.evaluation._statistics import Estimate, estimate, roc_area, roc_areas
 from pkexplain.results.numbers import percent
 from pkexplain.results.text import tabulate
@@ -94,7 +95,9 @@ def flip_labels(
     source = "the labels"
     if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
         got, expected = f"{array.dtype}, shape {array.shape}", "integers, (num_examples,)"
-        raise bad("flip_labels(labels)", "these are not classes", got, expected, "the definition", "Pass class numbers")
+        raise EvaluationError(
+            "flip_labels(labels)", "these are not classes", got, expected, "the definition", "Pass class numbers"
+        )
     known = int(array.max()) + 1 if classes is None else classes
     if array.min() < 0 or array.max() >= known or known < 2:
         got, expected = (
@@ -102,11 +105,15 @@ def flip_labels(
             f"labels from 0 to {known - 1}, 2 or more classes",
         )
         source = "the labels" if classes is None else f"{classes=}"
-        raise bad("flip_labels(labels)", "labels and classes do not fit", got, expected, source, "Count classes from 0")
+        raise EvaluationError(
+            "flip_labels(labels)", "labels and classes do not fit", got, expected, source, "Count classes from 0"
+        )
     count = round(fraction * len(array))
     if not 0 < count < len(array):
         expected, fix = f"1 to {len(array) - 1} changed labels", "Pass fraction=0.1"
-        raise bad(f"flip_labels(labels, {fraction=})", "none or all would change", count, expected, source, fix)
+        raise EvaluationError(
+            f"flip_labels(labels, {fraction=})", "none or all would change", count, expected, source, fix
+        )
     random = np.random.default_rng(seed)
     changed = random.choice(len(array), count, replace=False)
     array[changed] = (array[changed].astype(np.int64) + random.integers(1, known, size=count)) % known
@@ -142,7 +149,9 @@ def mislabel_detection(
     mask = _as_mask(mislabelled, len(scores))
     count = int(mask.sum())
     if resamples < 1:
-        raise bad(f"{resamples=}", "there are none", resamples, "1 or more", "the bootstrap", "Pass resamples=1000")
+        raise EvaluationError(
+            f"{resamples=}", "there are none", resamples, "1 or more", "the bootstrap", "Pass resamples=1000"
+        )
     auroc = estimate(roc_area(scores, mask), roc_areas(scores, mask, resamples, seed), level)
     found = _found(scores, mask) / count
     return MislabelDetection(auroc, float(found[count]), found, count)
@@ -155,14 +164,14 @@ def _as_mask(mislabelled: Any, num_examples: int) -> np.ndarray:
         mask = given
         if mask.shape != (num_examples,):
             expected, fix = f"shape ({num_examples},)", "Pass one truth value for each score"
-            raise bad(asked, "it has another shape", f"shape {mask.shape}", expected, "the scores", fix)
+            raise EvaluationError(asked, "it has another shape", f"shape {mask.shape}", expected, "the scores", fix)
     else:
         mask = np.zeros(num_examples, dtype=bool)
         mask[as_ids(given, num_examples, asked) if given.size else []] = True
     if mask.all() or not mask.any():
         wrong, got = f"{'all' if mask.all() else 'none'} are mislabelled", f"{mask.sum()} of {num_examples}"
         expected, fix = f"1 to {num_examples - 1}", "Pass the mask that flip_labels returned"
-        raise bad(asked, wrong, got, expected, "the definition", fix)
+        raise EvaluationError(asked, wrong, got, expected, "the definition", fix)
     return mask
 
 

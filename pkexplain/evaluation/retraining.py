@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pkexplain.evaluation._checking import bad
+from pkexplain.errors import EvaluationError
 from pkexplain.evaluation._keeping import Answers, KeptAnswers, key_of
 from pkexplain.explain.outputs import Logit, LogProbability, Margin, Output, as_output
 from pkexplain.explain.queries import QueryBatch, as_queries
@@ -69,7 +69,9 @@ class Retraining:
         """Check the setting, without training anything."""
         if num_examples < 2:
             expected, fix = "2 or more", "Pass num_examples=len(train)"
-            raise bad(f"{num_examples=}", "there is nothing to leave out", num_examples, expected, "retraining", fix)
+            raise EvaluationError(
+                f"{num_examples=}", "there is nothing to leave out", num_examples, expected, "retraining", fix
+            )
         self.num_examples = num_examples
         self.queries = as_queries(queries, {}, torch.device("cpu"))
         self.output = _fixed_output(output)
@@ -135,7 +137,7 @@ class Retraining:
         alike = np.array_equal(self.ask(ids, seed).outputs, self.ask(other_ids, other_seed).outputs)
         if same_ids and not self._uses_seed:
             if alike:
-                raise bad(
+                raise EvaluationError(
                     f"retrain(ids, seed={other_seed})",
                     f"it returns exactly the model of seed={seed}, so it ignores its seed",
                     f"the same outputs for all {len(self.queries)} queries",
@@ -147,7 +149,7 @@ class Retraining:
         elif same_seed and not self._uses_ids:
             # A few examples may indeed change nothing, but half of them do not.
             if alike and np.array_equal(self.ask(ids, seed).outputs, self.ask(ids[::2], seed).outputs):
-                raise bad(
+                raise EvaluationError(
                     f"retrain(ids, {seed=})",
                     "it returns exactly the same model for different ids, so it ignores them",
                     f"the same outputs for all {len(self.queries)} queries with {len(ids)}, {len(other_ids)} and "
@@ -163,7 +165,7 @@ class Retraining:
         asked = f"retrain(ids, {seed=}) on {len(ids)} examples"
         if not isinstance(model, nn.Module):
             wrong, fix = "it did not return a model", "Return the trained model"
-            raise bad(asked, wrong, type(model).__name__, "a torch.nn.Module", "the function given", fix)
+            raise EvaluationError(asked, wrong, type(model).__name__, "a torch.nn.Module", "the function given", fix)
         model.eval()
         with torch.no_grad():
             prediction = self._predict(model)
@@ -171,7 +173,7 @@ class Retraining:
         if len(broken := np.flatnonzero(~np.isfinite(outputs))):
             got = f"{len(broken)} of {len(outputs)}, queries {broken[:5].tolist()} first"
             fix = "Train so that it does not diverge, or leave these queries out"
-            raise bad(asked, "the model's outputs are not finite", got, "finite numbers", "the output", fix)
+            raise EvaluationError(asked, "the model's outputs are not finite", got, "finite numbers", "the output", fix)
         rows = prediction.ndim == 2 and prediction.shape[1] > 1
         return Answers(outputs, prediction.argmax(1).cpu().numpy() if rows else None)
 
@@ -205,7 +207,7 @@ def _fixed_output(output: Output | Callable[[Tensor], Tensor]) -> Output:
     found = as_output(output)
     if isinstance(found, (Logit, LogProbability, Margin)) and found.index is None:
         name = type(found).__name__
-        raise bad(
+        raise EvaluationError(
             f"output={name}()",
             "the predicted class can differ between retrained models",
             "no class",

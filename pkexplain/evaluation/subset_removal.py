@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pkexplain.evaluation._checking import as_finite, as_ids, bad, refuse_too_few
+from pkexplain.errors import EvaluationError
+from pkexplain.evaluation._checking import as_finite, as_ids, refuse_too_few
 from pkexplain.evaluation._keeping import Answers
 from pkexplain.evaluation._statistics import Estimate, draw_weights, estimate_mean
 from pkexplain.evaluation.retraining import Job, Retraining
@@ -149,10 +150,12 @@ def _compare(answers: Sequence[Sequence[Answers]], shape: tuple[int, int, int]) 
 def _check(contributions: Mapping[str, Any], counts: Sequence[int], seeds: Sequence[int], num_examples: int) -> None:
     if not contributions:
         expected, fix = "one or more by name", "Pass {'path': explainer.contributions(x)}"
-        raise bad("subset_removal(…, contributions)", "there are none", "nothing", expected, "the definition", fix)
+        raise EvaluationError(
+            "subset_removal(…, contributions)", "there are none", "nothing", expected, "the definition", fix
+        )
     as_ids(seeds, np.iinfo(np.int64).max, f"subset_removal({seeds=})")
     outside = [count for count in counts if not 0 < count < num_examples]
     if outside or not counts:
         wrong = "this many examples cannot be left out" if outside else "there are none"
         expected, fix = f"1 to {num_examples - 1}", "Leave fewer out"
-        raise bad(f"subset_removal({counts=})", wrong, outside, expected, f"{num_examples=}", fix)
+        raise EvaluationError(f"subset_removal({counts=})", wrong, outside, expected, f"{num_examples=}", fix)

@@ -71,11 +71,15 @@ class Explainer:
         """Read the run and check the model against it; the index is built on first use."""
         if not tolerance > 0:
             fix = "Leave tolerance out for 1% of |f_T − f_0|"
-            raise _refused("Explainer(tolerance=…)", "it must be positive", tolerance, "> 0", "Explainer", fix)
+            raise ConfigurationError(
+                "Explainer(tolerance=…)", "it must be positive", tolerance, "> 0", "Explainer", fix
+            )
         runs = list(run) if isinstance(run, Sequence) and not isinstance(run, (str, bytes)) else [run]
         if not runs or (group is not None and len(runs) > 1):
             fix = "Pass a run, or a list of runs without a process group"
-            raise _refused("Explainer([…])", "these runs cannot be averaged", len(runs), "1 or more", "Explainer", fix)
+            raise ConfigurationError(
+                "Explainer([…])", "these runs cannot be averaged", len(runs), "1 or more", "Explainer", fix
+            )
         report = progress or no_progress
         index = "Flat" if len(runs) > 1 else index  # an index only has the rows of one run
         setting = (index, tolerance, quadrature or Quadrature(), device, report, group)
@@ -146,7 +150,9 @@ class Explainer:
         """
         if not isinstance(k, int) or k < 1:
             got, expected, wrong = repr(k), "an integer from 1 up", "this many examples cannot be shown"
-            raise _refused("Explainer.explain", wrong, got, expected, "the signature of explain", "Leave k out")
+            raise ConfigurationError(
+                "Explainer.explain", wrong, got, expected, "the signature of explain", "Leave k out"
+            )
         removal = _removal(reading)
         queries, explanations = as_queries(x, self.trajectory.inputs, self._first.field.device), []
         self._first.prepare()
@@ -275,13 +281,11 @@ def _removal(reading: str | Removal) -> Removal | None:
     known: dict[Any, Removal | None] = {"path": None, "removal": Removal()}
     if not isinstance(reading, str) or reading not in known:
         fix, expected = "Leave reading out for contributions that add up", '"path", "removal" or a Removal'
-        raise _refused("Explainer.explain", "there is no such reading", repr(reading), expected, "Explainer", fix)
+        raise ConfigurationError(
+            "Explainer.explain", "there is no such reading", repr(reading), expected, "Explainer", fix
+        )
     return known[reading]
 
 
 def _mean(rows: Sequence[Tensor]) -> tuple[float, ...]:
     return tuple(torch.stack(list(rows)).mean(0).tolist())
-
-
-def _refused(asked: str, wrong: str, got: Any, expected: str, source: str, fix: str) -> ConfigurationError:
-    return ConfigurationError(asked, wrong, got=got, expected=expected, source=source, fix=fix)

@@ -62,26 +62,12 @@ class Removal:
     def __post_init__(self) -> None:
         """Check the numbers."""
         if not 0 <= self.strength < float("inf"):
-            raise _refused(f"strength={self.strength!r}", "a number from 0 up", "Leave it out")
+            got, expected, fix = f"strength={self.strength!r}", "a number from 0 up", "Leave it out"
+            raise ConfigurationError("Removal", "it is invalid", got, expected, "the removal reading", fix)
         if self.checkpoints is not None and (not isinstance(self.checkpoints, int) or self.checkpoints < 1):
+            got, expected = f"checkpoints={self.checkpoints!r}", "an integer from 1 up, or None"
             fix = "Leave it out for all, or pass 1 for the last one"
-            raise _refused(f"checkpoints={self.checkpoints!r}", "an integer from 1 up, or None", fix)
-
-
-def _refused(got: str, expected: str, fix: str) -> ConfigurationError:
-    wrong, source = "it cannot be", "the removal reading"
-    return ConfigurationError("Removal", wrong, got=got, expected=expected, source=source, fix=fix)
-
-
-def _without_derivatives() -> ConfigurationError:
-    return ConfigurationError(
-        'reading="removal"',
-        "the run has no loss derivatives, from which the curvature of the loss is computed",
-        got="none",
-        expected="the derivative of the loss with respect to the model's output",
-        source="the recording",
-        fix="Let the model return logits, or a mapping or tuple that begins with them, and record again",
-    )
+            raise ConfigurationError("Removal", "it is invalid", got, expected, "the removal reading", fix)
 
 
 @dataclass(frozen=True)
@@ -178,7 +164,14 @@ class Curvature:
         loss = loss or loss_curvature_of(sizes)
         largest = float(sizes.abs().max())
         if not largest > 0:
-            raise _without_derivatives()
+            raise ConfigurationError(
+                'reading="removal"',
+                "the run has no loss derivatives, from which the curvature of the loss is computed",
+                got="none",
+                expected="the derivative of the loss with respect to the model's output",
+                source="the recording",
+                fix="Let the model return logits, or a mapping or tuple that begins with them, and record again",
+            )
         self._segments: list[_Shrinking] = []
         for t, segment in enumerate(segments):
             share = self._batch_share(t, largest, loss)

@@ -14,13 +14,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from pkexplain.errors import RunDamagedError, RunError
+from pkexplain.errors import RunError
 from pkexplain.files import checksum_file, checksum_json, write_atomically
 from pkexplain.store.base import Store, busy, damaged, exists, not_found
 from pkexplain.store.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manifest
@@ -153,27 +152,27 @@ class DirectoryStore(Store):
         self._keep_inside("manifest.json")
         size = file.stat().st_size
         if size > _LARGEST_MANIFEST:
-            raise self._damaged(
-                "manifest.json", "it is absurdly large", f"{size} bytes", f"{_LARGEST_MANIFEST} at most"
+            raise damaged(
+                self, "manifest.json", "it is absurdly large", f"{size} bytes", f"{_LARGEST_MANIFEST} at most"
             )
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             stated = content.pop("sha256")
             found = checksum_json(content)
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError, MemoryError) as error:
-            raise self._damaged("manifest.json", "it cannot be read", f"{error}", "JSON with a checksum") from error
+            raise damaged(self, "manifest.json", "it cannot be read", f"{error}", "JSON with a checksum") from error
         if stated != found:
-            raise self._damaged("manifest.json", "it was altered", f"sha256 {found}", f"sha256 {stated}")
+            raise damaged(self, "manifest.json", "it was altered", f"sha256 {found}", f"sha256 {stated}")
         if content.get("format_version") != FORMAT_VERSION:
             version = content.get("format_version")
-            raise self._damaged(
-                "manifest.json", "this version of pkexplain does not know its format", version, FORMAT_VERSION
+            raise damaged(
+                self, "manifest.json", "this version of pkexplain does not know its format", version, FORMAT_VERSION
             )
         try:
             self._known = msgspec.convert(content, Manifest)
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
-            raise self._damaged(
-                "manifest.json", "it is not a run's manifest", error, "a manifest that a recorder wrote"
+            raise damaged(
+                self, "manifest.json", "it is not a run's manifest", error, "a manifest that a recorder wrote"
             ) from error
         return self._known
 
@@ -186,7 +185,7 @@ class DirectoryStore(Store):
             try:
                 self._read[name] = safetensors.torch.load_file(self.path / name)
             except (OSError, safetensors.SafetensorError) as error:
-                raise self._damaged(name, "it cannot be read", f"{error}", "a safetensors file") from error
+                raise damaged(self, name, "it cannot be read", f"{error}", "a safetensors file") from error
         return self._read[name]
 
     def verify(self, name: str) -> None:
@@ -197,27 +196,24 @@ class DirectoryStore(Store):
         """
         stated = (self._known or self.manifest()).files.get(name)
         if stated is None:
-            raise self._damaged(name, "the manifest does not list it", "no entry", "an entry")
+            raise damaged(self, name, "the manifest does not list it", "no entry", "an entry")
         file = self.path / name
         self._keep_inside(name)
         if not file.is_file():
-            raise self._damaged(name, "it is missing", "no file", f"sha256 {stated.sha256}")
+            raise damaged(self, name, "it is missing", "no file", f"sha256 {stated.sha256}")
         size, found = file.stat().st_size, checksum_file(file)
         if size != stated.bytes:
             wrong = "it was truncated" if size < stated.bytes else "it has grown"
             got = f"{size} bytes, sha256 {found}"
-            raise self._damaged(name, wrong, got, f"{stated.bytes} bytes, sha256 {stated.sha256}")
+            raise damaged(self, name, wrong, got, f"{stated.bytes} bytes, sha256 {stated.sha256}")
         if found != stated.sha256:
-            raise self._damaged(name, "it was altered", f"sha256 {found}", f"sha256 {stated.sha256}")
+            raise damaged(self, name, "it was altered", f"sha256 {found}", f"sha256 {stated.sha256}")
 
     def _keep_inside(self, name: str) -> None:
         """Refuse a link that leads out of the run: nothing outside it may be read, written or deleted."""
         target, home = (self.path / name).resolve(), self.path.resolve()
         if target != home and home not in target.parents:
-            raise self._damaged(name, "it is a link that leaves the run", target, "a file inside the run")
-
-    def _damaged(self, name: str, wrong: str, got: Any, expected: Any) -> RunDamagedError:
-        return damaged(self, name, wrong, got, expected)
+            raise damaged(self, name, "it is a link that leaves the run", target, "a file inside the run")
 
     def _unwritable(self, name: str, error: Exception) -> RunError:
         return RunError(

@@ -251,7 +251,7 @@ def test_preparing_does_the_work_once(monkeypatch):
     "wrong", [{"strength": -1}, {"strength": float("nan")}, {"strength": float("inf")}, {"checkpoints": 0}]
 )
 def test_numbers_that_cannot_be_are_refused(wrong):
-    with pytest.raises(ConfigurationError, match=r"^Removal: it cannot be\. Got (strength|checkpoints)="):
+    with pytest.raises(ConfigurationError, match=r"^Removal: it is invalid\. Got (strength|checkpoints)="):
         pk.Removal(**wrong)
 
 
