@@ -150,9 +150,7 @@ class Explainer:
         """
         if not isinstance(k, int) or k < 1:
             got, expected, wrong = repr(k), "an integer from 1 up", "this many examples cannot be shown"
-            raise ConfigurationError(
-                "Explainer.explain", wrong, got, expected, "the signature of explain", "Leave k out"
-            )
+            raise ConfigurationError("Explainer.explain", wrong, got, expected, "its signature", "Leave k out")
         removal = _removal(reading)
         queries, explanations = as_queries(x, self.trajectory.inputs, self._first.field.device), []
         self._first.prepare()
