@@ -11,15 +11,6 @@ from pkexplain.baselines._measuring import available_bytes
 from pkexplain.baselines.setting import Setting
 from pkexplain.errors import ConfigurationError
 
-__all__ = [
-    "PositionalModel",
-    "ReducedLoss",
-    "active_layers",
-    "has_samplewise_rules",
-    "queries_at_once",
-    "require_final",
-]
-
 
 class PositionalModel(nn.Module):
     """A model as Captum calls it: positional tensors in, only the prediction out.

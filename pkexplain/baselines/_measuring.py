@@ -10,8 +10,6 @@ from typing import Any
 import psutil
 import torch
 
-__all__ = ["Measurement", "available_bytes"]
-
 _SECONDS_BETWEEN = 0.005
 
 

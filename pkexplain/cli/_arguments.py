@@ -11,8 +11,6 @@ from typing import Any
 
 from pkexplain.errors import QueryError
 
-__all__ = ["call_function", "parse_numbers", "parse_output", "read_query"]
-
 
 def parse_numbers(text: str, option: str) -> list[int]:
     """Parse integers separated by commas, for example ``3,17``.

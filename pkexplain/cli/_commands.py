@@ -11,8 +11,6 @@ import typer
 from pkexplain.cli._arguments import call_function, parse_numbers, parse_output, read_query
 from pkexplain.errors import PkexplainError, RunDamagedError
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="pkexplain",
     help="Which training examples made this model say this, by how much, and does it add up?",

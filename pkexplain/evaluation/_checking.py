@@ -9,8 +9,6 @@ import numpy as np
 from pkexplain.errors import EvaluationError
 from pkexplain.evaluation._statistics import LEAST_UNITS
 
-__all__ = ["as_finite", "as_ids", "refuse_constant", "refuse_too_few"]
-
 
 def as_finite(values: Any, shape: tuple[int | None, ...], asked: str, axes: str, source: str) -> np.ndarray:
     """Take an array, or a tensor, of finite numbers.

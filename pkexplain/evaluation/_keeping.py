@@ -18,8 +18,6 @@ from filelock import FileLock
 from pkexplain.errors import EvaluationError, warn
 from pkexplain.files import checksum, checksum_json, write_atomically
 
-__all__ = ["Answers", "KeptAnswers", "key_of"]
-
 FORMAT_VERSION = 2
 
 

@@ -13,18 +13,6 @@ import numpy as np
 
 from pkexplain.errors import EvaluationError
 
-__all__ = [
-    "LEAST_UNITS",
-    "Estimate",
-    "correlations",
-    "draw_weights",
-    "estimate",
-    "estimate_mean",
-    "resampled_means",
-    "roc_area",
-    "roc_areas",
-]
-
 LEAST_UNITS = 10
 """The least number of subsets, left-out examples or queries for which bootstrap percentiles mean anything."""
 

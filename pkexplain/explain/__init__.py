@@ -2,7 +2,3 @@
 
 Start at `pkexplain.explain.explainer`. `pkexplain.record` imports nothing from here.
 """
-
-from __future__ import annotations
-
-__all__: list[str] = []

@@ -13,8 +13,6 @@ from pkexplain.explain.removal import FinalGradient
 from pkexplain.results.explanation import Check
 from pkexplain.store.trajectory import Trajectory
 
-__all__ = ["checks_of", "removal_checks"]
-
 _TOLERANCES = {
     "optimizer share": 1e-2,
     "displacement gap": 1e-2,

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from pkexplain.explain._query_gradients import Covectors
 
-__all__ = ["CorrectedCovectors", "correct"]
-
 _SMALLEST_SUM = 1e-12
 """Below this share of the largest ‖s_t‖, a segment's rows cancel too well to carry a correction."""
 

@@ -10,8 +10,6 @@ from pkexplain.errors import ConfigurationError
 from pkexplain.explain._single_run import RunExplainer
 from pkexplain.results.explanation import Check, Cost, Ledger
 
-__all__ = ["check_alike", "mean_checks", "mean_cost", "mean_ledger"]
-
 
 def check_alike(runs: Sequence[RunExplainer]) -> None:
     """Refuse to average runs with different data or lengths; the model was already checked against each.

@@ -15,9 +15,6 @@ from pkexplain.gradients.layers import Layer, find_buffer_layers
 from pkexplain.projection.maps import Projector
 from pkexplain.store.trajectory import Trajectory
 
-__all__ = ["OutputField", "Products"]
-
-
 _NUMBERS_AT_ONCE = 1 << 26
 """The most numbers of one block's gradients formed for a product with the ledger's vectors."""
 

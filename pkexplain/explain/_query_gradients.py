@@ -18,8 +18,6 @@ from pkexplain.explain.quadrature import Interval, Quadrature
 from pkexplain.explain.queries import QueryBatch
 from pkexplain.progress import Progress, no_progress
 
-__all__ = ["Covectors", "integrate", "outputs_at_checkpoints"]
-
 
 @dataclass(frozen=True)
 class Covectors:

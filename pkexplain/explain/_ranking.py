@@ -21,8 +21,6 @@ from pkexplain.index.row_index import RowIndex
 from pkexplain.results.explanation import Contribution, Remainder
 from pkexplain.store.trajectory import Trajectory
 
-__all__ = ["DeferredContributions", "Ranked", "Ranking", "mean_scan", "rank"]
-
 _BOUNDS_AT_ONCE = 1 << 16
 _ROUNDING = 1 + 1e-5
 """Margin of the bound for the rounding of its float32 terms."""

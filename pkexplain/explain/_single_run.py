@@ -28,8 +28,6 @@ from pkexplain.results.explanation import Check, Cost, Ledger
 from pkexplain.store.base import Store, damaged
 from pkexplain.store.directory import DirectoryStore
 
-__all__ = ["Account", "RunExplainer"]
-
 
 @dataclass(frozen=True)
 class Account:

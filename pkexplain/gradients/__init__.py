@@ -1,5 +1,1 @@
 """Per-example gradients from the real backward pass: the supported layers (`layers`), and how each is split."""
-
-from __future__ import annotations
-
-__all__: list[str] = []

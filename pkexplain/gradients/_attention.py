@@ -17,8 +17,6 @@ from torch.nn import functional as F
 from pkexplain.gradients._rules import Parts, Use
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients, LinearGradient
 
-__all__ = ["attention", "attention_misuse", "attention_unfit"]
-
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 

@@ -13,8 +13,6 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from pkexplain.gradients.factors import MatrixGradient, outer_product
 
-__all__ = ["ConvolutionGradient"]
-
 _NARROW = 64
 """Below this many columns, a matrix product with the patches is faster than a convolution's own gradient."""
 _GROUPS = 16

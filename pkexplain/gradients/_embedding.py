@@ -9,8 +9,6 @@ from torch import Tensor
 
 from pkexplain.gradients.factors import MatrixGradient
 
-__all__ = ["EmbeddingGradient"]
-
 
 @dataclass(frozen=True)
 class EmbeddingGradient(MatrixGradient):

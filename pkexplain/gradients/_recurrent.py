@@ -20,8 +20,6 @@ from torch.nn.utils.rnn import PackedSequence
 from pkexplain.gradients._rules import Parts, Use
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients, LinearGradient
 
-__all__ = ["recurrent", "recurrent_axes", "recurrent_gradients", "recurrent_misuse", "recurrent_unfit"]
-
 _State = tuple[Tensor, ...]
 _NAMES = re.compile(r"(weight|bias)_(ih|hh)(_l\d+(_reverse)?)?")
 

@@ -22,26 +22,6 @@ from pkexplain.gradients.factors import (
     LinearGradient,
 )
 
-__all__ = [
-    "Parts",
-    "Rule",
-    "Use",
-    "batch_norm",
-    "batch_statistics",
-    "by_channel",
-    "by_example",
-    "convolution",
-    "dense_parts",
-    "embedding",
-    "linear",
-    "normalises_with_the_batch",
-    "over_space",
-    "running_statistics",
-    "scale_and_shift",
-    "tensors_of",
-    "transposed_linear",
-]
-
 
 @dataclass(frozen=True)
 class Use:

@@ -24,8 +24,6 @@ import numpy as np
 from pkexplain.files import checksum_file, write_atomically
 from pkexplain.index.faiss_index import CompressedSearch
 
-__all__ = ["KeptIndex", "cache_directory"]
-
 _KEY_BYTES = 32
 
 

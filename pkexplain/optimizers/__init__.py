@@ -3,7 +3,3 @@
 `rules` holds the supported optimizers and registers new ones; `scalar` is for rules that scale a gradient by
 one number (SGD), `adaptive` for rules with a diagonal preconditioner (Adam).
 """
-
-from __future__ import annotations
-
-__all__: list[str] = []

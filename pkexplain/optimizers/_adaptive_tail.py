@@ -11,8 +11,6 @@ from pkexplain.optimizers.base import Factors, RecordingSpec
 from pkexplain.optimizers.displacement import copy_exactly
 from pkexplain.optimizers.rules import LinearStep, Number
 
-__all__ = ["Tail"]
-
 
 class Tail:
     """How projected batches keep moving the parameters through the momentum buffer, in full space.

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pkexplain.optimizers.rules import LinearStep, Number
 
-__all__ = ["RateSums"]
-
 
 class RateSums:
     """The learning rate summed over a segment, as each block of parameters feels it.

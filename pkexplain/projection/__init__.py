@@ -2,7 +2,3 @@
 
 The first are in `kinds`, the second in `maps`. The data-dependent directions of `Kronecker` are found in `_principal`.
 """
-
-from __future__ import annotations
-
-__all__: list[str] = []

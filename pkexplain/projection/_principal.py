@@ -20,8 +20,6 @@ from pkexplain.gradients.factors import MatrixGradient
 from pkexplain.gradients.layers import Block
 from pkexplain.projection.maps import Pieces, random_signs
 
-__all__ = ["principal_bases"]
-
 _WIDEST = 4096
 """The widest side whose principal directions are computed; a wider one (a vocabulary) gets random signs."""
 _LEADING = 256

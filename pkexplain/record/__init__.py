@@ -3,7 +3,3 @@
 Start at `pkexplain.record.recorder`. `pkexplain.explain` imports nothing from here: the two share only the store and
 the layers below it.
 """
-
-from __future__ import annotations
-
-__all__: list[str] = []

@@ -11,17 +11,6 @@ from torch import nn
 from pkexplain.errors import ConfigurationError, NonFiniteGradientError, RecordingError, warn
 from pkexplain.optimizers.base import CapturedBatch
 
-__all__ = [
-    "broken",
-    "check_arguments",
-    "not_between_steps",
-    "not_finite",
-    "unknown_parameter",
-    "used_by_hand",
-    "warn_of_missing",
-    "without_backward",
-]
-
 
 def check_arguments(model: nn.Module, **given: Any) -> None:
     """Refuse arguments that cannot be recorded.

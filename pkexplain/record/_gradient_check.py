@@ -11,8 +11,6 @@ from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
 from pkexplain.record._contract import used_by_hand, warn_of_missing
 
-__all__ = ["CAPTURE_TOLERANCE", "ROUNDING", "GradientSums"]
-
 CAPTURE_TOLERANCE = 1e-2
 """If a larger share of a gradient is missing, a layer is used in a way no hook sees, or the loss has a penalty."""
 ROUNDING = 1e-4

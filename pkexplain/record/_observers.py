@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from pkexplain.ids import first_tensor
 from pkexplain.store.manifest import InputEntry
 
-__all__ = ["InputShapes", "LossDerivatives"]
-
 
 class LossDerivatives:
     """Watches ∂(loss)/∂y at the model's output, for the loss as it was back-propagated (including a mean's 1/batch).

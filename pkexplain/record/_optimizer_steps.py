@@ -13,8 +13,6 @@ from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.rules import LinearStep, UpdateRule
 from pkexplain.record._contract import broken, unknown_parameter
 
-__all__ = ["StepReader"]
-
 
 class StepReader:
     """Reads an optimizer's steps.

@@ -24,8 +24,6 @@ from pkexplain.record._state import deserialise
 from pkexplain.store.base import Store, damaged
 from pkexplain.store.trajectory import Trajectory
 
-__all__ = ["Standpoint", "checksum_optimizer", "find_standpoint", "recorded_arguments", "restore_state"]
-
 _SAVED_CLASSES = (RowSum, Pending, CapturedBatch, *GRADIENT_CLASSES)
 """Every class that a saved state may contain; a file that names another one is refused."""
 

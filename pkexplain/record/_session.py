@@ -36,8 +36,6 @@ from pkexplain.store.trajectory import Checkpoint
 from pkexplain.store.writer import RunWriter
 from pkexplain.version import __version__
 
-__all__ = ["Plan", "Session"]
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -11,8 +11,6 @@ from pkexplain.optimizers.base import CapturedBatch
 from pkexplain.record._gradient_check import CAPTURE_TOLERANCE
 from pkexplain.store.manifest import SegmentSummary
 
-__all__ = ["SegmentWarnings"]
-
 _UNEXPLAINED = 0.2
 """The largest share of a parameter's displacement that may be on the optimizer line without a warning."""
 _BEND = 1e-3

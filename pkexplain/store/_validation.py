@@ -15,8 +15,6 @@ from torch import Tensor
 
 from pkexplain.store.trajectory import FIRST_CHECKPOINT, Trajectory
 
-__all__ = ["Layout", "MisfitError"]
-
 _PROJECTION = "projection.safetensors"
 _MOST_AUDITED = 1 << 16
 

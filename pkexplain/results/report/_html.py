@@ -26,7 +26,6 @@ from pkexplain.results.report.items import TrainingSet, name_label
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["Axis", "png_uri", "render_page", "typeset", "write_report"]
 
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "+")
 _BARS = 48
