@@ -33,10 +33,6 @@ class ProcessGroup:
         """Return the examples whose rows this process keeps."""
         return slice(self.rank * examples // self.world_size, (self.rank + 1) * examples // self.world_size)
 
-    def shard_sizes(self, examples: int) -> list[int]:
-        """Return the number of rows of each process."""
-        return [(r + 1) * examples // self.world_size - r * examples // self.world_size for r in range(self.world_size)]
-
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place, and return it."""
         return tensor
