@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -165,6 +166,24 @@ def test_manifests_that_say_what_cannot_be(recorded, tmp_path):
         except Exception as error:
             refusals.append((change.__name__, repr(error)))
     assert not refusals, "\n".join(f"{name}: {what}" for name, what in refusals)
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        (set_("segments", 0, "summary", "last_step", to=3.0), "$.segments[0].summary.last_step"),
+        (set_("segments", 1, "files", "rows", to=["/etc/passwd"]), "$.segments[1].files"),
+        (set_("model", "blocks", 0, "shapes", 0, to=[8.0, 64]), "$.model.blocks[0].shapes[0][0]"),
+        (set_("inputs", to={"0": {"shape": [64], "dtype": "load"}}), "$.inputs[...]"),
+        (set_("withdrawn", to=[1, 1]), "$.withdrawn"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_refused_manifest_names_the_path(recorded, tmp_path, change, path):
+    shutil.copytree(recorded["sgd"].run, tmp_path / "run")
+    reseal(tmp_path / "run", change)
+    with pytest.raises(RunDamagedError, match=re.escape(f"at `{path}`")):
+        use(recorded["sgd"], tmp_path / "run")
 
 
 PARTS = ("num_examples", "dtype", "projection", "model", "inputs", "segments", "states", "columns", "revision",
