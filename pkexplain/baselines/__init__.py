@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pkexplain.baselines.baseline import Baseline
 from pkexplain.baselines.bm25 import BM25
+from pkexplain.baselines.cheap import GradientNorm, NearestNeighbours, Random, TrainingLoss
 from pkexplain.baselines.from_captum import (
     ArnoldiInfluenceFunction,
     SimilarityInfluence,
@@ -16,7 +17,6 @@ from pkexplain.baselines.from_captum import (
     TracInCPFast,
     TracInCPFastRandProj,
 )
-from pkexplain.baselines.plain import GradientNorm, NearestNeighbours, Random, TrainingLoss
 from pkexplain.baselines.setting import Setting
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.errors import EvaluationError
-from pkexplain.evaluation._keeping import Answers, KeptAnswers, key_of
+from pkexplain.evaluation._kept_answers import Answers, KeptAnswers, key_of
 from pkexplain.explain.outputs import Logit, LogProbability, Margin, Output, as_output
 from pkexplain.explain.queries import QueryBatch, as_queries
 from pkexplain.files import checksum

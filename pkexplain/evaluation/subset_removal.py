@@ -14,7 +14,7 @@ import numpy as np
 
 from pkexplain.errors import EvaluationError
 from pkexplain.evaluation._checking import as_finite, as_ids, refuse_too_few
-from pkexplain.evaluation._keeping import Answers
+from pkexplain.evaluation._kept_answers import Answers
 from pkexplain.evaluation._statistics import Estimate, draw_weights, estimate_mean
 from pkexplain.evaluation.retraining import Job, Retraining
 from pkexplain.results.numbers import decimals, fixed, percent

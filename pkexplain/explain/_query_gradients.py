@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pkexplain.explain._output_field import OutputField, Products
+from pkexplain.explain._trajectory_model import Products, TrajectoryModel
 from pkexplain.explain.outputs import Output
 from pkexplain.explain.quadrature import Interval, Quadrature
 from pkexplain.explain.queries import QueryBatch
@@ -62,7 +62,7 @@ class _State:
 
 
 def integrate(
-    field_: OutputField,
+    model: TrajectoryModel,
     queries: QueryBatch,
     output: Output,
     quadrature: Quadrature,
@@ -74,7 +74,7 @@ def integrate(
     Each query refines its own intervals, so its numbers do not depend on the batch it is in.
 
     Args:
-        field_: The model and the run.
+        model: The model and the run.
         queries: The queries.
         output: What is explained, resolved on the final prediction.
         quadrature: The rule and the budget.
@@ -84,7 +84,7 @@ def integrate(
     Returns:
         The covectors of all queries.
     """
-    outputs, values = _at_checkpoints(field_, queries, output)
+    outputs, values = _at_checkpoints(model, queries, output)
     segments = outputs.shape[1] - 1
     allowed = tolerance * (outputs[:, -1] - outputs[:, 0]).abs()
     states = [_State(float(a), quadrature.budget * segments, forward_passes=segments + 1) for a in allowed]
@@ -96,14 +96,14 @@ def integrate(
         for interval in sorted(wanted):
             members = torch.tensor(wanted[interval])
             some, some_output = queries.select(members), output.select(members)
-            _values_at(field_, interval, some, some_output, wanted[interval], values, states)
+            _values_at(model, interval, some, some_output, wanted[interval], values, states)
             integral = None
             for node, weight in zip(nodes, weights, strict=True):
-                field_.move_to(interval.segment, interval.start + interval.width * float(node))
-                products = field_.products(some, some_output, interval.segment) * (float(weight) * interval.width)
+                model.move_to(interval.segment, interval.start + interval.width * float(node))
+                products = model.products(some, some_output, interval.segment) * (float(weight) * interval.width)
                 integral = products if integral is None else integral + products
             for q, values_of in zip(wanted[interval], integral.values if integral else (), strict=True):
-                state, mine = states[q], Products(values_of, field_.columns)
+                state, mine = states[q], Products(values_of, model.columns)
                 change = values[(interval.segment, interval.end)][q] - values[(interval.segment, interval.start)][q]
                 state.integrals[interval] = mine
                 state.errors[interval] = change - float(mine.buffers) - float(mine.displacement)
@@ -111,26 +111,26 @@ def integrate(
             done += 1
             progress("covectors", done, planned)
         wanted = _refine(states, quadrature)
-    return _gather(field_, states, outputs)
+    return _gather(model, states, outputs)
 
 
-def outputs_at_checkpoints(field_: OutputField, queries: QueryBatch, output: Output) -> Tensor:
+def outputs_at_checkpoints(model: TrajectoryModel, queries: QueryBatch, output: Output) -> Tensor:
     """Compute f(x; θ_t) at every checkpoint, in output units, ``(queries, segments + 1)``."""
-    return _at_checkpoints(field_, queries, output)[0]
+    return _at_checkpoints(model, queries, output)[0]
 
 
 _Values = dict[tuple[int, float], dict[int, float]]
 """f by position on the trajectory (segment, τ) and query."""
 
 
-def _at_checkpoints(field_: OutputField, queries: QueryBatch, output: Output) -> tuple[Tensor, _Values]:
+def _at_checkpoints(model: TrajectoryModel, queries: QueryBatch, output: Output) -> tuple[Tensor, _Values]:
     """Compute f at every checkpoint, ``(queries, segments + 1)``, and store it for the ends of the segments."""
-    segments = len(field_._trajectory)
+    segments = len(model._trajectory)
     values: _Values = defaultdict(dict)
     ends = []
     for t in range(segments + 1):
-        field_.move_to(t, 0.0) if t < segments else field_.move_to(t - 1, 1.0)
-        ends.append(field_.value(queries, output).cpu())
+        model.move_to(t, 0.0) if t < segments else model.move_to(t - 1, 1.0)
+        ends.append(model.value(queries, output).cpu())
         values[(t, 0.0)] = dict(enumerate(ends[-1].tolist()))
         if t:
             values[(t - 1, 1.0)] = values[(t, 0.0)]
@@ -138,7 +138,7 @@ def _at_checkpoints(field_: OutputField, queries: QueryBatch, output: Output) ->
 
 
 def _values_at(
-    field_: OutputField,
+    model: TrajectoryModel,
     interval: Interval,
     queries: QueryBatch,
     output: Output,
@@ -150,8 +150,8 @@ def _values_at(
     for tau in (interval.start, interval.end):
         known = values[(interval.segment, tau)]
         if any(q not in known for q in members):
-            field_.move_to(interval.segment, tau)
-            for q, value in zip(members, field_.value(queries, output).tolist(), strict=True):
+            model.move_to(interval.segment, tau)
+            for q, value in zip(members, model.value(queries, output).tolist(), strict=True):
                 known[q] = value
                 states[q].forward_passes += 1
 
@@ -171,10 +171,10 @@ def _refine(states: list[_State], quadrature: Quadrature) -> dict[Interval, list
     return wanted
 
 
-def _gather(field_: OutputField, states: list[_State], outputs: Tensor) -> Covectors:
+def _gather(model: TrajectoryModel, states: list[_State], outputs: Tensor) -> Covectors:
     segments = outputs.shape[1] - 1
     some = next(iter(states[0].integrals.values())).values
-    whole = Products(some.new_zeros(len(states), segments, len(some)), field_.columns)
+    whole = Products(some.new_zeros(len(states), segments, len(some)), model.columns)
     for q, state in enumerate(states):
         for interval, integral in state.integrals.items():
             whole.values[q, interval.segment] += integral.values

@@ -14,9 +14,9 @@ from pkexplain.distributed import ProcessGroup, TorchProcessGroup
 from pkexplain.errors import ConfigurationError, QueryError
 from pkexplain.explain._checks import checks_of, removal_checks
 from pkexplain.explain._correction import CorrectedCovectors, correct
-from pkexplain.explain._output_field import OutputField
 from pkexplain.explain._query_gradients import integrate, outputs_at_checkpoints
 from pkexplain.explain._ranking import Ranking
+from pkexplain.explain._trajectory_model import TrajectoryModel
 from pkexplain.explain.loss_curvature import LossCurvature
 from pkexplain.explain.outputs import Output
 from pkexplain.explain.quadrature import Quadrature
@@ -88,7 +88,7 @@ class RunExplainer:
         if tuple(blocks) != self.trajectory.fingerprint.blocks:
             raise damaged(store, "manifest.json", "its blocks are not the model's", len(groups), "those of its layers")
         self.projector = self.trajectory.projector(device)
-        self.field = OutputField(self.model, layers, self.projector, self.trajectory)
+        self.trajectory_model = TrajectoryModel(self.model, layers, self.projector, self.trajectory)
         self.segments = [self.trajectory.segment(t) for t in range(len(self.trajectory))]
         self._row_sums = torch.stack([segment.row_sum for segment in self.segments])
         self._withdrawn = torch.stack([segment.withdrawn for segment in self.segments])
@@ -116,9 +116,9 @@ class RunExplainer:
             QueryError: The prediction is not a number.
             ConfigurationError: The model draws random numbers in evaluation mode.
         """
-        self.field.move_to(len(self.trajectory) - 1, 1.0)
+        self.trajectory_model.move_to(len(self.trajectory) - 1, 1.0)
         pieces = torch.arange(len(queries)).split(at_once)
-        prediction = torch.cat([self.field.prediction(queries.select(piece)) for piece in pieces])
+        prediction = torch.cat([self.trajectory_model.prediction(queries.select(piece)) for piece in pieces])
         if prediction.isnan().any():
             raise QueryError(
                 "explaining a query",
@@ -128,7 +128,7 @@ class RunExplainer:
                 source="the model after training",
                 fix="Check the query for nan, and the run's learning rate",
             )
-        again = self.field.prediction(queries.select(pieces[0]))
+        again = self.trajectory_model.prediction(queries.select(pieces[0]))
         if not torch.allclose(prediction[: len(again)], again, rtol=1e-3, atol=1e-5 * float(again.abs().max())):
             raise ConfigurationError(
                 "explaining a query",
@@ -152,7 +152,7 @@ class RunExplainer:
 
     def corrected(self, queries: QueryBatch, output: Output) -> CorrectedCovectors:
         """Integrate the output gradient over every segment, and correct it so that the rows add up."""
-        covectors = integrate(self.field, queries, output, self.quadrature, self._tolerance, self._progress)
+        covectors = integrate(self.trajectory_model, queries, output, self.quadrature, self._tolerance, self._progress)
         return correct(covectors, self._row_sums, self._withdrawn)
 
     def _path(self, queries: QueryBatch, output: Output) -> Account:
@@ -161,7 +161,7 @@ class RunExplainer:
         audited = self._audited(corrected)
         budget = self.quadrature.budget * len(self.trajectory)
         lines = {"weight_decay": covectors.weight_decay, "optimizer": covectors.optimizer}
-        lines |= {"buffers": covectors.buffers} if self.field.has_statistics else {}
+        lines |= {"buffers": covectors.buffers} if self.trajectory_model.has_statistics else {}
         lines |= {"withdrawn": corrected.withdrawn} if self._withdrawn.any() else {}
         sums = corrected.corrected - corrected.withdrawn
         return Account(
@@ -214,9 +214,9 @@ class RunExplainer:
 
     def _removal(self, queries: QueryBatch, output: Output, removal: Removal) -> Account:
         curvature = self.curvature(removal.loss)
-        final = final_gradient(self.field, self.segments, queries, output, removal.checkpoints)
+        final = final_gradient(self.trajectory_model, self.segments, queries, output, removal.checkpoints)
         carried = curvature.carry(final.projected, removal.strength)
-        outputs = outputs_at_checkpoints(self.field, queries, output)
+        outputs = outputs_at_checkpoints(self.trajectory_model, queries, output)
         kept = self._row_sums - self._withdrawn
         sums = torch.einsum("qtk,tk->qt", carried.double().cpu(), kept.cpu())
         cost = Cost(outputs.shape[1], final.checkpoints, final.checkpoints)

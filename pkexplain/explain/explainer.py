@@ -152,7 +152,7 @@ class Explainer:
             got, expected, wrong = repr(k), "an integer from 1 up", "this many examples cannot be shown"
             raise ConfigurationError("Explainer.explain", wrong, got, expected, "its signature", "Leave k out")
         removal = _removal(reading)
-        queries, explanations = as_queries(x, self.trajectory.inputs, self._first.field.device), []
+        queries, explanations = as_queries(x, self.trajectory.inputs, self._first.trajectory_model.device), []
         self._first.prepare()
         for some, settled, names in self._chunks(queries, output):
             accounts = [run.account(some, settled, removal) for run in self._runs]
@@ -206,7 +206,7 @@ class Explainer:
             ConfigurationError: ``reading`` is invalid.
         """
         removal = _removal(reading)
-        queries = as_queries(x, self.trajectory.inputs, self._first.field.device)
+        queries = as_queries(x, self.trajectory.inputs, self._first.trajectory_model.device)
         parts = []
         for some, settled, _ in self._chunks(queries, output):
             projected = [run.account(some, settled, removal).projected for run in self._runs]
@@ -242,7 +242,7 @@ class Explainer:
             ConfigurationError: ``reading`` is invalid.
         """
         removal = _removal(reading)
-        queries = as_queries(x, self.trajectory.inputs, self._first.field.device)
+        queries = as_queries(x, self.trajectory.inputs, self._first.trajectory_model.device)
         known = check_ids(ids, self.trajectory.num_examples, "self_contributions(ids)")
         if len(known) != len(queries):
             got, fix = f"{len(known)} ids for {len(queries)} examples", "Pass one id for each row of the batch"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pkexplain.errors import ConfigurationError
-from pkexplain.explain._output_field import OutputField
+from pkexplain.explain._trajectory_model import TrajectoryModel
 from pkexplain.explain.loss_curvature import LossCurvature, loss_curvature_of
 from pkexplain.explain.outputs import Output
 from pkexplain.explain.queries import QueryBatch
@@ -89,12 +89,12 @@ class FinalGradient:
 
 
 def final_gradient(
-    field: OutputField, segments: Sequence[Segment], queries: QueryBatch, output: Output, checkpoints: int | None
+    model: TrajectoryModel, segments: Sequence[Segment], queries: QueryBatch, output: Output, checkpoints: int | None
 ) -> FinalGradient:
     """Differentiate f at the ends of the last segments.
 
     Args:
-        field: The model and the run.
+        model: The model and the run.
         segments: The run's segments.
         queries: The queries.
         output: What is explained, resolved on the final prediction.
@@ -102,14 +102,14 @@ def final_gradient(
     """
     last = range(len(segments))[-(checkpoints or len(segments)) :]
     ids = segments[0].audit_ids
-    total = torch.zeros((), dtype=field.dtype, device=field.device)
+    total = torch.zeros((), dtype=model.dtype, device=model.device)
     audit = stored = torch.zeros(len(queries), len(ids), dtype=torch.float64)
     for t in last:
-        field.move_to(t, 1.0)
-        products = field.products(queries, output, t)
+        model.move_to(t, 1.0)
+        products = model.products(queries, output, t)
         total = total + products.projected / len(last)
         audit = audit + products.audit.double().cpu()
-        stored = stored + (products.projected.cpu() @ segments[t].read_rows(ids, field.dtype).T).double()
+        stored = stored + (products.projected.cpu() @ segments[t].read_rows(ids, model.dtype).T).double()
     return FinalGradient(total, audit, stored, len(last))
 
 

@@ -19,7 +19,7 @@ from pkexplain.ids import check_ids
 from pkexplain.optimizers.adaptive import Pending
 from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
 from pkexplain.optimizers.displacement import RowSum
-from pkexplain.optimizers.segment import SegmentAccountant
+from pkexplain.optimizers.segment_accountant import SegmentAccountant
 from pkexplain.record._state import deserialise
 from pkexplain.store.base import Store, damaged
 from pkexplain.store.trajectory import Trajectory

@@ -19,7 +19,7 @@ from pkexplain.gradients.layers import Block, flatten_blocks
 from pkexplain.ids import check_ids
 from pkexplain.optimizers.adaptive import Lookahead
 from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
-from pkexplain.optimizers.segment import AppliedStep, SegmentAccountant
+from pkexplain.optimizers.segment_accountant import AppliedStep, SegmentAccountant
 from pkexplain.projection.kinds import Projection
 from pkexplain.record._contract import broken, not_between_steps, not_finite, without_backward
 from pkexplain.record._gradient_check import ROUNDING, GradientSums

@@ -71,7 +71,7 @@ class Products:
         return self.values[..., self.values.shape[-1] - self.columns :]
 
 
-class OutputField:
+class TrajectoryModel:
     """f(x; θ) and its gradient at any point of the trajectory, on a private copy of the model.
 
     Args:
