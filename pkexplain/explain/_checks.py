@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pkexplain.explain._correction import CorrectedCovectors
+from pkexplain.explain._completeness import CorrectedCovectors
 from pkexplain.explain.removal import FinalGradient
 from pkexplain.results.explanation import Check
 from pkexplain.store.trajectory import Trajectory

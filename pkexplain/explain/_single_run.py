@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pkexplain.distributed import ProcessGroup, TorchProcessGroup
 from pkexplain.errors import ConfigurationError, QueryError
 from pkexplain.explain._checks import checks_of, removal_checks
-from pkexplain.explain._correction import CorrectedCovectors, correct
+from pkexplain.explain._completeness import CorrectedCovectors, correct
 from pkexplain.explain._query_gradients import integrate, outputs_at_checkpoints
 from pkexplain.explain._ranking import Ranking
 from pkexplain.explain._trajectory_model import TrajectoryModel

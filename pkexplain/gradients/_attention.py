@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pkexplain.gradients._rules import Parts, Use
+from pkexplain.gradients._layer_rules import Parts, Use
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients, LinearGradient
 
 _PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from pkexplain.gradients._rules import Parts, Use
+from pkexplain.gradients._layer_rules import Parts, Use
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients, LinearGradient
 
 _State = tuple[Tensor, ...]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pkexplain.gradients._rules import (
+from pkexplain.gradients._layer_rules import (
     Parts,
     Rule,
     Use,

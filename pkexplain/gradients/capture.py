@@ -19,7 +19,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from pkexplain.errors import ExampleIdError, PkexplainError
 from pkexplain.gradients._convolution import ConvolutionGradient
 from pkexplain.gradients._embedding import EmbeddingGradient
-from pkexplain.gradients._rules import Parts, Use
+from pkexplain.gradients._layer_rules import Parts, Use
 from pkexplain.gradients.batch_norm import RowMixture, before_norms, is_before_norm
 from pkexplain.gradients.factors import (
     DenseGradient,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.errors import ConfigurationError, UnsupportedLayerError
-from pkexplain.gradients import _rules as rules
+from pkexplain.gradients import _layer_rules as rules
 from pkexplain.gradients._attention import attention, attention_misuse, attention_unfit
+from pkexplain.gradients._layer_rules import Parts, Rule, Use
 from pkexplain.gradients._recurrent import recurrent, recurrent_axes, recurrent_misuse, recurrent_unfit
-from pkexplain.gradients._rules import Parts, Rule, Use
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients, MatrixGradient
 
 __all__ = ["Block", "Layer", "find_buffer_layers", "find_layers", "flatten_blocks", "refusal"]
