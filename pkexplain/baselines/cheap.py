@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -15,9 +16,14 @@ from pkexplain.baselines.baseline import Baseline
 from pkexplain.baselines.setting import Setting
 from pkexplain.explain.queries import QueryBatch
 from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.collect import collect
 from pkexplain.gradients.layers import find_layers
 
 __all__ = ["GradientNorm", "NearestNeighbours", "Random", "TrainingLoss"]
+
+
+def _losses(setting: Setting, model: nn.Module, inputs: QueryBatch, targets: Tensor) -> Tensor:
+    return setting.losses(inputs.run(model), targets)
 
 
 def _for_every_query(setting: Setting, scores: np.ndarray) -> Callable[[], np.ndarray]:
@@ -64,14 +70,13 @@ class GradientNorm(Baseline):
         """Differentiate the loss of every training example at every checkpoint."""
         model = setting.copy_model()
         groups = {name: block.group for block in setting.trajectory.fingerprint.blocks for name in block.parameters}
-        capture = Capture(find_layers(model, groups)[0], setting.trajectory.dtype)
+        capture = Capture(*find_layers(model, groups), setting.trajectory.dtype)
         norms = np.zeros(len(setting.rows))
         for t in range(1, len(setting.trajectory) + 1):
             setting.load(model, t)
             position = 0
             for inputs, targets in setting.batches(self.batch_size):
-                with torch.enable_grad(), capture.collecting(len(inputs)) as gradients:
-                    pieces = gradients(setting.losses(inputs.run(model), targets).sum())
+                pieces = collect(capture, len(inputs), partial(_losses, setting, model, inputs, targets))
                 blocks: dict[int, Tensor] = {}
                 for block, piece in pieces:  # a layer that is used twice occurs twice
                     blocks[block] = blocks[block] + piece.dense() if block in blocks else piece.dense()

@@ -17,6 +17,7 @@ _TOLERANCES = {
     "optimizer share": 1e-2,
     "displacement gap": 1e-2,
     "capture gap": 1e-2,
+    "split gap": 1e-4,
     "projection gap": 0.5,
     "audit error": 0.2,
     "completeness gap": 1e-4,
@@ -34,6 +35,9 @@ _MEANINGS = {
     "added to the loss after the first step.",
     "capture gap": "The largest share of a checked step's gradient that is neither in the per-example gradients nor "
     "on the optimizer line. If it fails, look for the causes given for the displacement gap.",
+    "split gap": "How far the gradients, as they were split among the examples, are from a coded pass through the "
+    "real graph, in the worst checked layer{interacting}. If it fails, a layer is shared by the examples in a way that "
+    "recording did not see: pkexplain.verify_recording(model, batch, loss) shows which.",
     "projection gap": "The part of the examples' total that the compressed rows missed before the completeness "
     "correction. If it fails, contributions are rough: record with a larger k.",
     "audit error": "Relative error of the contributions of {audited} examples whose displacements were also kept "
@@ -46,6 +50,20 @@ _AUDITED_GRADIENT = (
     "Relative error of the products of this output's gradient with the displacements of {audited} examples, which were "
     "also kept uncompressed, before the curvature is applied. If it fails, record with a larger k."
 )
+
+
+_INTERACTING = (
+    "; in this model examples act on one another within a batch (as in a BatchNorm), so a row is credited to the "
+    "example at whose place it was computed, which is checked layer by layer"
+)
+
+
+def _split_gap(trajectory: Trajectory) -> float:
+    return max(summary.split.gap for summary in trajectory.summaries)
+
+
+def _split_tolerance(trajectory: Trajectory) -> float:
+    return max(summary.split.tolerance for summary in trajectory.summaries)
 
 
 def checks_of(
@@ -72,6 +90,7 @@ def checks_of(
         "optimizer share": float(covectors.optimizer[row].sum()) / change,
         "displacement gap": max(summary.displacement_gap for summary in trajectory.summaries),
         "capture gap": max(summary.capture_gap for summary in trajectory.summaries),
+        "split gap": _split_gap(trajectory),
         "projection gap": float((explained - corrected.uncorrected[row]).sum()) / change,
         "completeness gap": float((explained - corrected.corrected[row]).sum()) / change,
     }
@@ -82,8 +101,9 @@ def checks_of(
     facts = {
         "state": "met" if covectors.settled[row] else "not met within the budget",
         "audited": 0 if audited is None else audited.shape[1],
+        "interacting": _INTERACTING if any(s.split.interacting for s in trajectory.summaries) else "",
     }
-    tolerances = {"quadrature gap": tolerance, **_TOLERANCES}
+    tolerances = {"quadrature gap": tolerance, **_TOLERANCES, "split gap": _split_tolerance(trajectory)}
     return tuple(
         Check(name, abs(values[name]), tolerances[name], meaning.format(**facts))
         for name, meaning in _MEANINGS.items()
@@ -104,10 +124,14 @@ def removal_checks(trajectory: Trajectory, final: FinalGradient, row: int) -> tu
     values = {
         "displacement gap": max(summary.displacement_gap for summary in trajectory.summaries),
         "capture gap": max(summary.capture_gap for summary in trajectory.summaries),
+        "split gap": _split_gap(trajectory),
     }
     audited = final.audit.shape[1]
     if audited:
         size = final.audit[row].norm().clamp_min(torch.finfo(final.audit.dtype).tiny)
         values["audit error"] = float((final.stored[row] - final.audit[row]).norm() / size)
+    mixed = _INTERACTING if any(s.split.interacting for s in trajectory.summaries) else ""
     meanings = {**_MEANINGS, "audit error": _AUDITED_GRADIENT.format(audited=audited)}
-    return tuple(Check(name, abs(value), _TOLERANCES[name], meanings[name]) for name, value in values.items())
+    meanings["split gap"] = meanings["split gap"].format(interacting=mixed)
+    tolerances = {**_TOLERANCES, "split gap": _split_tolerance(trajectory)}
+    return tuple(Check(name, abs(value), tolerances[name], meanings[name]) for name, value in values.items())

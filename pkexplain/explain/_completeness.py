@@ -27,8 +27,8 @@ class CorrectedCovectors:
     Attributes:
         covectors: The result of the quadrature.
         projected: q'_t, ``(queries, segments, k)``.
-        explained: E_t = f(θ_{t+1}) − f(θ_t) − ⟨φ_t, weight_decay_t + optimizer_t⟩ − buffers_t, in output units,
-            ``(queries, segments)``.
+        explained: E_t = f(θ_{t+1}) − f(θ_t) − ⟨φ_t, weight_decay_t + unsplit_t + optimizer_t⟩ − buffers_t, in output
+            units, ``(queries, segments)``.
         uncorrected: ⟨q_t, s_t⟩, the examples' total before the correction, in output units, ``(queries, segments)``.
         corrected: ⟨q'_t, s_t⟩, their total after it, in output units, ``(queries, segments)``.
         withdrawn: The share of it whose rows were withdrawn, in output units, ``(queries, segments)``.
@@ -54,7 +54,7 @@ def correct(covectors: Covectors, row_sums: Tensor, withdrawn: Tensor) -> Correc
         The covectors before and after the correction.
     """
     changes = covectors.outputs.diff(dim=1)
-    explained = changes - covectors.weight_decay - covectors.optimizer - covectors.buffers
+    explained = changes - covectors.weight_decay - covectors.unsplit - covectors.optimizer - covectors.buffers
     q = covectors.projected.double()
     s = row_sums.to(q.device)
     uncorrected = torch.einsum("qtk,tk->qt", q, s)

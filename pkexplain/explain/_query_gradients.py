@@ -27,6 +27,7 @@ class Covectors:
         projected: P φ_t, ``(queries, segments, k)``.
         displacement: ⟨φ_t, Δθ_t⟩ by the quadrature, in output units, ``(queries, segments)``.
         weight_decay: ⟨φ_t, weight_decay_t⟩, in output units, ``(queries, segments)``.
+        unsplit: ⟨φ_t, unsplit_t⟩, in output units, ``(queries, segments)``.
         optimizer: ⟨φ_t, optimizer_t⟩, in output units, ``(queries, segments)``.
         buffers: The same for running statistics: ⟨∫ ∂f/∂b, Δb_t⟩, in output units, ``(queries, segments)``.
         audit: ⟨φ_t, D_i,t⟩ of the audited examples, in output units, ``(queries, segments, audited)``.
@@ -39,6 +40,7 @@ class Covectors:
     projected: Tensor
     displacement: Tensor
     weight_decay: Tensor
+    unsplit: Tensor
     optimizer: Tensor
     buffers: Tensor
     audit: Tensor
@@ -183,6 +185,7 @@ def _gather(model: TrajectoryModel, states: list[_State], outputs: Tensor) -> Co
         buffers=whole.buffers.double().cpu(),
         displacement=whole.displacement.double().cpu(),
         weight_decay=whole.weight_decay.double().cpu(),
+        unsplit=whole.unsplit.double().cpu(),
         optimizer=whole.optimizer.double().cpu(),
         audit=whole.audit.double().cpu(),
         outputs=outputs,

@@ -161,6 +161,7 @@ class RunExplainer:
         audited = self._audited(corrected)
         budget = self.quadrature.budget * len(self.trajectory)
         lines = {"weight_decay": covectors.weight_decay, "optimizer": covectors.optimizer}
+        lines |= {"unsplit": covectors.unsplit} if any(len(segment.unsplit) for segment in self.segments) else {}
         lines |= {"buffers": covectors.buffers} if self.trajectory_model.has_statistics else {}
         lines |= {"withdrawn": corrected.withdrawn} if self._withdrawn.any() else {}
         sums = corrected.corrected - corrected.withdrawn

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pkexplain.explain.outputs import Output
 from pkexplain.explain.queries import QueryBatch
 from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.collect import collect
 from pkexplain.gradients.layers import Layer, find_buffer_layers
 from pkexplain.projection.maps import Projector
 from pkexplain.store.trajectory import Trajectory
@@ -24,8 +25,9 @@ class Products:
     """The products of some queries' gradients that the ledger needs; being linear, they can be integrated.
 
     Attributes:
-        values: All of them, ``(queries, 4 + audited + k)``: the product with the running statistics' change, those
-            with the ledger's vectors (Δθ_t, weight decay, optimizer, the audited displacements), then the projection.
+        values: All of them, ``(queries, 5 + audited + k)``: the product with the running statistics' change, those
+            with the ledger's vectors (Δθ_t, weight decay, unsplit, optimizer, the audited displacements), then the
+            projection.
         columns: k, the length of the projection.
     """
 
@@ -56,14 +58,19 @@ class Products:
         return self.values[..., 2]
 
     @property
+    def unsplit(self) -> Tensor:
+        """⟨∇f, unsplit_t⟩, in output units, ``(queries,)``."""
+        return self.values[..., 3]
+
+    @property
     def optimizer(self) -> Tensor:
         """⟨∇f, optimizer_t⟩, in output units, ``(queries,)``."""
-        return self.values[..., 3]
+        return self.values[..., 4]
 
     @property
     def audit(self) -> Tensor:
         """⟨∇f, D_i,t⟩ of the audited examples, in output units, ``(queries, audited)``."""
-        return self.values[..., 4 : self.values.shape[-1] - self.columns]
+        return self.values[..., 5 : self.values.shape[-1] - self.columns]
 
     @property
     def projected(self) -> Tensor:
@@ -87,7 +94,7 @@ class TrajectoryModel:
         blocks = len(trajectory.fingerprint.blocks)
         self._norms = find_buffer_layers(model)
         norms = [replace(n, blocks=tuple((blocks + at, names) for at, names in n.blocks)) for n in self._norms]
-        self._capture = Capture([*layers, *norms], trajectory.dtype)
+        self._capture = Capture([*layers, *norms], trajectory.fingerprint.blocks, trajectory.dtype, private=True)
         self._named = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
         some = next(iter(self._named.values()))
@@ -124,11 +131,13 @@ class TrajectoryModel:
         return bool(self._norms)
 
     def _ledger_vectors(self, t: int) -> Tensor:
-        """Stack Δθ_t, weight_decay_t, optimizer_t and the audited displacements, ``(3 + audited, parameters)``."""
+        """Stack Δθ_t, weight_decay_t, unsplit_t, optimizer_t and the audited ones, ``(4 + audited, parameters)``."""
         if t not in self._vectors:
             segment = self._trajectory.segment(t)
             moved = self._checkpoint(t + 1) - self._checkpoint(t)
-            named = torch.stack([moved, segment.weight_decay.to(self.device), segment.optimizer.to(self.device)])
+            unsplit = segment.unsplit if len(segment.unsplit) else torch.zeros_like(segment.optimizer)
+            lines = (segment.weight_decay, unsplit, segment.optimizer)
+            named = torch.stack([moved, *(line.to(self.device) for line in lines)])
             self._vectors[t] = torch.cat([named, segment.audit_rows.to(self.device)])
         return self._vectors[t]
 
@@ -164,8 +173,7 @@ class TrajectoryModel:
     def products(self, queries: QueryBatch, output: Output, segment: int) -> Products:
         """Differentiate f at the model's current point, and keep the products that the ledger needs."""
         vectors = self._ledger_vectors(segment)
-        with torch.enable_grad(), self._capture.collecting(len(queries)) as gradients:
-            pieces = gradients(output(queries.run(self._model)).sum())
+        pieces = collect(self._capture, len(queries), lambda: output(queries.run(self._model)))
         products = vectors.new_zeros(len(queries), len(vectors))
         projected = vectors.new_zeros(len(queries), self._projector.columns)
         statistics = vectors.new_zeros(len(queries), 1)

@@ -37,6 +37,7 @@ class ExactAccount:
         contributions: c_i(x), in output units, ``(queries, num_examples)``.
         kernels: K(x, x_i), ``(queries, num_examples)``; a_i is ``contributions / kernels``.
         weight_decay: The effect of weight decay, in output units, ``(queries,)``.
+        unsplit: The effect of gradients that were not split among the examples, in output units, ``(queries,)``.
         optimizer: What belongs to neither examples nor weight decay, in output units, ``(queries,)``.
         initial: f_0(x), in output units, ``(queries,)``.
         final: f_T(x), in output units, ``(queries,)``.
@@ -45,14 +46,16 @@ class ExactAccount:
     contributions: np.ndarray
     kernels: np.ndarray
     weight_decay: np.ndarray
+    unsplit: np.ndarray
     optimizer: np.ndarray
     initial: np.ndarray
     final: np.ndarray
 
     @property
     def gap(self) -> np.ndarray:
-        """The quadrature and rounding error: f_T − f_0 − Σ_i c_i − weight decay − optimizer, in output units."""
-        return self.final - self.initial - self.contributions.sum(1) - self.weight_decay - self.optimizer
+        """The quadrature and rounding error: f_T − f_0 − Σ_i c_i − weight decay − unsplit − optimizer, in output units."""
+        named = self.weight_decay + self.unsplit + self.optimizer
+        return self.final - self.initial - self.contributions.sum(1) - named
 
 
 def path_kernel(
@@ -90,7 +93,7 @@ def path_kernel(
     final = field.at(len(trajectory) - 1, 1.0, lambda: queries.run(model).detach())
     settled = settle_output(output, final)
     contributions = torch.zeros(len(queries), trajectory.num_examples, dtype=torch.float64)
-    kernels, remainders = torch.zeros_like(contributions), torch.zeros(2, len(queries), dtype=torch.float64)
+    kernels, remainders = torch.zeros_like(contributions), torch.zeros(3, len(queries), dtype=torch.float64)
     ends = torch.zeros(2, len(queries), dtype=torch.float64)
     for q in range(len(queries)):
         here = torch.tensor([q])
@@ -105,7 +108,8 @@ def path_kernel(
             contributions[q] += moved
             kernels[q] -= torch.where(derivatives == 0, 0.0, moved / derivatives)
             remainders[0, q] += segment.weight_decay.double() @ covector
-            remainders[1, q] += segment.optimizer.double() @ covector
+            remainders[1, q] += segment.unsplit.double() @ covector if len(segment.unsplit) else 0.0
+            remainders[2, q] += segment.optimizer.double() @ covector
     numbers = [contributions, kernels, *remainders, *ends]
     return ExactAccount(*(number.numpy() for number in numbers))
 

@@ -1,36 +1,41 @@
-"""Per-example gradients from a real backward pass.
+"""Per-example gradients from a real backward pass, which is left as it is.
 
-A forward hook notes a layer's input; the gradient of its output arrives during the backward pass; from the two, the
-layer's rule (`pkexplain.gradients.layers`) computes the gradient of every example.
+Forward hooks note what each layer was given; hooks on nodes of the autograd graph read the gradients of its outputs
+while the user's own backward pass runs. From the two, the layer's rule (`pkexplain.gradients.layers`) computes the
+gradient of every example; parameters without a rule are read at the graph's junctions (`pkexplain.gradients.split`).
+No output is replaced, no layer is run again, and no `.grad` is written.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
+from torch import Tensor
 
-from pkexplain.errors import ExampleIdError, PkexplainError
+from pkexplain.errors import PkexplainError
 from pkexplain.gradients._convolution import ConvolutionGradient
 from pkexplain.gradients._embedding import EmbeddingGradient
-from pkexplain.gradients._layer_rules import Parts, Use
-from pkexplain.gradients.batch_norm import RowMixture, before_norms, is_before_norm
+from pkexplain.gradients._junctions import Junction, read_junction
+from pkexplain.gradients._uses import NotedUse, noting_uses, split_use, standard_layouts
+from pkexplain.gradients.batch_norm import RowMixture
 from pkexplain.gradients.factors import (
     DenseGradient,
     ExampleGradients,
     FormedGradient,
     LinearGradient,
     ScaledGradient,
+    as_matrix,
 )
-from pkexplain.gradients.layers import Layer, refusal
+from pkexplain.gradients.graph import Graph, backward_listener, random_state_kept
+from pkexplain.gradients.layers import Block, Layer, refusal
+from pkexplain.gradients.layout import Layout
+from pkexplain.gradients.split import Split, learn_split, relative_gap, verify_split
 
-__all__ = ["GRADIENT_CLASSES", "Capture"]
+__all__ = ["GRADIENT_CLASSES", "Capture", "differentiable_statistics"]
 
 GRADIENT_CLASSES = (
     ConvolutionGradient,
@@ -43,279 +48,322 @@ GRADIENT_CLASSES = (
 )
 """The classes of captured gradients; a saved state may contain these and no others."""
 
+Sink = Callable[[int, ExampleGradients], None]
+_KEPT = 64
+"""Graphs whose split is remembered."""
+
 
 class Capture:
-    """Hooks that turn forward and backward passes of a model into per-example gradients.
+    """Hooks that turn backward passes of a model into per-example gradients.
+
+    Attributes:
+        rehearsing: Whether a pass of its own runs through the graph, which is not the user's.
+        gap: The largest split gap since `clear_gap`.
+        unsplit: Parameters that could not be split since then, and why.
+        gaps: The largest split gap of each block.
+        interacting: Whether examples were seen to act on one another.
+        tolerance: The largest gap that was allowed.
 
     Args:
         layers: The layers to watch (from `find_layers`).
+        blocks: The blocks of parameters, from there, too.
         dtype: Dtype of the gradients; None for the dtype of each layer's output (which autocast may change).
+        private: Whether the model is a copy of ours: a BatchNorm's output may be replaced to differentiate its buffers.
     """
 
-    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype | None = None) -> None:
-        self.layers, self._dtype = tuple(layers), dtype
-        self._parameters = {
-            (layer.name, names): [layer.module.get_parameter(name) for name in names]
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        blocks: Sequence[Block],
+        dtype: torch.dtype | None = None,
+        private: bool = False,
+    ) -> None:
+        """Find the parameters; nothing is hooked yet."""
+        self.layers, self.blocks, self.dtype = tuple(layers), tuple(blocks), dtype
+        self._prepare = differentiable_statistics if private else _unchanged
+        self.parameters = {
+            full: layer.module.get_parameter(local)
             for layer in layers
             if not layer.buffers
-            for _, names in layer.blocks
+            for position, names in layer.blocks
+            for full, local in zip(blocks[position].parameters, names, strict=True)
         }
-        self._paused = False
-        self._positions: dict[str, bool] = {}  # embeddings of one-dimensional indices: whether those are positions
-        self._broadcast: set[str] = set()  # layers whose single row is known to be broadcast over the examples
+        self._places = {name: at for at, block in enumerate(self.blocks) for name in block.parameters}
+        self._generator = torch.Generator().manual_seed(7)
+        self._splits: dict[int, Split] = {}
+        self._split: Split | None = None
+        self.rehearsing = False
+        self.clear_gap()
+
+    def clear_gap(self) -> None:
+        """Start measuring anew."""
+        self.gap, self.gaps, self.unsplit, self.interacting, self.tolerance = 0.0, {}, {}, False, 1e-8
+
+    def forget(self) -> None:
+        """Learn anew at the next backward pass."""
+        self._splits.clear()
+        self._split = None
+
+    @property
+    def splits(self) -> Split | None:
+        """How the last graph was split."""
+        return self._split
 
     @contextmanager
-    def during_backward(self, examples: int, sink: Callable[[int, ExampleGradients], None]) -> Iterator[None]:
-        """Pass every block's gradients to ``sink`` when the user's own backward pass reaches them.
+    def during_backward(
+        self,
+        examples: int,
+        sink: Sink,
+        verify: bool = True,
+        learnt: Callable[[Split], None] = lambda split: None,
+        axes: Callable[[], Collection[int]] = lambda: (0,),
+    ) -> Iterator[None]:
+        """Pass every block's gradients to ``sink`` while the user's own backward passes reach them.
 
         Args:
-            examples: The batch size, which must be the first dimension of every layer's output.
+            examples: The batch size.
             sink: Called with the block's position and its gradients; several times if a layer is used repeatedly.
+            verify: Whether the split is checked in this step, also if nothing has changed.
+            learnt: Called before each backward pass with the way in which it will be split.
+            axes: Returns in which of the first two dimensions the model's inputs have one row per example.
 
         Raises:
-            ExampleIdError: A layer's output does not have ``examples`` rows.
+            ExampleIdError: Nothing can be split, as nothing has one row per example.
         """
+        step = _Step(self, examples, sink, verify, learnt, axes)
+        noting = noting_uses(self.layers, step.note, lambda: self.rehearsing, self._prepare)
+        with noting, backward_listener(step.around):
+            try:
+                yield
+            finally:
+                step.close()
 
-        def watch(use: _Noted, outputs: Sequence[Tensor]) -> None:
-            if len(outputs) == 1:
-                outputs[0].register_hook(lambda gradient: self._deliver(use, [gradient], sink))
-            else:
-                register_multi_grad_hook(outputs, lambda gradients: self._deliver(use, list(gradients), sink))
-
-        with self._watching(examples, watch):
-            yield
-
-    @contextmanager
-    def collecting(self, examples: int) -> Iterator[Callable[[Tensor], list[tuple[int, ExampleGradients]]]]:
-        """Yield a function that differentiates a scalar and returns every block's gradients; no ``.grad`` is set."""
-        uses: list[tuple[_Noted, list[Any]]] = []
-
-        def note(use: _Noted, outputs: Sequence[Tensor]) -> None:
-            # the edge, not the tensor: an in-place ReLU after the layer turns the tensor into its own output
-            uses.append((use, [torch.autograd.graph.get_gradient_edge(output) for output in outputs]))
-
-        def gradients(scalar: Tensor) -> list[tuple[int, ExampleGradients]]:
-            found: list[tuple[int, ExampleGradients]] = []
-            if not scalar.requires_grad:  # it does not depend on a layer
-                return found
-            edges = [edge for _, outputs in uses for edge in outputs]
-            flat = iter(torch.autograd.grad(scalar, edges, allow_unused=True))
-            for use, outputs in uses:
-                self._deliver(use, [next(flat) for _ in outputs], lambda b, g: found.append((b, g)))
-            return found
-
-        with self._watching(examples, note):
-            yield gradients
-
-    @contextmanager
-    def _watching(self, examples: int, on_use: Callable[[_Noted, Sequence[Tensor]], None]) -> Iterator[None]:
-        spread: list[str] = []  # layers whose output was expanded
-        made: dict[int, tuple[weakref.ref[Tensor], _Noted]] = {}  # which use returned a tensor
-        used: list[_Noted] = []
-
-        def hook_for(layer: Layer) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-                if self._paused or not torch.is_grad_enabled():
-                    return None
-                if layer.buffers and isinstance(output, Tensor) and not output.requires_grad:
-                    # nothing before it is trained, but its statistics are differentiated; cloned, for an in-place ReLU
-                    output = output.detach().requires_grad_().clone()
-                noted = _Noted(layer, Use(module, args, kwargs, module.training))
-                why = layer.misuse(noted.use)
-                if why:
-                    raise refusal(layer.name, module, why)
-                if isinstance(output, Tensor):
-                    noted, output = self._spread(noted, output, examples, spread)
-                output, places = _apart(layer, output, examples, noted.lifted)
-                watched = [tensor for tensor in places if tensor.requires_grad]
-                if watched:
-                    noted = replace(noted, wanted=tuple(tensor.requires_grad for tensor in places))
-                    used.append(noted)
-                    on_use(noted, watched)
-                    source = made.get(id(noted.use.given(0, "input")))
-                    if source and source[0]() is noted.use.given(0, "input"):
-                        source[1].followers.append(noted)
-                    if isinstance(output, Tensor):
-                        made[id(output)] = weakref.ref(output), noted
-                return output
-
-            return hook
-
-        handles = [layer.module.register_forward_hook(hook_for(layer), with_kwargs=True) for layer in self.layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for noted in used:  # breaks a cycle: a tensor's hook holds a use that holds the tensor
-                noted.followers.clear()
-                noted.arrived.clear()
-
-    def _spread(self, noted: _Noted, output: Tensor, examples: int, spread: list[str]) -> tuple[_Noted, Tensor]:
-        """Expand an output that the model broadcasts over the batch to one row per example, so its gradient is too.
-
-        Position embeddings are looked up as ``(1, t)`` or ``(t,)``; what a model adds to every example then has a
-        leading dimension of 1, or none.
-        """
-        layer, use = noted.layer, noted.use
-        if output.ndim == 0 or layer.batch_axes != (0,):
-            return noted, output
-        ids = use.given(0, "input")
-        if isinstance(layer.module, nn.Embedding) and ids.ndim == 1:
-            if not self._are_positions(layer, ids, examples):
-                return noted, output
-            if examples == 1:
-                return replace(noted, use=_widened(use, 1, ids.ndim), lifted=True), output
-            spread.append(layer.name)
-            wide = replace(noted, use=_widened(use, examples, ids.ndim), spread=True)
-            return wide, output.expand(examples, *output.shape)
-        if examples == 1 or len(output) != 1 or any(_leads_with(v, examples) for v in _values(use)):
-            return noted, output
-        if spread:
-            raise _positions(spread[0], f"an output of shape {tuple(output.shape)} in layer {layer.name!r} after it")
-        return replace(noted, use=_widened(use, examples), spread=True), output.expand(examples, *output.shape[1:])
-
-    def _are_positions(self, layer: Layer, ids: Tensor, examples: int) -> bool:
-        """Whether one-dimensional indices are positions, the same for every example, or one index per example."""
-        if layer.name not in self._positions:
-            counted = torch.equal(ids, torch.arange(examples, device=ids.device, dtype=ids.dtype))
-            if examples > 1 and (len(ids) == 1 or counted):  # it could be either
-                raise _positions(layer.name, f"indices of shape {tuple(ids.shape)}")
-            self._positions[layer.name] = len(ids) != examples
-        return self._positions[layer.name]
-
-    def _deliver(self, noted: _Noted, gradients: Sequence[Tensor | None], sink: Any) -> None:
-        if all(gradient is None for gradient in gradients):
+    def _deliver(
+        self, noted: NotedUse, layouts: dict[int, Layout | None], examples: int, sink: Sink, only: Any = None
+    ) -> None:
+        """Apply a layer's rule and pass its blocks on."""
+        layer = noted.layer
+        moving = [block for block in layer.blocks if layer.buffers or self._moves(block[0])]
+        blocks = [block for block in moving if only is None or block[0] in only]
+        if not blocks:
             return
-        layer, flat = noted.layer, iter(gradients)
-        arrived = [next(flat) if wanted else None for wanted in noted.wanted]
-        arrived = [g if g is None else g.to(self._dtype or g.dtype) for g in arrived]
-        arrived = [g[None] if noted.lifted and g is not None else g for g in arrived]
-        if noted.spread and layer.name not in self._broadcast and arrived[0] is not None:
-            if arrived[0][1:].any():
-                self._broadcast.add(layer.name)
-            elif arrived[0].any():
-                raise _positions(layer.name, "a gradient in the first row only")
-        noted.arrived[:] = arrived
-        self._paused = True  # the rule may rerun the layer, which is not a use to record
         try:
-            with torch.no_grad():
-                blocks = [block for block in layer.blocks if layer.buffers or self._moves(layer, block[1])]
-                for found in _gradients(noted, tuple(arrived), [names for _, names in blocks]):
-                    for (position, names), block in zip(blocks, found, strict=True):
-                        sink(position, block if layer.buffers else self._without_frozen(layer, names, block))
+            found = split_use(noted, [names for _, names in blocks], layouts, examples, self.dtype)
         except RuntimeError as error:
             if isinstance(error, (PkexplainError, torch.OutOfMemoryError)):
                 raise
-            why = f"its per-example rule failed ({error})"
-            raise refusal(layer.name, layer.module, why) from error
-        finally:
-            self._paused = False
+            raise refusal(layer.name, layer.module, f"its per-example rule failed ({error})") from error
+        if found is None:
+            raise refusal(layer.name, layer.module, "its rows are not the examples, or it has no rule for this use")
+        for pieces in found:
+            for (position, _), piece in zip(blocks, pieces, strict=True):
+                sink(position, piece if layer.buffers else self._without_frozen(position, piece))
 
-    def _moves(self, layer: Layer, names: tuple[str, ...]) -> bool:
+    def _moves(self, position: int) -> bool:
         """Whether a block has a parameter that is still trainable."""
-        return any(parameter.requires_grad for parameter in self._parameters[layer.name, names])
+        return any(self.parameters[name].requires_grad for name in self.blocks[position].parameters)
 
-    def _without_frozen(self, layer: Layer, names: tuple[str, ...], gradients: ExampleGradients) -> ExampleGradients:
+    def _without_frozen(self, position: int, gradients: ExampleGradients) -> ExampleGradients:
         """Zero the gradients of a block's parameters that were frozen since."""
-        parameters = self._parameters[layer.name, names]
+        parameters = [self.parameters[name] for name in self.blocks[position].parameters]
         if all(parameter.requires_grad for parameter in parameters):
             return gradients
         dtype = gradients.select(slice(0, 1)).total().dtype
         masks = [p.new_full((p.numel(),), float(p.requires_grad), dtype=dtype) for p in parameters]
         return gradients.scaled(torch.cat(masks))
 
-
-@dataclass(frozen=True)
-class _Noted:
-    """One use of a layer, and how its output was changed so that it has one row per example."""
-
-    layer: Layer
-    use: Use
-    wanted: tuple[bool, ...] = ()
-    spread: bool = False
-    lifted: bool = False  # one example, and a gradient without a batch dimension
-    followers: list[_Noted] = field(default_factory=list)  # uses of layers whose input is its output
-    arrived: list[Tensor | None] = field(default_factory=list)
-
-
-def _gradients(noted: _Noted, arrived: tuple[Tensor | None, ...], parts: Parts) -> Sequence[Sequence[ExampleGradients]]:
-    """Apply a layer's rule; if BatchNorms follow it, through the output that they normalised."""
-    layer, use = noted.layer, replace(noted.use, gradients=arrived)
-    if not parts:
-        return []
-    norms = [
-        replace(other.use, gradients=tuple(other.arrived))
-        for other in noted.followers
-        if other.arrived and is_before_norm(layer.rule, use.gradient, other.use)
-    ]
-    return before_norms(layer.rule, use, norms, parts) if norms else [layer.rule(use, parts)]
-
-
-def _values(use: Use) -> list[Any]:
-    return [*use.args, *use.kwargs.values()]
+    def placed(self, name: str, values: Tensor | LinearGradient) -> tuple[int, ExampleGradients]:
+        """Put one parameter's gradients ``(examples, *shape)`` in its block."""
+        position = self._places[name]
+        block = self.blocks[position]
+        dtype = self.dtype
+        if isinstance(values, LinearGradient):
+            if block.matrix == values.matrix and len(block.parameters) == 1:
+                x, g = (t if dtype is None else t.to(dtype) for t in (values.inputs, values.output_gradients))
+                return position, LinearGradient(x, g, True, False)
+            values = values.dense()
+        flat = values.flatten(1)
+        flat = flat if dtype is None else flat.to(dtype)
+        if len(block.parameters) > 1:
+            sizes = [self.parameters[each].numel() for each in block.parameters]
+            at = block.parameters.index(name)
+            wide = flat.new_zeros(len(flat), sum(sizes))
+            wide[:, sum(sizes[:at]) : sum(sizes[: at + 1])] = flat
+            flat = wide
+        if block.matrix is None:
+            return position, DenseGradient(flat)
+        both = len(block.parameters) > 1
+        bias_only = not both and block.matrix[1] == 1 and len(block.shapes[0]) == 1
+        formed = torch.stack([as_matrix(row, block.matrix[0], both) for row in flat])
+        return position, FormedGradient(formed, not bias_only, both or bias_only)
 
 
-def _leads_with(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
+class _Step:
+    """One step: the uses noted since the last backward pass, and the backward passes themselves."""
+
+    def __init__(
+        self, capture: Capture, examples: int, sink: Sink, verify: bool, learnt: Callable[[Split], None], axes: Any
+    ) -> None:
+        self._capture, self._examples, self._sink, self._verify = capture, examples, sink, verify
+        self._learnt, self._axes = learnt, axes
+        self._uses: list[NotedUse] = []
+        self._handles: list[Any] = []
+        self._split: Split | None = None
+        self._depth = 0
+        self._coded: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._totals: dict[int, Tensor] = {}
+
+    def note(self, noted: NotedUse) -> None:
+        """Take a use, and listen to its outputs' nodes."""
+        self._uses.append(noted)
+        for at, edge in enumerate(noted.edges):
+            self._handles.append(edge.node.register_prehook(partial(self._arrived, noted, at, edge.output_nr)))
+
+    def _arrived(self, noted: NotedUse, at: int, number: int, gradients: tuple[Tensor | None, ...]) -> None:
+        if self._capture.rehearsing or not self._depth or self._split is None or gradients[number] is None:
+            return
+        noted.arrived[at] = gradients[number].detach()
+        if len(noted.arrived) == len(noted.edges):
+            self._deliver(noted)
+
+    def _deliver(self, noted: NotedUse) -> None:
+        split = self._split
+        assert split is not None
+        layouts = split.layouts.get(noted.key)
+        if layouts is None:  # a use of a checkpointed part, which runs again inside the backward pass
+            layouts = standard_layouts(noted)
+        only = None if noted.layer.buffers else split.rules
+        with torch.no_grad():
+            self._capture._deliver(noted, layouts, self._examples, self._pass_on, only)
+
+    def _pass_on(self, position: int, gradients: ExampleGradients) -> None:
+        if self._coded is not None and position < len(self._capture.blocks):
+            total = gradients.weighted(self._coded[0])
+            known = self._totals.get(position)
+            self._totals[position] = total if known is None else known + total
+        self._sink(position, gradients)
+
+    def around(self, run: Callable[[], Any], arguments: dict[str, Any]) -> Any:
+        """Prepare for one of the user's backward passes, run it, and check what came of it."""
+        if self._capture.rehearsing or self._depth:  # ours, or a checkpoint's inside another
+            return run()
+        handles: list[Any] = []
+        roots, gradients = _roots(arguments)
+        if roots:
+            with random_state_kept():
+                handles = self._prepare(roots, gradients)
+        self._depth = 1
+        try:
+            result = run()
+            for noted in self._uses:
+                if noted.arrived and len(noted.arrived) < len(noted.edges):
+                    self._deliver(noted)
+        finally:
+            self._depth = 0
+            for handle in handles:
+                handle.remove()
+            for noted in self._uses:
+                noted.arrived.clear()
+        self._compare()
+        return result
+
+    def _prepare(self, roots: list[Tensor], gradients: list[Tensor | None]) -> list[Any]:
+        """Make sure that the graph's split is known; listen to its junctions."""
+        capture = self._capture
+        known = capture._split
+        uses = [noted for noted in self._uses if not noted.layer.buffers]
+        simple = known is not None and not known.junctions and not known.unsplit and known.fixed
+        if simple and known is not None and known.fits(uses, self._examples) and not self._verify:
+            self._split = known
+            return []
+        graph = Graph(roots, gradients, capture.parameters)
+        graph.axes = frozenset(self._axes())
+        key = hash((graph.key, tuple(noted.key for noted in uses)))
+        split = capture._splits.get(key)
+        usable = split is not None and split.fixed and split.fits(uses, self._examples)
+        capture.rehearsing = True
+        capture._generator.manual_seed(7)  # a resumed run draws the same codes
+        try:
+            if not usable:
+                split = learn_split(graph, uses, capture.blocks, self._examples, capture._generator, capture.dtype)
+            elif self._verify:
+                self._coded = verify_split(graph, self._examples, capture._generator, split.half)
+        finally:
+            capture.rehearsing = False
+        self._split = split
+        if split is None:  # the gradient is not finite: nothing to record
+            return []
+        if len(capture._splits) >= _KEPT:
+            capture._splits.clear()
+        capture._splits[key] = capture._split = split
+        capture.unsplit.update(split.unsplit)
+        capture.interacting |= split.interacting
+        capture.tolerance = max(capture.tolerance, split.tolerance)
+        self._learnt(split)
+        self._note(split.gaps)
+        return self._listen(graph, split)
+
+    def _listen(self, graph: Graph, split: Split) -> list[Any]:
+        handles = []
+        for at, place, layout, names in split.junctions:
+            junction = Junction(graph.order[at], place, layout, names)
+
+            def read(gradients: tuple[Tensor | None, ...], junction: Junction = junction) -> None:
+                if self._capture.rehearsing:
+                    return
+                self._capture.rehearsing = True  # reading may run the node again
+                try:
+                    for name, values in read_junction(junction, graph, gradients, self._examples):
+                        self._pass_on(*self._capture.placed(name, values))
+                finally:
+                    self._capture.rehearsing = False
+
+            handles.append(junction.node.register_prehook(read))
+        return handles
+
+    def _compare(self) -> None:
+        """Compare what was split with the coded pass."""
+        if self._coded is None or self._split is None:
+            return
+        (_, true), self._coded = self._coded, None
+        gaps = {}
+        if not self._split.interacting:
+            gaps = relative_gap(self._capture.blocks, self._totals, true, set(self._split.unsplit))
+        self._totals = {}
+        tolerance = self._split.tolerance
+        if any(not gap <= tolerance for gap in gaps.values()):
+            self._capture.forget()
+        self._note(gaps)
+
+    def _note(self, gaps: dict[int, float]) -> None:
+        capture = self._capture
+        for position, gap in gaps.items():
+            capture.gaps[position] = max(capture.gaps.get(position, 0.0), gap)
+            capture.gap = max(capture.gap, gap)
+
+    def close(self) -> None:
+        """Remove what is left of the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
 
-def _widened(use: Use, examples: int, plain: int | None = None) -> Use:
-    """Expand shared arguments to one per example: those without a batch dimension (of ``plain`` ones), or with 1."""
-
-    def widen(value: Any) -> Any:
-        if plain is not None and isinstance(value, Tensor) and value.ndim == plain:
-            return value.expand(examples, *value.shape)
-        return value.expand(examples, *value.shape[1:]) if plain is None and _leads_with(value, 1) else value
-
-    return replace(use, args=tuple(map(widen, use.args)), kwargs={n: widen(v) for n, v in use.kwargs.items()})
-
-
-def _apart(layer: Layer, output: Any, examples: int, lifted: bool) -> tuple[Any, list[Tensor]]:
-    """Check a layer's outputs; if there are several, clone each, so that none depends on another."""
-    if isinstance(output, nn.utils.rnn.PackedSequence):
-        raise refusal(layer.name, layer.module, "it was given a PackedSequence")
-    if isinstance(output, Tensor):
-        if not lifted:
-            _check_output(layer, output, examples, layer.batch_axes[0])
-        return output, [output]
-    places: list[Tensor] = []
-
-    def visit(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            if part.requires_grad:
-                _check_output(layer, part, examples, layer.batch_axes[min(len(places), len(layer.batch_axes) - 1)])
-                part = part.clone()  # not a view, which an in-place ReLU after it would bypass
-            places.append(part)
-            return part
-        if isinstance(part, (tuple, list)):
-            made = [visit(piece) for piece in part]
-            return type(part)(*made) if hasattr(part, "_fields") else type(part)(made)
-        if part is not None and not isinstance(part, (bool, int, float, str)):
-            raise refusal(layer.name, layer.module, f"it returns a {type(part).__name__}, not tensors")
-        return part
-
-    return visit(output), places
+def _roots(arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The tensors that a backward pass starts from, and their gradients."""
+    tensors, given = arguments.get("tensors"), arguments.get("grad_tensors")
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors or ())
+    given = [given] if isinstance(given, Tensor) or given is None else list(given)
+    given = given if len(given) == len(tensors) else [None] * len(tensors)
+    pairs = [(t, g) for t, g in zip(tensors, given, strict=True) if isinstance(t, Tensor) and t.grad_fn is not None]
+    return [t for t, _ in pairs], [g for _, g in pairs]
 
 
-def _positions(name: str, got: str) -> ExampleIdError:
-    return ExampleIdError(
-        f"recording layer {name!r}",
-        "its output could belong to the examples or be shared by all of them",
-        got=got,
-        expected="one row per example, or positions of shape (1, T), added directly to the examples",
-        source="the number of ids passed to recorder.step(ids)",
-        fix="Pass positions as (1, T): torch.arange(T)[None]",
-    )
+def _unchanged(layer: Layer, output: Any) -> Any:
+    return output
 
 
-def _check_output(layer: Layer, output: Tensor, examples: int, axis: int) -> None:
-    if output.ndim <= axis or output.shape[axis] != examples:
-        raise ExampleIdError(
-            f"recording layer {layer.name!r}",
-            "its output does not have one row per example",
-            got=f"output of shape {tuple(output.shape)}",
-            expected=f"{examples} rows",
-            source="the number of ids passed to recorder.step(ids)",
-            fix="Pass one id per row of the batch, and keep the batch as the first dimension of every layer",
-        )
+def differentiable_statistics(layer: Layer, output: Any) -> Any:
+    """Let a BatchNorm's output be differentiated if nothing before it is trained; cloned, for an in-place ReLU."""
+    if layer.buffers and isinstance(output, Tensor) and not output.requires_grad:
+        return output.detach().requires_grad_().clone()
+    return output

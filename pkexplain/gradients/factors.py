@@ -52,6 +52,10 @@ class ExampleGradients(ABC):
         return self.dense().abs().sum(0)
 
     @abstractmethod
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Sum over the examples, each times its weight ``(examples,)``: ``(numel,)``."""
+
+    @abstractmethod
     def select(self, positions: Tensor | slice) -> ExampleGradients:
         """Keep the examples at ``positions`` of the batch."""
 
@@ -83,6 +87,10 @@ class DenseGradient(ExampleGradients):
         """Return the gradients, ``(examples, numel)``."""
         return self.values
 
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Sum over the examples, each times its weight."""
+        return weights.to(self.values) @ self.values
+
     def select(self, positions: Tensor | slice) -> DenseGradient:
         """Keep the examples at ``positions``."""
         return DenseGradient(self.values[positions])
@@ -108,6 +116,11 @@ class MatrixGradient(ExampleGradients):
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.output_gradients)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Sum over the examples, each times its weight: every form is linear in its output gradients."""
+        g = self.output_gradients
+        return replace(self, output_gradients=g * weights.to(g).view(-1, *[1] * (g.ndim - 1))).total()
 
     @abstractmethod
     def select(self, positions: Tensor | slice) -> MatrixGradient:
@@ -237,6 +250,13 @@ class ScaledGradient(MatrixGradient):
         if self.weight and self.bias:
             flat = torch.cat([flat[:, :-1].flatten(), flat[:, -1]])
         return self.inner.total() * flat.flatten()
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Sum over the examples, each times its weight."""
+        inner = self.inner
+        g = inner.output_gradients
+        scaled = replace(inner, output_gradients=g * weights.to(g).view(-1, *[1] * (g.ndim - 1)))
+        return replace(self, inner=scaled).total()
 
     def select(self, positions: Tensor | slice) -> ScaledGradient:
         """Keep the examples at ``positions``."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from pkexplain.errors import ConfigurationError, UnsupportedLayerError
 from pkexplain.gradients import _layer_rules as rules
-from pkexplain.gradients._attention import attention, attention_misuse, attention_unfit
 from pkexplain.gradients._layer_rules import Parts, Rule, Use
 from pkexplain.gradients._recurrent import recurrent, recurrent_axes, recurrent_misuse, recurrent_unfit
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients, MatrixGradient
@@ -60,17 +59,17 @@ class Layer:
     Attributes:
         name: The module's path in the model.
         module: The module.
-        rule: Computes the gradients of its blocks from one use of the module.
+        rule: Computes the gradients of its blocks from one use of the module; None if only the graph can tell.
         blocks: For each block, its position in the model's list of blocks, and the local names of this module's
             parameters in it.
         batch_axes: The batch dimension of each tensor that the module returns; the last entry is repeated.
         buffers: Whether the blocks hold buffers, not parameters.
-        misuse: Returns why one use of the module cannot be recorded, or None.
+        misuse: Returns why the rule does not hold for one use of the module, or None.
     """
 
     name: str
     module: nn.Module
-    rule: Rule
+    rule: Rule | None
     blocks: tuple[tuple[int, tuple[str, ...]], ...]
     batch_axes: tuple[int, ...] = (0,)
     buffers: bool = False
@@ -111,26 +110,23 @@ _COMPOSITES: dict[type[nn.Module], Composite] = {
     nn.RNN: _RECURRENT,
     nn.LSTM: _RECURRENT,
     nn.GRU: _RECURRENT,
-    nn.RNNCell: _RECURRENT,
-    nn.LSTMCell: _RECURRENT,
-    nn.GRUCell: _RECURRENT,
-    nn.MultiheadAttention: Composite(
-        attention, attention_unfit, attention_misuse, lambda module: (0 if module.batch_first else 1, 0)
-    ),
 }
 """Layers of several matrices, which return several tensors."""
-_SEPARATE: tuple[Rule, ...] = (rules.transposed_linear, recurrent, attention)
+_SEPARATE: tuple[Rule, ...] = (rules.transposed_linear, recurrent)
 """Rules that put every parameter in a separate block."""
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
-_WITHOUT_RULE = (
-    nn.SyncBatchNorm,
-    nn.RNNBase,  # those without a rule above
-    nn.MultiheadAttention,
-    nn.EmbeddingBag,
-    nn.RNNCellBase,
-    nn.utils.parametrize.ParametrizationList,  # its output is a weight, not one row per example
+_STATELESS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Bilinear,
+    nn.PReLU,
+    nn.RMSNorm,
 )
-_RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+"""Layers of torch that may be differentiated again, example by example, as they keep no state and draw no numbers."""
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
@@ -139,51 +135,37 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     return any(type(module).forward is kind.forward for kind in kinds)
 
 
-def _matrix_shape(module: Any, names: tuple[str, ...], rule: Rule) -> tuple[int, int] | None:
+def _matrix_shape(module: Any, names: tuple[str, ...], rule: Rule | None) -> tuple[int, int] | None:
     if rule is rules.embedding:
         return tuple(module.weight.shape)
     if rule is rules.transposed_linear:
         return tuple(module.weight.shape) if names == ("weight",) else None
-    if rule in (recurrent, attention):
+    if rule is recurrent or rule is None:
         shape = tuple(module.get_parameter(names[0]).shape)
-        return (shape[0], shape[1]) if len(shape) == 2 else None
+        return (shape[0], math.prod(shape[1:])) if len(shape) > 1 and len(names) == 1 else None
     if rule not in (rules.linear, rules.convolution):
         return None
     rows = len(module.weight)
     return rows, ("weight" in names) * (module.weight.numel() // rows) + ("bias" in names)
 
 
-def _rule_for(name: str, module: nn.Module) -> Rule:
-    """Choose the per-example rule of a module that owns trainable parameters, or refuse it by name."""
+def _rule_for(module: nn.Module) -> Rule | None:
+    """Choose the per-example rule of a module that owns trainable parameters; None if only the graph can tell."""
     options: Any = module
     if _is_transposed_linear(module):
         return rules.transposed_linear
     composite = _composite(module)
     if composite:
-        why = composite.unfit(module)
-        if why:
-            raise refusal(name, module, why)
-        return composite.rule
+        return None if composite.unfit(module) else composite.rule
+    own = {name for name, _ in module.named_parameters(recurse=False)}
     for kind, rule in _RULES.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
-            strange = [n for n, _ in module.named_parameters(recurse=False) if n not in ("weight", "bias")]
-            if strange:
-                raise refusal(name, module, f"its weight is made of {', '.join(strange)} (a hook of weight_norm?)")
-            if rule is rules.convolution and options.groups > 1:
-                return rules.by_example
-            if rule is rules.embedding and (options.max_norm or options.scale_grad_by_freq or options.sparse):
-                raise refusal(name, module, "max_norm, scale_grad_by_freq and sparse gradients change what is summed")
-            return rule
-    for path, part in module.named_modules():
-        where = f"its part {path!r} ({type(part).__name__})" if path else type(part).__name__
-        if isinstance(part, _WITHOUT_RULE):
-            raise refusal(name, module, f"{where} has no per-example rule")
-        if isinstance(part, _BATCH_NORM):
-            why = f"{where} mixes the examples of a batch, which are processed one at a time here"
-            raise refusal(name, module, why)
-        if isinstance(part, _RANDOM) and path and getattr(part, "p", None) != 0:
-            raise refusal(name, module, f"it owns parameters directly and {where} draws random numbers")
-    return rules.by_example
+        plain = "weight" in own and own <= {"weight", "bias"}  # a parametrised weight is no parameter
+        if isinstance(module, kind) and type(module).forward is kind.forward and plain:
+            changed = rule is rules.embedding and (options.max_norm or options.scale_grad_by_freq or options.sparse)
+            grouped = rule is rules.convolution and options.groups > 1
+            return None if changed else rules.by_example if grouped else rule
+    stateless = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _STATELESS)
+    return rules.by_example if stateless and "weight" in own and own <= {"weight", "bias"} else None
 
 
 def _composite(module: nn.Module) -> Composite | None:
@@ -200,8 +182,7 @@ def refusal(name: str, module: nn.Module, why: str) -> UnsupportedLayerError:
         f"recording layer {name or '(the model itself)'!r}",
         f"no per-example gradient rule fits it: {why}",
         got=type(module).__name__,
-        expected="Linear, Conv1d/2d/3d, Embedding, LayerNorm, GroupNorm, BatchNorm, RNN, LSTM, GRU, "
-        "MultiheadAttention, or a deterministic layer that treats every example separately",
+        expected="Linear, Conv1d/2d/3d, Embedding, LayerNorm, GroupNorm, BatchNorm, RNN, LSTM or GRU, batch first",
         source="the layers that can be recorded",
         fix="Replace it, or freeze it and keep it in evaluation mode: "
         f"model.get_submodule({name!r}).requires_grad_(False).eval()",
@@ -215,7 +196,7 @@ class _Owned:
     group: int
     path: str
     module: nn.Module
-    rule: Rule
+    rule: Rule | None
     names: tuple[str, ...]
     parameters: tuple[str, ...]
     shared: bool
@@ -238,7 +219,6 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
         blocks: the layer before it needs to know about it.
 
     Raises:
-        UnsupportedLayerError: A layer has no per-example rule.
         ConfigurationError: Nothing is trainable.
     """
     if not groups:
@@ -286,17 +266,20 @@ def _owned(model: nn.Module, groups: dict[str, int]) -> Iterator[_Owned]:
     for path, module in model.named_modules():
         if module in inside:
             continue
-        whole = _composite(module) is not None  # it uses its parts' parameters without calling them
+        whole = _composite(module) is not None or isinstance(
+            module, nn.MultiheadAttention
+        )  # it uses its parts' parameters without calling them
         inside.update(part for part in module.modules() if whole and part is not module)
         local = {n: names[id(p)] for n, p in module.named_parameters(recurse=whole) if names[id(p)] in groups}
         found += [(path, module, local)] if local else []
         for full in local.values():
             owners[full] = owners.get(full, 0) + 1
     for path, module, local in found:
-        rule = _rule_for(path, module)
+        rule = _rule_for(module)
         together: dict[tuple[int, str], list[str]] = {}
         for name, full in local.items():
-            alone = owners[full] > 1 or rule in _SEPARATE
+            matrix = rule is None and module.get_parameter(name).ndim > 1
+            alone = owners[full] > 1 or rule in _SEPARATE or matrix
             together.setdefault((groups[full], full if alone else ""), []).append(name)
         for (group, shared), members in together.items():
             full = tuple(local[name] for name in members)
@@ -319,7 +302,7 @@ def _lay_out(found: Sequence[_Owned]) -> tuple[list[Layer], list[Block]]:
         elif blocks[position].matrix != owned.matrix:  # a matrix for one owner, not for another
             blocks[position] = replace(blocks[position], matrix=None)
         known = layers[owned.path].blocks if owned.path in layers else ()
-        composite = _composite(owned.module)
+        composite = _composite(owned.module) if owned.rule is not None else None
         layer = Layer(owned.path, owned.module, owned.rule, (*known, (position, owned.names)))
         if composite:
             layer = replace(layer, batch_axes=composite.axes(owned.module), misuse=composite.misuse)
@@ -332,13 +315,14 @@ def _lay_out(found: Sequence[_Owned]) -> tuple[list[Layer], list[Block]]:
 def _formed(layer: Layer, positions: set[int]) -> Layer:
     """Make a layer form its gradients of the blocks at ``positions``, which are not matrices for other owners."""
     forming = {names for position, names in layer.blocks if position in positions}
-    if not forming:
+    plain = layer.rule
+    if not forming or plain is None:
         return layer
 
     def rule(use: Use, parts: Parts) -> list[ExampleGradients]:
         return [
             DenseGradient(g.dense()) if names in forming and isinstance(g, MatrixGradient) else g
-            for names, g in zip(parts, layer.rule(use, parts), strict=True)
+            for names, g in zip(parts, plain(use, parts), strict=True)
         ]
 
     return replace(layer, rule=rule)

@@ -18,7 +18,7 @@ from pkexplain.optimizers.displacement import MomentumBuffer
 from pkexplain.optimizers.rules import LinearStep
 from pkexplain.optimizers.scalar import ScalarAccumulator
 from pkexplain.projection.maps import Projector
-from pkexplain.store.manifest import SegmentSummary
+from pkexplain.store.manifest import SegmentSummary, SplitSummary
 from pkexplain.store.rows import Rows
 from pkexplain.store.scratch import empty_on_disk
 from pkexplain.store.trajectory import Segment
@@ -40,6 +40,8 @@ class AppliedStep:
         applied: The gradient that the optimizer was given, ``(parameters,)``.
         numbers: The step's numbers for each block.
         parameters: θ before the step, ``(parameters,)``.
+        unsplit: The part of the captured gradient that was not split among examples, ``(parameters,)``; None if there
+            is none.
     """
 
     batches: Sequence[CapturedBatch]
@@ -48,6 +50,7 @@ class AppliedStep:
     applied: Tensor
     numbers: Mapping[int, LinearStep]
     parameters: Tensor
+    unsplit: Tensor | None = None
 
 
 class SegmentAccountant:
@@ -67,6 +70,7 @@ class SegmentAccountant:
         self._spec, self._lookahead, self._projector = spec, lookahead, projector
         self._accumulator: DisplacementAccumulator | None = None  # the first step decides which one
         self._decay = MomentumBuffer(spec.spans, spec.like.new_zeros(spec.size))
+        self._unsplit: MomentumBuffer | None = None  # until there is something
         self._rate_sums = RateSums(spec.spans)
         groups: dict[int, slice] = {}
         for block in spec.blocks:
@@ -118,6 +122,7 @@ class SegmentAccountant:
             rows = self._spec.group.all_reduce(rows)
             self.note_capture_gap(_gap(rows, self.projector.project_displacements(attributed[None])[0]))
         self._rate_sums.step(numbers, scaled)
+        self._follow_unsplit(numbers, step.unsplit, scale)
         self._follow_decay(numbers, step.parameters)
 
     def _open(self, elementwise: bool) -> DisplacementAccumulator:
@@ -129,6 +134,7 @@ class SegmentAccountant:
         """Return what the next segments need from those before: the momentum buffers."""
         return {
             "weight_decay": (self._decay.buffer, self._decay.blocks),
+            "unsplit": (self._unsplit.buffer, self._unsplit.blocks) if self._unsplit else None,
             "rates": self._rate_sums.buffer,
             "elementwise": isinstance(self._accumulator, AdaptiveAccumulator),
             "accumulator": self._accumulator.state_dict() if self._accumulator else None,
@@ -137,6 +143,9 @@ class SegmentAccountant:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._decay.load_state_dict(*state["weight_decay"])
+        if state["unsplit"] is not None:
+            self._unsplit = self._new_unsplit()
+            self._unsplit.load_state_dict(*state["unsplit"])
         self._rate_sums.load_state_dict(state["rates"])
         if state["accumulator"] is not None:
             self._accumulator = self._open(state["elementwise"])
@@ -161,6 +170,18 @@ class SegmentAccountant:
             scaled[span] *= scale[block]
         return scaled
 
+    def _follow_unsplit(
+        self, numbers: Mapping[int, LinearStep], gradient: Tensor | None, scale: Mapping[int, float]
+    ) -> None:
+        if gradient is not None and self._unsplit is None:
+            self._unsplit = self._new_unsplit()
+        if self._unsplit is not None:
+            spans = self._spec.spans.items() if gradient is not None else ()
+            self._unsplit.step(numbers, {b: gradient[s] * scale[b] for b, s in spans if gradient is not None})
+
+    def _new_unsplit(self) -> MomentumBuffer:
+        return MomentumBuffer(self._spec.spans, self._spec.like.new_zeros(self._spec.size))
+
     def _follow_decay(self, numbers: Mapping[int, LinearStep], parameters: Tensor) -> None:
         coupled = {
             b: n.weight_decay * parameters[self._spec.blocks[b].span]
@@ -170,18 +191,21 @@ class SegmentAccountant:
         self._decay.step(numbers, coupled)
         self._decay.shrink(numbers, parameters)
 
-    def close(self, displacement: Tensor) -> tuple[Segment, SegmentSummary]:
+    def close(self, displacement: Tensor, split: SplitSummary) -> tuple[Segment, SegmentSummary]:
         """End the segment and begin the next.
 
         Args:
             displacement: Δθ, ``(parameters,)``.
+            split: How well its gradients were split.
 
         Returns:
             The segment as it will be stored, with the rows of this process, and its summary.
         """
         accumulator = self._accumulator = self._accumulator or self._open(elementwise=False)
         totals, decay, projector = accumulator.close(), self._decay.close(), accumulator.projector
-        remainder = displacement - totals.examples - decay
+        unsplit = self._unsplit.close() if self._unsplit else displacement[:0]
+        named = decay + unsplit if len(unsplit) else decay
+        remainder = displacement - totals.examples - named
         row_dtype = self._spec.projection.row_dtype(self._spec.like.dtype)
         empty = partial(empty_on_disk, directory=self._spec.scratch) if totals.rows.device.type == "cpu" else None
         rows = Rows.pack(totals.rows, totals.derivatives, row_dtype, empty)
@@ -189,13 +213,14 @@ class SegmentAccountant:
             shards=(rows,),
             row_sum=self._spec.group.all_reduce(rows.sum().to(remainder.device)),
             weight_decay=decay,
+            unsplit=unsplit,
             optimizer=remainder,
             audit_ids=accumulator.audit_ids,
             audit_rows=totals.audit_rows,
             withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64),
             rate_sums=self._rate_sums.close(projector.preconditioner if projector else None),
         )
-        both = torch.stack([displacement, displacement - decay - remainder])
+        both = torch.stack([displacement, displacement - named - remainder])
         whole, explained = both if projector is None else projector.project_displacements(both)
         gap = (explained.double() - segment.row_sum).norm() / whole.double().norm().clamp_min(1e-300)
         summary = SegmentSummary(
@@ -208,6 +233,7 @@ class SegmentAccountant:
             rescaled=(self._smallest, self._largest),
             bent=self.bend,
             skipped_steps=self.skipped,
+            split=split,
         )
         self._begin()
         return segment, summary

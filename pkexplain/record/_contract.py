@@ -23,6 +23,7 @@ def check_arguments(model: nn.Module, **given: Any) -> None:
         ("num_examples", _is_count(n), "an integer from 1 up", "Give len(train)"),
         ("segments", segments == "epoch" or _is_count(segments), '"epoch" or a number of steps', "Leave it out"),
         ("lookahead", lookahead in ("auto", "exact") or _is_count(lookahead), '"auto" or steps', "Leave it out"),
+        ("unsplit", given["unsplit"] in ("warn", "refuse"), '"warn" or "refuse"', "Leave it out"),
         ("dtype", given["dtype"] in (torch.float32, torch.float64), "float32 or float64", "Leave it out"),
     ]
     for name, fits, expected, fix in rules:
@@ -50,6 +51,14 @@ def check_arguments(model: nn.Module, **given: Any) -> None:
             f"a DTensor, {sharded[0]!r}",
             "a model of which every process holds all",
             "Train with DistributedDataParallel, or freeze the body and record a head or an adapter",
+        )
+    odd = [name for name, parameter in model.named_parameters() if parameter.is_complex() and parameter.requires_grad]
+    if odd:
+        raise _not_this_model(
+            "complex parameters have no rule: their gradients would lose the imaginary part",
+            f"{odd[0]!r}",
+            "real parameters",
+            "Hold the real and the imaginary part as one real parameter, and use torch.view_as_complex on it",
         )
     mixed = [name for name, part in model.named_modules() if isinstance(part, nn.SyncBatchNorm)]
     if mixed:
@@ -103,16 +112,26 @@ def unknown_parameter(name: str) -> RecordingError:
     )
 
 
-def used_by_hand(parameters: Sequence[str]) -> RecordingError:
-    """Make the error for parameters with a gradient that no layer captured."""
+def not_split(reasons: Mapping[str, str]) -> RecordingError:
+    """Make the error for parameters that cannot be split, where that was to be refused; given the reasons."""
+    name, why = next(iter(reasons.items()))
     return RecordingError(
-        f"recording parameters {', '.join(parameters)}",
-        "the per-example gradients captured do not sum to the gradient",
-        got="none of it captured",
-        expected="all of it, from the layer's own forward pass",
-        source="the parameter's own gradient at the first step",
-        fix="Use these parameters only through their module's forward, never by hand "
-        "(F.linear(x, layer.weight)), or freeze them",
+        f"recording parameter {name!r}" + (f" and {len(reasons) - 1} others" if len(reasons) > 1 else ""),
+        f"its gradient cannot be split among the examples: {why}",
+        got='unsplit="refuse"',
+        expected="gradients of every parameter that can be split",
+        source="a coded pass through the graph, before the first step",
+        fix='Freeze it, or record with unsplit="warn": its movement then has a line of its own in the ledger',
+    )
+
+
+def warn_of_unsplit(reasons: Mapping[str, str]) -> None:
+    """Warn that some parameters are not split; given the reasons."""
+    some = "; ".join(f"{name} ({why})" for name, why in list(reasons.items())[:4])
+    more = f" and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+    warn(
+        f"pkexplain: the gradients of {len(reasons)} parameters cannot be split among the examples: {some}{more}. "
+        "Their movement is the ledger's unsplit line; `pkexplain inspect` shows their share of the gradient."
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
-from pkexplain.record._contract import used_by_hand, warn_of_missing
+from pkexplain.record._contract import warn_of_missing
 
 CAPTURE_TOLERANCE = 1e-2
 """If a larger share of a gradient is missing, a layer is used in a way no hook sees, or the loss has a penalty."""
@@ -80,7 +81,32 @@ class GradientSums:
     def follow(self) -> None:
         """Follow the examples' share separately from now on."""
         if self._attributed is None:
-            self._attributed = torch.zeros_like(self.captured)
+            self._attributed = self.captured.clone()
+
+    def unsplit(self, names: Collection[str]) -> Tensor | None:
+        """The part of the gradient of some parameters that belongs to no example, ``(parameters,)``; None if none."""
+        if self._attributed is None or not names:
+            return None
+        found = torch.zeros_like(self.captured)
+        for span in self._spans_of(names):
+            found[span] = self.captured[span] - self._attributed[span]
+        return found
+
+    def shares(self, names: Collection[str], unsplit: Tensor) -> dict[str, float]:
+        """The size of each parameter's unsplit gradient relative to the whole gradient."""
+        whole = float(self.captured.norm())
+        sizes = [float(unsplit[span].norm()) for span in self._spans_of(names)]
+        ordered = [name for name in self._names if name in names]
+        return {name: size / whole if whole > 0 else 0.0 for name, size in zip(ordered, sizes, strict=True)}
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for block in self._spec.blocks for name in block.parameters]
+
+    def _spans_of(self, names: Collection[str]) -> list[slice]:
+        sizes = [parameter.numel() for parameter in self._parameters]
+        ends = list(itertools.accumulate(sizes))
+        return [slice(e - n, e) for name, e, n in zip(self._names, ends, sizes, strict=True) if name in names]
 
     def join(self) -> None:
         """Sum over all processes."""
@@ -98,11 +124,12 @@ class GradientSums:
             if vector is not None:
                 vector.zero_()
 
-    def check(self, batches: Sequence[CapturedBatch]) -> float:
+    def check(self, batches: Sequence[CapturedBatch], unsplit: Collection[str] = ()) -> float:
         """Check the sum of what was captured against every block's gradient, once, before the first step.
 
-        A gradient that no layer captured is refused. If examples account for only a share of one (a penalty in the
-        loss), their sum is followed separately from now on, so that the rest goes to the ledger's ``optimizer`` line.
+        If examples account for only a share of a gradient (a penalty in the loss), their sum is followed separately
+        from now on, so that the rest goes to the ledger's ``optimizer`` line. Parameters in ``unsplit`` have a line of
+        their own.
 
         Returns:
             The largest gap that is rounding error; larger gaps are on that line.
@@ -116,15 +143,17 @@ class GradientSums:
             for gradients in pieces:
                 part += gradients.total().to(part.dtype)
             self._spec.group.all_reduce(part)
-            gap = float((part - whole).norm() / whole.norm()) if whole.norm() > 0 else 0.0
-            if gap > CAPTURE_TOLERANCE and not pieces:
-                raise used_by_hand(block.parameters)
-            if gap > ROUNDING:
+            split = torch.ones_like(whole)
+            for span in self._spans_of(set(unsplit).intersection(block.parameters)):
+                split[span.start - block.start : span.stop - block.start] = 0
+            miss = ((part - whole) * split).norm()
+            gap = float(miss / whole.norm()) if whole.norm() > 0 else 0.0
+            if not gap <= ROUNDING:  # also if it is nan
                 short.update(dict.fromkeys(block.parameters, gap))
             else:
                 rounding = max(rounding, gap)
         self._checked = True
-        if short:
+        if short or unsplit:
             self._attributed = attributed
         if max(short.values(), default=0.0) > CAPTURE_TOLERANCE:
             warn_of_missing(short)

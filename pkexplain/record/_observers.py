@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pkexplain.gradients.capture import Capture
 from pkexplain.ids import first_tensor
 from pkexplain.store.manifest import InputEntry
 
@@ -18,11 +19,12 @@ class LossDerivatives:
 
     Args:
         model: The model.
+        capture: Tells which passes through the graph are not the user's.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, capture: Capture) -> None:
         """Keep the model; nothing is watched yet."""
-        self._model = model
+        self._model, self._capture = model, capture
 
     @contextmanager
     def noting(self, batch: Any) -> Iterator[None]:
@@ -33,6 +35,8 @@ class LossDerivatives:
         """
 
         def arrive(gradient: Tensor) -> None:
+            if self._capture.rehearsing:
+                return
             flat = gradient.detach().flatten(1) if gradient.ndim > 1 else gradient.detach()[:, None]
             single = flat.shape[1] == 1
             here = flat[:, 0] if single else -flat.norm(dim=1)
@@ -54,6 +58,10 @@ class LossDerivatives:
 class InputShapes:
     """Notes the shapes and dtypes of the model's tensor inputs, without the batch; a size that varies becomes None.
 
+    Attributes:
+        seen: The inputs with one row per example, by position or name.
+        axes: In which dimensions, of the first two, some input has one row per example.
+
     Args:
         model: The model.
     """
@@ -62,6 +70,7 @@ class InputShapes:
         """Keep the model; nothing is noted yet."""
         self._model = model
         self.seen: dict[str, InputEntry] = {}
+        self.axes: set[int] = set()
 
     @contextmanager
     def noting(self, examples: int) -> Iterator[None]:
@@ -69,6 +78,7 @@ class InputShapes:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+            self.axes |= _batch_axes(named, examples)
             for name, value in named.items():
                 if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != examples:
                     continue
@@ -83,3 +93,18 @@ class InputShapes:
             yield
         finally:
             handle.remove()
+
+
+def _batch_axes(inputs: Any, examples: int) -> set[int]:
+    """The dimensions, of the first two, in which some tensor of some inputs has one row per example."""
+    if isinstance(inputs, Tensor):
+        return {axis for axis, size in enumerate(inputs.shape[:2]) if size == examples}
+    if isinstance(inputs, nn.utils.rnn.PackedSequence):
+        return {1} if int(inputs.batch_sizes[0]) == examples else set()
+    if isinstance(inputs, Mapping) or hasattr(inputs, "items"):
+        return set().union(*(_batch_axes(value, examples) for _, value in inputs.items()), set())
+    if isinstance(inputs, (list, tuple)):
+        found = set().union(*(_batch_axes(value, examples) for value in inputs), set())
+        images = len(inputs) == examples and all(isinstance(value, Tensor) for value in inputs)
+        return found | {0} if images else found
+    return set()

@@ -67,6 +67,7 @@ def recorded_arguments(store: Store, trajectory: Trajectory, num_examples: int |
         "projection": trajectory.projection,
         "segments": settings.segments,
         "lookahead": settings.lookahead,
+        "unsplit": settings.unsplit,
         "dtype": trajectory.dtype,
     }
 

@@ -9,87 +9,37 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pkexplain.distributed import ProcessGroup
 from pkexplain.errors import ExampleIdError
-from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.factors import ExampleGradients
-from pkexplain.gradients.layers import Block, flatten_blocks
+from pkexplain.gradients.split import Split
 from pkexplain.ids import check_ids
 from pkexplain.optimizers.adaptive import Lookahead
-from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
+from pkexplain.optimizers.base import CapturedBatch
 from pkexplain.optimizers.segment_accountant import AppliedStep, SegmentAccountant
-from pkexplain.projection.kinds import Projection
-from pkexplain.record._contract import broken, not_between_steps, not_finite, without_backward
+from pkexplain.record._contract import (
+    broken,
+    not_between_steps,
+    not_finite,
+    not_split,
+    warn_of_unsplit,
+    without_backward,
+)
 from pkexplain.record._gradient_check import ROUNDING, GradientSums
 from pkexplain.record._observers import InputShapes, LossDerivatives
-from pkexplain.record._optimizer_steps import StepReader
+from pkexplain.record._plan import Plan
 from pkexplain.record._resume import checksum_optimizer, find_standpoint, restore_state
 from pkexplain.record._state import serialise
 from pkexplain.record._warnings import SegmentWarnings
-from pkexplain.store.base import Store
-from pkexplain.store.directory import DirectoryStore
 from pkexplain.store.fingerprint import ModelFingerprint
-from pkexplain.store.manifest import FORMAT_VERSION, Manifest, OptimizerEntry, RecordingEntry
+from pkexplain.store.manifest import FORMAT_VERSION, Manifest, OptimizerEntry, RecordingEntry, SplitSummary
 from pkexplain.store.trajectory import Checkpoint
 from pkexplain.store.writer import RunWriter
 from pkexplain.version import __version__
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What is recorded and how, checked before anything is written.
-
-    Attributes:
-        store: Where the run goes.
-        model: The model, without a wrapper.
-        optimizer: Its optimizer.
-        steps: Reads the optimizer's steps.
-        blocks: The recorded parameters.
-        capture: Hooks on the layers.
-        group: The processes that train.
-        num_examples: How many training examples there are.
-        segments: ``"epoch"``, or a number of optimizer steps.
-        lookahead: How long gradients wait, as given by the user.
-        projection: How gradients are compressed.
-        like: An empty tensor of the dtype and device of the arithmetic.
-        resumes: Whether the run already exists.
-    """
-
-    store: Store
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    steps: StepReader
-    blocks: tuple[Block, ...]
-    capture: Capture
-    group: ProcessGroup
-    num_examples: int
-    segments: str | int
-    lookahead: str | int
-    projection: Projection
-    like: Tensor
-    resumes: bool = False
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the parameters, in the order of the flat vector."""
-        return [name for block in self.blocks for name in block.parameters]
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters, in the order of the flat vector."""
-        named = dict(self.model.named_parameters())
-        return [named[name] for name in self.names]
-
-    def spec(self, audited: Tensor | None = None) -> RecordingSpec:
-        """Return what accumulators need to know."""
-        scratch = self.store.path if isinstance(self.store, DirectoryStore) else None
-        return RecordingSpec(self.blocks, self.projection, self.num_examples, self.like, self.group, audited, scratch)
-
-    def point(self) -> Tensor:
-        """Return the model's current θ, ``(parameters,)``."""
-        return flatten_blocks(self.blocks, dict(self.model.named_parameters()), self.like.dtype)
+_VERIFY_EVERY = 64
+"""The fewest steps between two checks of the split where nothing has changed."""
 
 
 @dataclass
@@ -117,13 +67,16 @@ class Session:
         """Start or continue the run, and hook into the optimizer."""
         parameters = plan.parameters
         self._plan, self._start = plan, plan.point()
-        self._inputs, self._derivatives = InputShapes(plan.model), LossDerivatives(plan.model)
+        self._inputs, self._derivatives = InputShapes(plan.model), LossDerivatives(plan.model, plan.capture)
         self._fingerprint = ModelFingerprint.of(plan.model, plan.blocks)
         self._warnings = SegmentWarnings(plan.names, [p.numel() for p in parameters])
         self._ended = "still recording, or killed"
         self._deleted: Sequence[int] = ()
         self._step: _Step | None = None
         self._accumulated: list[CapturedBatch] = []
+        self._unsplit: dict[str, str] = {}
+        self._shares: dict[str, float] = {}
+        self._unverified = _VERIFY_EVERY
         self._accountant = SegmentAccountant(plan.spec(), Lookahead.of(plan.lookahead, plan.like))
         self._sums = GradientSums(plan.spec(), parameters)
         self._writer = RunWriter(plan.store, plan.group)
@@ -139,7 +92,7 @@ class Session:
         self._handles = [
             plan.optimizer.register_step_pre_hook(self._before_step),
             plan.optimizer.register_step_post_hook(lambda *_: self._after_step()),
-            *self._sums.hooks(lambda: self._step.batch if self._step else None),
+            *self._sums.hooks(lambda: self._step.batch if self._step and not plan.capture.rehearsing else None),
         ]
 
     def _continue(self) -> None:
@@ -180,6 +133,7 @@ class Session:
         if self._step is not None or self._accumulated:
             raise not_between_steps(recording=True)
         self._end_segment()
+        self._plan.capture.forget()  # as a resumed run does not know the split
         if not len(self._writer):
             return
         state = {"attributed": self._sums.apart, "accounts": self._accountant.state_dict()}
@@ -202,7 +156,9 @@ class Session:
             with (
                 self._inputs.noting(len(batch.ids)),
                 self._derivatives.noting(batch),
-                plan.capture.during_backward(len(batch.ids), partial(self._receive, batch)),
+                plan.capture.during_backward(
+                    len(batch.ids), partial(self._receive, batch), self._verifies(), self._learnt, self._axes
+                ),
             ):
                 yield
             self._check_contract(step, accumulate)
@@ -226,6 +182,29 @@ class Session:
         if batch.everywhere < 0:
             raise broken("another process refused its batch", "wrong ids there", "Read that process's own error")
         return batch
+
+    def _axes(self) -> set[int]:
+        return self._inputs.axes
+
+    def _verifies(self) -> bool:
+        """Whether the split is checked in this step: a segment's first, but not more often than every 64th."""
+        self._unverified += 1
+        if self._accountant.steps or self._unverified < _VERIFY_EVERY:
+            return False
+        self._unverified = 0
+        return True
+
+    def _learnt(self, split: Split) -> None:
+        """Take note of what cannot be split in the backward pass that is about to run."""
+        new = {name: why for name, why in split.unsplit.items() if name not in self._shares}
+        if new and self._plan.unsplit == "refuse":
+            raise not_split(new)
+        if new:
+            warn_of_unsplit(new)
+            self._shares.update(dict.fromkeys(new, 0.0))
+        if split.unsplit:
+            self._sums.follow()
+            self._unsplit.update(split.unsplit)
 
     def _receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         self._sums.receive(position, gradients)
@@ -271,7 +250,7 @@ class Session:
         batches = [*self._accumulated, step.batch]
         if not torch.isfinite(self._sums.captured.sum()):
             raise not_finite(batches)
-        self._accountant.note_capture_gap(self._sums.check(batches))
+        self._accountant.note_capture_gap(self._sums.check(batches, self._unsplit))
         step.batch.compact()  # before the step, as a layer's input may be a parameter
         self._plan.steps.begin()
         step.before = self._plan.point()
@@ -286,8 +265,13 @@ class Session:
             self._skip(batches)
             return
         steps, sums = self._plan.steps, self._sums
+        unsplit = sums.unsplit(self._unsplit)
+        if unsplit is not None:
+            for name, share in sums.shares(self._unsplit, unsplit).items():
+                self._shares[name] = max(self._shares.get(name, 0.0), share)
+        applied, numbers = steps.applied, steps.numbers()
         self._accountant.step(
-            AppliedStep(batches, sums.captured, sums.attributed, steps.applied, steps.numbers(), step.before)
+            AppliedStep(batches, sums.captured, sums.attributed, applied, numbers, step.before, unsplit)
         )
         if self._accountant.capture_gap > ROUNDING:
             sums.follow()
@@ -301,7 +285,7 @@ class Session:
 
     def _forget(self) -> None:
         """Drop the gradients that the optimizer has not applied."""
-        self._accumulated = []
+        self._accumulated, self._unsplit = [], {}
         self._sums.clear()
 
     def _end_segment(self) -> None:
@@ -309,10 +293,27 @@ class Session:
             return
         end = self._plan.point()
         before, self._start = self._start, end
-        segment, summary = self._accountant.close(end - before)
+        segment, summary = self._accountant.close(end - before, self._split_summary())
         t = len(self._writer)
         self._writer.segment(segment, summary, self._checkpoint(), self._accountant.projector, self._manifest())
         self._warnings.of(t, summary, segment.optimizer, end - before, self._sums.apart)
+
+    def _split_summary(self) -> SplitSummary:
+        """How well the gradients were split since the last segment."""
+        capture, group = self._plan.capture, self._plan.group
+        named = {self._plan.blocks[at].name or "(the model itself)": gap for at, gap in capture.gaps.items()}
+        worst = dict(sorted(named.items(), key=lambda pair: -pair[1])[:8])
+        shares = {name: share for name, share in self._shares.items() if name in capture.unsplit}
+        found = SplitSummary(
+            group.all_reduce_max(capture.gap),
+            capture.tolerance,
+            worst,
+            shares,
+            dict(capture.unsplit),
+            capture.interacting,
+        )
+        capture.clear_gap()
+        return found
 
     def _checkpoint(self) -> Checkpoint:
         buffers = self._plan.model.named_buffers()
@@ -328,7 +329,7 @@ class Session:
             ended=self._ended,
             num_examples=plan.num_examples,
             dtype="float64" if plan.like.dtype == torch.float64 else "float32",
-            recording=RecordingEntry(segments=plan.segments, lookahead=plan.lookahead),
+            recording=RecordingEntry(segments=plan.segments, lookahead=plan.lookahead, unsplit=plan.unsplit),
             optimizer=OptimizerEntry.of(plan.optimizer),
             projection=plan.projection.describe(),
             columns=projector.columns if projector else None,

@@ -17,8 +17,9 @@ from pkexplain.optimizers.rules import rule_for
 from pkexplain.projection.kinds import Kronecker, Projection
 from pkexplain.record._contract import broken, check_arguments, not_between_steps
 from pkexplain.record._optimizer_steps import StepReader
+from pkexplain.record._plan import Plan
 from pkexplain.record._resume import recorded_arguments
-from pkexplain.record._session import Plan, Session
+from pkexplain.record._session import Session
 from pkexplain.store.base import Store
 from pkexplain.store.directory import open_store
 
@@ -70,10 +71,12 @@ class Recorder:
         projection: Projection | None = None,
         segments: str | int = "epoch",
         lookahead: str | int = "auto",
+        unsplit: str = "warn",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Check that everything can be recorded, without writing anything."""
-        check_arguments(model, num_examples=num_examples, segments=segments, lookahead=lookahead, dtype=dtype)
+        given = {"num_examples": num_examples, "segments": segments, "lookahead": lookahead, "unsplit": unsplit}
+        check_arguments(model, **given, dtype=dtype)
         model, group = find_process_group(model)
         rule = rule_for(optimizer)
         in_group = {id(p): g for g, each in enumerate(optimizer.param_groups) for p in each["params"]}
@@ -87,11 +90,12 @@ class Recorder:
             optimizer=optimizer,
             steps=StepReader(model, optimizer, rule, blocks, like),
             blocks=blocks,
-            capture=Capture(layers, dtype),
+            capture=Capture(layers, blocks, dtype),
             group=group,
             num_examples=num_examples,
             segments=segments,
             lookahead=lookahead,
+            unsplit=unsplit,
             projection=projection or Kronecker(),
             like=like,
         )

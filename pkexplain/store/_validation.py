@@ -91,6 +91,8 @@ class Layout:
         audited = _length(tensors.get("audit_ids"))
         vector, row = ((self.parameters,), (self.trajectory.dtype,)), ((self.columns,), (torch.float64,))
         wanted: dict[str, Format] = {"row_sum": row, "withdrawn": row, "weight_decay": vector, "optimizer": vector}
+        unsplit = self.parameters if _length(tensors.get("unsplit")) else 0
+        wanted["unsplit"] = ((unsplit,), (self.trajectory.dtype,))
         wanted["rate_sums"] = ((len(self.trajectory.fingerprint.blocks),), (torch.float64,))
         wanted["audit_ids"] = ((min(audited, _MOST_AUDITED),), (torch.int64,))
         wanted["audit_rows"] = ((audited, self.parameters), (self.trajectory.dtype,))

@@ -31,7 +31,7 @@ __all__ = [
     "StateEntry",
 ]
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 FILE_NAME = re.compile(
     r"(?:(?:checkpoints|segments|rows|states)/[0-9]{5,9}(?:\.[0-9]{3,6})?(?:-[0-9]{1,9})?|projection)\.safetensors"
 )
@@ -95,6 +95,27 @@ class RecordingEntry(_Entry, frozen=True):
 
     segments: str | int
     lookahead: str | int
+    unsplit: str = "warn"
+
+
+class SplitSummary(_Entry, frozen=True):
+    """How well a segment's gradients were split among the examples.
+
+    Attributes:
+        gap: The largest split gap of a block: ‖Σ_i c_i g_i − coded gradient‖ / ‖coded gradient‖ for random c_i.
+        tolerance: The gap that was allowed, by dtype.
+        worst: The largest gaps, by block.
+        unsplit: Parameters whose gradients were not split, and their largest share of a step's gradient norm.
+        reasons: Why, by parameter.
+        interacting: Whether examples act on one another, as in a BatchNorm.
+    """
+
+    gap: float = 0.0
+    tolerance: float = 1e-4
+    worst: dict[str, float] = msgspec.field(default_factory=dict)
+    unsplit: dict[str, float] = msgspec.field(default_factory=dict)
+    reasons: dict[str, str] = msgspec.field(default_factory=dict)
+    interacting: bool = False
 
 
 class SegmentSummary(_Entry, frozen=True):
@@ -110,6 +131,7 @@ class SegmentSummary(_Entry, frozen=True):
         rescaled: The smallest and largest factor found between the captured and the applied gradient.
         bent: The largest share of a step's applied gradient that is no multiple of the captured one.
         skipped_steps: Steps that were not taken because a gradient was not finite (a loss scaler does that).
+        split: How well the gradients were split among the examples.
     """
 
     last_step: Count
@@ -121,6 +143,7 @@ class SegmentSummary(_Entry, frozen=True):
     rescaled: tuple[float, float]
     bent: float
     skipped_steps: Count
+    split: SplitSummary = msgspec.field(default_factory=SplitSummary)
 
 
 class SegmentFiles(_Entry, frozen=True):

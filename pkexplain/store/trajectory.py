@@ -17,7 +17,7 @@ from pkexplain.store.rows import Rows
 
 __all__ = ["FIRST_CHECKPOINT", "Checkpoint", "Segment", "Trajectory"]
 
-_VECTORS = ("row_sum", "weight_decay", "optimizer", "audit_ids", "audit_rows", "withdrawn", "rate_sums")
+_VECTORS = ("row_sum", "weight_decay", "unsplit", "optimizer", "audit_ids", "audit_rows", "withdrawn", "rate_sums")
 FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
 
 
@@ -46,12 +46,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Segment:
-    """The optimizer steps between two checkpoints: Δθ_t = Σ_i D_i,t + weight_decay_t + optimizer_t.
+    """The optimizer steps between two checkpoints: Δθ_t = Σ_i D_i,t + weight_decay_t + unsplit_t + optimizer_t.
 
     Attributes:
         shards: The rows, in parts of consecutive examples.
         row_sum: Σ_i of the rows as stored, in float64, ``(k,)``, including rows that were withdrawn since.
         weight_decay: The displacement by weight decay, ``(parameters,)``.
+        unsplit: The displacement by gradients that were not split among the examples, ``(parameters,)``; ``(0,)`` if
+            there were none.
         optimizer: The rest of Δθ_t, ``(parameters,)``.
         audit_ids: Examples whose displacements were kept without projection, ``(audited,)``.
         audit_rows: Their displacements D_i,t, ``(audited, parameters)``.
@@ -64,6 +66,7 @@ class Segment:
     shards: tuple[Rows, ...]
     row_sum: Tensor
     weight_decay: Tensor
+    unsplit: Tensor
     optimizer: Tensor
     audit_ids: Tensor
     audit_rows: Tensor

@@ -96,6 +96,7 @@ CHECKS = (
     "optimizer share",
     "displacement gap",
     "capture gap",
+    "split gap",
     "projection gap",
     "audit error",
     "completeness gap",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from pkexplain.errors import ExampleIdError, QueryError
 from pkexplain.explain.queries import QueryBatch, as_queries
+from pkexplain.gradients.capture import Capture
 from pkexplain.ids import check_ids, first_tensor
 from pkexplain.record._observers import InputShapes, LossDerivatives
 from pkexplain.store.manifest import InputEntry
@@ -72,7 +73,7 @@ def test_loss_derivatives_are_those_of_the_loss_as_it_was_back_propagated(size):
     model = nn.Linear(3, size)
     x, target = torch.randn(5, 3), torch.randn(5, size)
     batch = SimpleNamespace(ids=torch.arange(5), derivatives=None)
-    with LossDerivatives(model).noting(batch):
+    with LossDerivatives(model, Capture((), ())).noting(batch):
         y = model(x)
         y.retain_grad()
         F.mse_loss(y, target).backward()
@@ -86,7 +87,7 @@ def test_a_model_that_runs_twice_in_a_step_adds_its_derivatives_up():
     model = nn.Linear(3, 2)
     x = torch.randn(4, 3)
     batch = SimpleNamespace(ids=torch.arange(4), derivatives=None)
-    with LossDerivatives(model).noting(batch):
+    with LossDerivatives(model, Capture((), ())).noting(batch):
         (3 * model(x).sum() + 4 * model(x).sum()).backward()
     torch.testing.assert_close(batch.derivatives, torch.full((4,), -5.0 * 2**0.5))
 
@@ -98,7 +99,7 @@ def test_a_model_without_a_prediction_leaves_no_derivative():
 
     batch = SimpleNamespace(ids=torch.arange(2), derivatives=None)
     model = Texts()
-    with LossDerivatives(model).noting(batch):
+    with LossDerivatives(model, Capture((), ())).noting(batch):
         model(torch.zeros(2, 3))
     assert batch.derivatives is None
 

@@ -229,7 +229,7 @@ def test_the_readings_are_told_apart():
     for c in removal.proponents:
         assert c.contribution == pytest.approx(c.weight * c.kernel)
         assert c.contribution == pytest.approx(sum(c.segments))
-    assert {check.name for check in removal.checks} == {"displacement gap", "capture gap", "audit error"}
+    assert {check.name for check in removal.checks} == {"displacement gap", "capture gap", "split gap", "audit error"}
     assert removal.passed
     assert "removal reading" in str(removal)
     assert removal.cost.backward_passes == len(explainer.trajectory)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import pkexplain as pk
 from pkexplain.gradients.batch_norm import RowMixture
 from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.collect import collect
 from pkexplain.gradients.layers import find_buffer_layers, find_layers
 from tests.conftest import batches, digits, train
 
@@ -60,7 +61,7 @@ def captured(net, parameters, run):
         found[:, blocks[position].span] += gradients.dense()
         torch.testing.assert_close(gradients.dense().sum(0), gradients.total(), rtol=1e-10, atol=1e-10)
 
-    with Capture(layers).during_backward(EXAMPLES, add):
+    with Capture(layers, blocks).during_backward(EXAMPLES, add):
         run().backward()
     return found
 
@@ -166,8 +167,8 @@ def test_gradients_of_running_statistics_are_finite_differences(image, options, 
     net[1].running_var.uniform_(0.5, 2.0)
     layers = find_buffer_layers(net)
     assert [layer.blocks for layer in layers] == [((0, ("running_mean", "running_var")),)]
-    with Capture(layers).collecting(EXAMPLES) as gradients:
-        ((_, found),) = gradients(net(x).square().sum())
+    capture = Capture(layers, (), private=True)
+    ((_, found),) = collect(capture, EXAMPLES, lambda: net(x).square().flatten(1).sum(1))
     for place in range(8):
         buffer, at = (net[1].running_mean, net[1].running_var)[place // 4], place % 4
         values = []

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from pkexplain.errors import ExampleIdError, UnsupportedLayerError
 from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.collect import collect
 from pkexplain.gradients.factors import DenseGradient, LinearGradient
 from pkexplain.gradients.layers import find_layers, flatten_blocks
 
@@ -111,6 +111,9 @@ class Case:
     def loss(self, rows=slice(None)):
         return (self.model(self.x[rows]) * self.cotangent[rows]).sum()
 
+    def outputs(self):
+        return (self.model(self.x) * self.cotangent).flatten(1).sum(1)
+
     def one_by_one(self):
         named = dict(self.model.named_parameters())
         parameters = [named[name] for block in self.blocks for name in block.parameters]
@@ -122,7 +125,7 @@ class Case:
 
     def recorded(self, dtype=None):
         pieces = []
-        with Capture(self.layers, dtype).during_backward(EXAMPLES, lambda *piece: pieces.append(piece)):
+        with Capture(self.layers, self.blocks, dtype).during_backward(EXAMPLES, lambda *piece: pieces.append(piece)):
             self.loss().backward()
         return pieces
 
@@ -147,8 +150,7 @@ def test_both_ways_of_capturing_give_the_gradients_of_single_examples(case):
     assert expected.abs().amax(0).gt(0).any()
     pieces = case.recorded()
     assert_equal(case.dense(pieces), expected)
-    with Capture(case.layers).collecting(EXAMPLES) as gradients:
-        collected = gradients(case.loss())
+    collected = collect(Capture(case.layers, case.blocks), EXAMPLES, case.outputs)
     assert_equal(case.dense(collected), expected)
 
 
@@ -177,15 +179,6 @@ def test_parameters_of_one_layer_in_two_optimizer_groups():
     assert_equal(case.dense(case.recorded()), case.one_by_one())
 
 
-def test_the_recurrence_runs_again_once_for_each_use(monkeypatch):
-    from pkexplain.gradients import _recurrent as recurrent
-
-    runs, run = [], recurrent._run
-    monkeypatch.setattr(recurrent, "_run", lambda *given: runs.append(1) or run(*given))
-    Case(CASES["used-twice"]).recorded()
-    assert len(runs) == 2
-
-
 def test_gradients_come_in_the_number_format_asked_for():
     case = Case(CASES["lstm-deep"])
     expected = case.dense(case.recorded())
@@ -194,53 +187,3 @@ def test_gradients_come_in_the_number_format_asked_for():
     pieces = case.recorded(torch.float64)
     assert {gradients.dense().dtype for _, gradients in pieces} == {torch.float64}
     torch.testing.assert_close(case.dense(pieces), expected, rtol=1e-4, atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------- refusals
-
-
-def find(model):
-    return find_layers(model, {name: 0 for name, _ in model.named_parameters()})[0]
-
-
-def use(layer, *given):
-    model = nn.ModuleDict({"core": layer})
-    with Capture(find(model)).during_backward(EXAMPLES, lambda *piece: None):
-        layer(*given)
-
-
-@pytest.mark.parametrize(
-    ("layer", "why"),
-    [
-        (nn.LSTM(WIDTH, 4, proj_size=2), "proj_size=2 projects its hidden state"),
-        (nn.utils.parametrizations.weight_norm(nn.GRU(WIDTH, 4), "weight_hh_l0"), r"made of .*original0.*weight_norm"),
-    ],
-)
-def test_layers_that_can_never_be_recorded_are_refused_by_name(layer, why):
-    with pytest.raises(UnsupportedLayerError, match=rf"^recording layer 'core': .*{why}"):
-        find(nn.ModuleDict({"core": layer}))
-
-
-@pytest.mark.parametrize(
-    ("layer", "given", "why"),
-    [
-        (nn.LSTM(3, 2, 2, dropout=0.5), torch.randn(TIME, EXAMPLES, 3), r"dropout=0\.5 between its layers"),
-        (nn.GRU(3, 2), torch.randn(TIME, 3), r"its input of shape \(5, 3\) has no batch dimension"),
-        (nn.LSTMCell(3, 2), torch.randn(3), r"its input of shape \(3,\) has no batch dimension"),
-        (
-            nn.RNN(3, 2),
-            nn.utils.rnn.pack_padded_sequence(torch.randn(TIME, EXAMPLES, 3), [5, 4, 2, 1]),
-            "a PackedSequence has no batch dimension",
-        ),
-    ],
-)
-def test_uses_that_cannot_be_recorded_are_refused_by_name(layer, given, why):
-    with pytest.raises(UnsupportedLayerError, match=rf"^recording layer 'core': .*{why}"):
-        use(layer, given)
-
-
-def test_the_batch_is_looked_for_in_the_dimension_where_the_layer_has_it():
-    use(nn.LSTM(3, 2), torch.randn(TIME, EXAMPLES, 3))
-    use(nn.LSTM(3, 2, batch_first=True), torch.randn(EXAMPLES, TIME, 3))
-    with pytest.raises(ExampleIdError, match=r"layer 'core': its output does not .* shape \(4, 5, 2\)"):
-        use(nn.LSTM(3, 2), torch.randn(EXAMPLES, TIME, 3))

@@ -49,7 +49,7 @@ class Seen:
         layers, self.blocks = find_layers(model, groups)
         inputs, targets = digits(count, dtype, image=make is not mlp)
         self.pieces = []
-        with Capture(layers).during_backward(count, lambda *piece: self.pieces.append(piece)):
+        with Capture(layers, self.blocks).during_backward(count, lambda *piece: self.pieces.append(piece)):
             F.cross_entropy(model(inputs), targets, reduction="sum").backward()
         self.dense = torch.zeros(count, sum(block.numel for block in self.blocks), dtype=dtype)
         for position, gradients in self.pieces:
@@ -227,7 +227,7 @@ class LowRank:
         model = nn.Linear(40, 30, bias=False)
         layers, self.blocks = find_layers(model, {"weight": 0})
         self.pieces = []
-        with Capture(layers).during_backward(64, lambda *piece: self.pieces.append(piece)):
+        with Capture(layers, self.blocks).during_backward(64, lambda *piece: self.pieces.append(piece)):
             (model(mix @ few)[:, :2].exp()).sum().backward()  # and two outputs that matter
         self.dense = self.pieces[0][1].dense()
 

@@ -50,7 +50,7 @@ def check(model, given, loss, examples=EXAMPLES, atol=1e-10):
     def add(position, gradients):
         found[:, blocks[position].span] += gradients.dense()
 
-    with Capture(layers).during_backward(examples, add):
+    with Capture(layers, blocks).during_backward(examples, add):
         loss(model, given).backward()
     parameters = [trained[name] for block in blocks for name in block.parameters]
     whole = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])

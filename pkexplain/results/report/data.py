@@ -19,7 +19,12 @@ from pkexplain.results.report.items import Item, TrainingSet, read_item
 
 __all__ = ["Balance", "Example", "Section", "Step", "build_section"]
 
-_LINE_NAMES = {"weight_decay": "Weight decay", "optimizer": "Optimizer remainder", "buffers": "Running statistics"}
+_LINE_NAMES = {
+    "weight_decay": "Weight decay",
+    "unsplit": "Not split among examples",
+    "optimizer": "Optimizer remainder",
+    "buffers": "Running statistics",
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,343 @@
+"""How a model's gradients are split among the examples of a batch: learnt from the graph, and checked there.
+
+For each block of parameters the first of these that passes the check:
+
+1. ``rule``: the layer's own rule, in factors, its rows arranged by the layout that was learnt;
+2. ``graph``: read at the junctions of the graph where the block's parameters meet the examples;
+3. ``unsplit``: nothing; the parameters' movement is a line of its own in the ledger.
+
+The check, for all examples and parameters at once: ∂(loss)/∂y with example i's rows multiplied by a random c_i, sent
+through the real graph, must give Σ_i c_i g_i of the gradients g_i as they were split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from pkexplain.errors import ExampleIdError
+from pkexplain.gradients._evidence import Evidence, gather, in_half_precision
+from pkexplain.gradients._junctions import Junction, find_junctions, read_junction
+from pkexplain.gradients._uses import NotedUse, split_use
+from pkexplain.gradients.factors import LinearGradient
+from pkexplain.gradients.graph import Graph, layout_of_output
+from pkexplain.gradients.layers import Block
+from pkexplain.gradients.layout import Codes, Layout
+
+__all__ = ["TOLERANCE", "Split", "learn_split"]
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+"""Split gap up to which a block counts as split, by dtype of the output's gradient."""
+_SMALL = 1e-3
+"""Share of the average gradient below which a block's own size no longer sets the scale of its gap."""
+
+
+@dataclass
+class Split:
+    """How the blocks of a graph are split.
+
+    Attributes:
+        examples: The batch size it was learnt on.
+        layouts: The layout of each output of each use of a layer.
+        rules: Blocks split by their layers' rules.
+        junctions: Positions of nodes in the graph's order, their inputs, and their layouts.
+        unsplit: Names of the parameters that are not split, and why.
+        gaps: The split gap of each block.
+        interacting: Whether examples act on one another, so that rows were taken for theirs where they are computed.
+        half: Whether some of the backward pass is in half precision.
+        tolerance: The gap that was allowed.
+    """
+
+    examples: int
+    layouts: dict[tuple[int, int], dict[int, Layout | None]] = field(default_factory=dict)
+    ranks: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    rules: set[int] = field(default_factory=set)
+    junctions: list[tuple[int, int, Layout, tuple[str, ...]]] = field(default_factory=list)
+    unsplit: dict[str, str] = field(default_factory=dict)
+    gaps: dict[int, float] = field(default_factory=dict)
+    interacting: bool = False
+    half: bool = False
+    tolerance: float = 1e-4
+
+    @property
+    def gap(self) -> float:
+        """The largest split gap of the blocks that are split."""
+        return max(self.gaps.values(), default=0.0)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it holds for later batches, too."""
+        rules = all(x is None or x.fixed for each in self.layouts.values() for x in each.values())
+        return rules and all(layout.fixed for _, _, layout, _ in self.junctions)
+
+    def fits(self, uses: Sequence[NotedUse], examples: int) -> bool:
+        """Whether the uses of a step are those that it was learnt on, in sizes that its layouts allow."""
+        if {noted.key for noted in uses} != self.layouts.keys():
+            return False
+        for noted in uses:
+            known = self.layouts.get(noted.key)
+            if known is None or self.ranks[noted.key] != tuple(map(len, noted.shapes)):
+                return False
+            if not all(x is None or x.fits(noted.shapes[at], examples) for at, x in known.items()):
+                return False
+        return True
+
+
+def learn_split(
+    graph: Graph,
+    uses: Sequence[NotedUse],
+    blocks: Sequence[Block],
+    examples: int,
+    generator: torch.Generator,
+    dtype: torch.dtype | None = None,
+) -> Split | None:
+    """Learn how to split the gradients of a graph, and check it.
+
+    Args:
+        graph: The graph.
+        uses: The uses of layers in it.
+        blocks: The blocks of parameters.
+        examples: The batch size.
+        generator: For the codes.
+        dtype: Dtype of the gradients.
+
+    Returns:
+        The split; None if the gradient is not finite.
+    """
+    evidence = gather(graph, uses, examples, generator)
+    if evidence is None and not graph.edges:
+        return Split(examples)
+    if evidence is None:
+        raise without_rows(graph, examples)
+    if not evidence.finite:
+        return None
+    split = Split(examples, half=in_half_precision(evidence.dtypes))
+    split.tolerance = max((TOLERANCE.get(kind, 5e-3) for kind in evidence.dtypes), default=1e-8)
+    norms = any("BatchNorm" in node.name() for node in graph.order)
+    check = _Check(graph, evidence, blocks, norms)
+    for noted in uses:
+        layouts = {at: check.layout(e.node, s) for at, (e, s) in enumerate(zip(noted.edges, noted.shapes, strict=True))}
+        split.layouts[noted.key], split.ranks[noted.key] = layouts, tuple(map(len, noted.shapes))
+    gaps = check.of_rules(uses, split.layouts, dtype)
+    split.rules = {position for position, gap in gaps.items() if gap <= split.tolerance}
+    split.gaps = {position: gaps[position] for position in split.rules}
+    rest = {name for at, block in enumerate(blocks) if at not in split.rules for name in block.parameters}
+    if rest:
+        _by_graph(check, split, rest & set(graph.edges))
+    if evidence.plain and not split.rules and not split.junctions:
+        raise without_rows(graph, examples)
+    split.interacting = any(x is not None and x.mixed for x in evidence.layouts.values()) or check.assumed
+    return split
+
+
+def without_rows(graph: Graph, examples: int) -> ExampleIdError:
+    """Make the error for a graph in which nothing has one row per example."""
+    shapes = [tuple(node._input_metadata[0].shape) for node in graph.order if node._input_metadata]
+    return ExampleIdError(
+        "recorder.step(ids)",
+        "no tensor between the loss and the parameters has one row per example, so nothing can be split",
+        got=f"{examples} ids, and tensors of shapes {', '.join(map(str, list(dict.fromkeys(shapes))[:6]))} from the loss down",
+        expected=f"the model's output, or another tensor below the loss, with {examples} rows",
+        source="the number of ids passed to recorder.step(ids)",
+        fix="Pass one id per row of the batch; texts packed into one row have to be given a row each",
+    )
+
+
+def verify_split(
+    graph: Graph, examples: int, generator: torch.Generator, half: bool
+) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """Run one coded pass: the codes, ``(examples,)``, and the parameters' coded gradients."""
+    frontier = graph.frontier(examples)
+    if not frontier:
+        return None
+    outputs = [edge for edge, guess in frontier if not guess]
+    if len(outputs) != len(frontier):
+        return None
+    pairs = [(e, g) for e, g in zip(outputs, graph.direct(outputs), strict=True) if g is not None]
+    codes = Codes(examples, generator)
+    number = codes.numbers(half)[0]
+    coded = [codes.code(g, layout_of_output(g, examples, "contiguous"), number) for _, g in pairs]
+    return codes.values[number], graph.parameters_from([e for e, _ in pairs], coded)
+
+
+class _Check:
+    """Compares Σ_i c_i g_i of split gradients with the coded passes."""
+
+    def __init__(self, graph: Graph, evidence: Evidence, blocks: Sequence[Block], norms: bool) -> None:
+        self.graph, self.evidence, self.blocks, self._norms = graph, evidence, blocks, norms
+        self.assumed = False
+        numel = sum(block.numel for block in blocks)
+        whole = [math.sqrt(sum(float(g.double().square().sum()) for g in c.values())) for c in evidence.coded.values()]
+        self._scale = max(whole) / math.sqrt(max(numel, 1))
+
+    def layout(self, node: Node, shape: Sequence[int]) -> Layout | None:
+        """The layout of a node; where a BatchNorm mixes examples, the rows by their order."""
+        found = self.evidence.layouts.get(node)
+        examples = self.evidence.codes.values.shape[1]
+        if found is None and self._norms and node in self.evidence.layouts and shape and shape[0] == examples:
+            self.assumed = True
+            return Layout(0, "contiguous", mixed=True)
+        return found
+
+    def gap(self, found: Tensor, true: Tensor) -> float:
+        """The relative difference of two coded gradients of the same parameters."""
+        size = max(float(true.double().norm()), _SMALL * self._scale * math.sqrt(true.numel()))
+        miss = float((found.double() - true.double()).norm())
+        return miss / size if size > 0 else (0.0 if miss == 0 else math.inf)
+
+    def of_rules(
+        self,
+        uses: Sequence[NotedUse],
+        layouts: Mapping[tuple[int, int], dict[int, Layout | None]],
+        dtype: torch.dtype | None,
+    ) -> dict[int, float]:
+        """The gap of every block whose layers have a rule for all their uses."""
+        codes, examples = self.evidence.codes, self.evidence.codes.values.shape[1]
+        found: dict[int, list[Tensor]] = {}
+        local: dict[int, list[Tensor]] = {}
+        failed: set[int] = set()
+        for noted in uses:
+            noted.arrived.clear()
+            for at, edge in enumerate(noted.edges):
+                gradients = self.evidence.held.get(edge.node)
+                if gradients is not None and gradients[edge.output_nr] is not None:
+                    noted.arrived[at] = gradients[edge.output_nr]
+            if not noted.arrived:
+                continue
+            wanted = [(position, names) for position, names in noted.layer.blocks]
+            mine = layouts[noted.key]
+            try:
+                pieces = split_use(noted, [names for _, names in wanted], mine, examples, dtype, False)
+            except RuntimeError:
+                pieces = None
+            if pieces is None:
+                failed.update(position for position, _ in wanted)
+                continue
+            mixed = any(x is not None and x.mixed for x in mine.values())
+            for each in pieces:
+                for (position, _), piece in zip(wanted, each, strict=True):
+                    self._add(found, position, [piece.weighted(codes.values[n]) for n in self.evidence.coded])
+            for position, _ in wanted:
+                self._add(local, position, self._locally(noted, mine, position) if mixed else [])
+        for noted in uses:
+            noted.arrived.clear()
+        return {
+            position: self._gap_of(position, totals, local.get(position, []))
+            for position, totals in found.items()
+            if position not in failed
+        }
+
+    @staticmethod
+    def _add(into: dict[int, list[Tensor]], position: int, totals: list[Tensor]) -> None:
+        known = into.get(position)
+        into[position] = (
+            totals if not known else [a + b for a, b in zip(known, totals, strict=True)] if totals else known
+        )
+
+    def _locally(self, noted: NotedUse, layouts: Mapping[int, Layout | None], position: int) -> list[Tensor]:
+        """Code the layer's own output gradients, and take them to its parameters only."""
+        names = self.blocks[position].parameters
+        edges = [self.graph.edges[n] for n in names if n in self.graph.edges]
+        found = []
+        for number in self.evidence.coded:
+            pairs = [
+                (noted.edges[at], self.evidence.codes.code(g, layout, number))
+                for at, g in noted.arrived.items()
+                if (layout := layouts[at]) is not None
+            ]
+            values = torch.autograd.grad(
+                [e for e, _ in pairs], edges, [g for _, g in pairs], retain_graph=True, allow_unused=True
+            )
+            named = dict(zip([n for n in names if n in self.graph.edges], values, strict=True))
+            found.append(flat_block(self.blocks[position], {n: g for n, g in named.items() if g is not None}))
+        return found
+
+    def _gap_of(self, position: int, totals: Sequence[Tensor], local: Sequence[Tensor]) -> float:
+        truth = local or [flat_block(self.blocks[position], coded) for coded in self.evidence.coded.values()]
+        gaps = [self.gap(a, b) for a, b in zip(totals, truth, strict=True)]
+        return max(math.inf if math.isnan(gap) else gap for gap in gaps)
+
+
+def relative_gap(
+    blocks: Sequence[Block], found: Mapping[int, Tensor], true: Mapping[str, Tensor], without: set[str]
+) -> dict[int, float]:
+    """Compare Σ_i c_i g_i of each block with a coded pass; ``without`` names parameters that are not split."""
+    whole = math.sqrt(sum(float(g.double().square().sum()) for g in true.values()))
+    scale = whole / math.sqrt(max(1, sum(block.numel for block in blocks)))
+    gaps = {}
+    for position, block in enumerate(blocks):
+        if without.intersection(block.parameters) or not any(name in true for name in block.parameters):
+            continue
+        truth = flat_block(block, true)
+        mine = found.get(position, torch.zeros_like(truth)).double()
+        size = max(float(truth.norm()), _SMALL * scale * math.sqrt(len(truth)))
+        gap = float((mine - truth).norm()) / size if size > 0 else 0.0
+        gaps[position] = math.inf if math.isnan(gap) else gap
+    return gaps
+
+
+def flat_block(block: Block, named: Mapping[str, Tensor]) -> Tensor:
+    """One block's gradient in float64, zero where a parameter has none, ``(numel,)``."""
+    some = next(iter(named.values()), torch.empty(0))
+    return torch.cat(
+        [
+            named[name].detach().flatten().double()
+            if name in named
+            else torch.zeros(math.prod(shape), dtype=torch.float64, device=some.device)
+            for name, shape in zip(block.parameters, block.shapes, strict=True)
+        ]
+    )
+
+
+def _by_graph(check: _Check, split: Split, names: set[str]) -> None:
+    """Find the junctions of some parameters, and keep those that pass the check."""
+    graph, evidence = check.graph, check.evidence
+    junctions = find_junctions(graph, evidence.layouts, check.layout, names)
+    examples = split.examples
+    totals: dict[str, list[Tensor]] = {}
+    by_node: dict[Node, list[Junction]] = {}
+    for junction in junctions:
+        by_node.setdefault(junction.node, []).append(junction)
+    failed: dict[str, str] = {}
+    pending: list[tuple[Junction, tuple[Tensor | None, ...]]] = []
+
+    def seen(node: Node, gradients: tuple[Tensor | None, ...]) -> None:
+        pending.extend((j, tuple(None if g is None else g.detach() for g in gradients)) for j in by_node[node])
+
+    with graph.watching(list(by_node), seen):
+        graph.parameters_from(evidence.outputs, evidence.direct)
+    for junction, gradients in pending:
+        try:
+            for name, values in read_junction(junction, graph, gradients, examples):
+                dense = values.dense() if isinstance(values, LinearGradient) else values.flatten(1)
+                weights = evidence.codes.values[list(evidence.coded)].to(dense.device)
+                mine = [w @ dense.double() for w in (*weights, torch.ones_like(weights[0]))]
+                known = totals.get(name)
+                totals[name] = mine if known is None else [a + b for a, b in zip(known, mine, strict=True)]
+        except RuntimeError as error:
+            failed.update(dict.fromkeys(junction.names, f"reading {junction.node.name()} failed ({error})"))
+    mixed = {name for j in junctions if j.layout.mixed for name in j.names}
+    for name in sorted(names):
+        if name not in evidence.plain:
+            continue  # it has no gradient from examples in this graph
+        truth = [c.get(name) for c in evidence.coded.values()] + [evidence.plain[name]]
+        pairs = [(a, b) for a, b in zip(totals.get(name, []), truth, strict=False) if b is not None]
+        pairs = pairs[-1:] if name in mixed else pairs
+        gaps = [check.gap(a, b.flatten()) for a, b in pairs]
+        if name in failed or not gaps or not max(gaps) <= split.tolerance:
+            split.unsplit[name] = failed.get(name) or (
+                f"its split gap is {max(gaps):.1e}" if gaps else "examples meet it in no place that can be read"
+            )
+        else:
+            position = next(at for at, block in enumerate(check.blocks) if name in block.parameters)
+            split.gaps[position] = max(split.gaps.get(position, 0.0), *gaps)
+    for junction in junctions:
+        kept = tuple(name for name in junction.names if name not in split.unsplit)
+        if kept:
+            at = graph.position[junction.node]
+            split.junctions.append((at, junction.place, junction.layout, kept))
