@@ -53,7 +53,7 @@ class ExactAccount:
 
     @property
     def gap(self) -> np.ndarray:
-        """The quadrature and rounding error: f_T − f_0 − Σ_i c_i − weight decay − unsplit − optimizer, in output units."""
+        """The quadrature and rounding error, in output units: f_T − f_0 minus all the lines above."""
         named = self.weight_decay + self.unsplit + self.optimizer
         return self.final - self.initial - self.contributions.sum(1) - named
 

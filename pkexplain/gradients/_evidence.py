@@ -92,8 +92,8 @@ def _passes(
         coded = {2: graph.parameters_from(edges, [codes.code(g, known[edge.node], 2) for edge, g in pairs])}
     layouts: dict[Node, Layout | None] = {}
     for node, rows in sketches[0].items():
-        others = [s.get(node) for s in sketches[1:]]
-        same = all(other is not None and [x.shape for x in other] == [x.shape for x in rows] for other in others)
+        others = [s[node] for s in sketches[1:] if node in s]
+        same = len(others) == 2 and all([x.shape for x in other] == [x.shape for x in rows] for other in others)
         layouts[node] = sketcher.layout(rows, others, dtypes[node]) if same else None
     single = {edge.node for edge in edges if edge.node not in _nested(edges)}
     layouts.update({node: layout for node, layout in known.items() if node in single})

@@ -1,9 +1,9 @@
 """Per-example gradients at a junction: a node where what belongs to examples meets what comes from parameters alone.
 
 A junction's gradient has rows that belong to examples; its other input, made of parameters only, has not. The gradient
-of that input, example by example, follows in closed form from what the node saved for its own backward pass; where there
-is no closed form the node itself is run once for each example, with the other examples' rows masked. That is exact also
-under dropout, fused attention and custom functions, as nothing is computed anew.
+of that input, example by example, follows in closed form from what the node saved for its own backward pass; where
+there is no closed form the node itself is run once for each example, with the other examples' rows masked. That is
+exact also under dropout, fused attention and custom functions, as nothing is computed anew.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Junction:
     names: tuple[str, ...]
 
     @property
-    def source(self) -> Node:
+    def source(self) -> Any:
         """The node of that input."""
         return self.node.next_functions[self.place][0]
 
     @property
     def edge(self) -> GradientEdge:
         """That input."""
-        return GradientEdge(*self.node.next_functions[self.place])
+        return GradientEdge(self.source, self.node.next_functions[self.place][1])
 
 
 def read_junction(junction: Junction, graph: Graph, gradients: Sequence[Tensor | None], examples: int) -> list[Found]:
@@ -65,8 +65,8 @@ def read_junction(junction: Junction, graph: Graph, gradients: Sequence[Tensor |
     places = [at for at, gradient in enumerate(gradients) if gradient is not None]
     if not places:
         return []
-    which = places[0]
-    gradient = gradients[which].detach()
+    some: Any = gradients[places[0]]
+    gradient = some.detach()
     owners = junction.layout.owners(gradient.shape[junction.layout.axis], examples).to(gradient.device)
     if len(places) == 1 and not _packed(junction.node):
         with torch.no_grad():
@@ -180,7 +180,7 @@ def _under_transpose(source: Node, graph: Graph) -> Node | None:
 
 
 def _shape(junction: Junction, graph: Graph) -> tuple[int, ...]:
-    source, number = junction.node.next_functions[junction.place]
+    source, number = junction.source, junction.edge.output_nr
     if source in graph.leaves:
         return tuple(source.variable.shape)
     return tuple(source._input_metadata[number].shape)

@@ -207,12 +207,8 @@ def _rearranged(
     owners = layout.owners(gradient.shape[axis], examples).to(gradient.device)
     x = use.given(0, "x" if rule is transposed_linear and "x" in use.kwargs else "input")
     by_row = rule in _BY_ROW or (rule is scale_and_shift and isinstance(use.module, nn.LayerNorm))
-    if (
-        by_row
-        and isinstance(x, Tensor)
-        and x.shape[: axis + 1] == gradient.shape[: axis + 1]
-        and axis < gradient.ndim - 1
-    ):
+    rows = slice(axis + 1)
+    if by_row and isinstance(x, Tensor) and x.shape[rows] == gradient.shape[rows] and axis < gradient.ndim - 1:
         x, gradient = group_rows(owners, examples, [t.movedim(axis, 0) for t in (x.detach(), gradient)])
         return [rule(replace(use, args=(x,), kwargs={}, gradients=(gradient,)), parts)]
     if axis != 0:

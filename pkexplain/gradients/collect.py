@@ -41,7 +41,7 @@ def collect(capture: Capture, examples: int, run: Callable[[], Tensor]) -> Piece
                 if not values.requires_grad:  # it does not depend on a layer
                     return []
                 values.sum().backward()
-            split = capture.splits
+            split = capture.split
             if split is not None and not split.unsplit and not split.interacting:
                 return found
         except UnsupportedLayerError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -120,7 +120,12 @@ class MatrixGradient(ExampleGradients):
     def weighted(self, weights: Tensor) -> Tensor:
         """Sum over the examples, each times its weight: every form is linear in its output gradients."""
         g = self.output_gradients
-        return replace(self, output_gradients=g * weights.to(g).view(-1, *[1] * (g.ndim - 1))).total()
+        return self.with_output_gradients(g * weights.to(g).view(-1, *[1] * (g.ndim - 1))).total()
+
+    def with_output_gradients(self, gradients: Tensor) -> MatrixGradient:
+        """Return the gradients for other output gradients."""
+        made: Any = self
+        return replace(made, output_gradients=gradients)
 
     @abstractmethod
     def select(self, positions: Tensor | slice) -> MatrixGradient:
@@ -255,7 +260,7 @@ class ScaledGradient(MatrixGradient):
         """Sum over the examples, each times its weight."""
         inner = self.inner
         g = inner.output_gradients
-        scaled = replace(inner, output_gradients=g * weights.to(g).view(-1, *[1] * (g.ndim - 1)))
+        scaled = inner.with_output_gradients(g * weights.to(g).view(-1, *[1] * (g.ndim - 1)))
         return replace(self, inner=scaled).total()
 
     def select(self, positions: Tensor | slice) -> ScaledGradient:

@@ -170,7 +170,7 @@ def _owns_inputs(node: Node) -> bool:
 def _rows(edge: GradientEdge, examples: int, axes: frozenset[int]) -> bool | None:
     """Whether the examples' rows of an output are only a guess; None if it has no such rows."""
     shape = _shape(edge)
-    if not shape:
+    if not len(shape):
         return None
     if shape[0] == examples or (axes and len(shape) > 2 and shape[1] == examples):
         return False
@@ -178,8 +178,8 @@ def _rows(edge: GradientEdge, examples: int, axes: frozenset[int]) -> bool | Non
     return True if axes and shape[0] and shape[0] % examples == 0 else None
 
 
-def _shape(edge: GradientEdge) -> tuple[int, ...]:
-    metadata = edge.node._input_metadata
+def _shape(edge: GradientEdge) -> Sequence[int]:
+    metadata: Any = edge.node._input_metadata
     return tuple(metadata[edge.output_nr].shape) if len(metadata) > edge.output_nr else ()
 
 

@@ -266,9 +266,7 @@ def _owned(model: nn.Module, groups: dict[str, int]) -> Iterator[_Owned]:
     for path, module in model.named_modules():
         if module in inside:
             continue
-        whole = _composite(module) is not None or isinstance(
-            module, nn.MultiheadAttention
-        )  # it uses its parts' parameters without calling them
+        whole = _composite(module) is not None or isinstance(module, nn.MultiheadAttention)
         inside.update(part for part in module.modules() if whole and part is not module)
         local = {n: names[id(p)] for n, p in module.named_parameters(recurse=whole) if names[id(p)] in groups}
         found += [(path, module, local)] if local else []

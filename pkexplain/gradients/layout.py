@@ -84,7 +84,7 @@ class Layout:
 
 
 class Codes:
-    """Random numbers for the examples of a batch: two for each, so that no two examples are alike by chance, and a sign.
+    """Random numbers for the examples of a batch: two each, so that no two are alike by chance, and a sign.
 
     Attributes:
         values: The numbers, then the signs, ``(3, examples)``. Multiplying by a sign is exact in half precision, too.
@@ -150,6 +150,9 @@ class Sketcher:
         index = tuple(slice(None) if places is None else places for places in self._chosen[key])
         found = gradient[index].double()  # the entries come first, unless all of the chosen axes follow the rows
         return found if axis == 0 else found.T
+
+    def _entries(self, size: int) -> Tensor:
+        return torch.randint(size, (_ENTRIES,), generator=self._generator)
 
     def layout(self, plain: Sequence[Tensor], coded: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Layout | None:
         """Find the layout of a tensor from its sketches; None if no axis belongs to examples."""

@@ -138,10 +138,11 @@ def learn_split(
 def without_rows(graph: Graph, examples: int) -> ExampleIdError:
     """Make the error for a graph in which nothing has one row per example."""
     shapes = [tuple(node._input_metadata[0].shape) for node in graph.order if node._input_metadata]
+    some = ", ".join(map(str, list(dict.fromkeys(shapes))[:6]))
     return ExampleIdError(
         "recorder.step(ids)",
         "no tensor between the loss and the parameters has one row per example, so nothing can be split",
-        got=f"{examples} ids, and tensors of shapes {', '.join(map(str, list(dict.fromkeys(shapes))[:6]))} from the loss down",
+        got=f"{examples} ids, and tensors of shapes {some} from the loss down",
         expected=f"the model's output, or another tensor below the loss, with {examples} rows",
         source="the number of ids passed to recorder.step(ids)",
         fix="Pass one id per row of the batch; texts packed into one row have to be given a row each",
@@ -205,8 +206,9 @@ class _Check:
             noted.arrived.clear()
             for at, edge in enumerate(noted.edges):
                 gradients = self.evidence.held.get(edge.node)
-                if gradients is not None and gradients[edge.output_nr] is not None:
-                    noted.arrived[at] = gradients[edge.output_nr]
+                gradient = None if gradients is None else gradients[edge.output_nr]
+                if gradient is not None:
+                    noted.arrived[at] = gradient
             if not noted.arrived:
                 continue
             wanted = [(position, names) for position, names in noted.layer.blocks]
@@ -314,7 +316,7 @@ def _by_graph(check: _Check, split: Split, names: set[str]) -> None:
     for junction, gradients in pending:
         try:
             for name, values in read_junction(junction, graph, gradients, examples):
-                dense = values.dense() if isinstance(values, LinearGradient) else values.flatten(1)
+                dense = values.dense() if isinstance(values, LinearGradient) else values.reshape(examples, -1)
                 weights = evidence.codes.values[list(evidence.coded)].to(dense.device)
                 mine = [w @ dense.double() for w in (*weights, torch.ones_like(weights[0]))]
                 known = totals.get(name)

@@ -84,9 +84,7 @@ def test_ids_that_cannot_be_are_refused(loop, ids, wrong):
 @pytest.mark.parametrize("ids", [[0, 1, 2], [0], range(5)])
 def test_another_number_of_ids_than_rows_is_refused_before_the_optimizer_steps(loop, ids):
     before = loop.parameters()
-    wrong = (
-        rf"no tensor between the loss and the parameters has one row .* Got {len(ids)} ids, .*\(from the number of ids"
-    )
+    wrong = rf"no tensor between the loss and the parameters has one row .* Got {len(ids)} ids, .*"
     with pytest.raises(ExampleIdError, match=wrong):
         loop.step(ids, rows=[0, 1])
     assert equal(before, loop.parameters())
