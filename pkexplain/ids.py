@@ -56,12 +56,32 @@ def check_ids(
     return tensor
 
 
-def first_tensor(output: Any) -> Tensor | None:
-    """Find the tensor of a model's output that is the prediction: the output, its ``logits``, or the first tensor."""
+def named_tensors(output: Any) -> dict[str, Tensor]:
+    """Name the floating-point tensors of a model's output by their path: ``""``, ``"logits"``, ``"1"``, ``"a.0"``."""
+    if isinstance(output, Tensor):
+        return {"": output} if output.is_floating_point() else {}
+    parts = output.items() if isinstance(output, Mapping) else ()
+    parts = enumerate(output) if isinstance(output, (tuple, list)) else parts
+    found: dict[str, Tensor] = {}
+    for name, part in parts:
+        found |= {f"{name}.{path}".rstrip("."): tensor for path, tensor in named_tensors(part).items()}
+    return found
+
+
+def first_tensor(output: Any, path: str | None = None) -> Tensor | None:
+    """Find the tensor of a model's output that is the prediction.
+
+    Args:
+        output: What the model returned.
+        path: Where the training's loss took it from; None where that is not known: the output, its ``logits``, or the
+            first tensor.
+    """
+    found = named_tensors(output)
+    if path is not None and path in found:
+        return found[path]
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return next((part for part in parts if isinstance(part, Tensor) and part.is_floating_point()), None)
+    return found.get("logits", next(iter(found.values()), None))

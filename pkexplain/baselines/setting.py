@@ -81,7 +81,7 @@ class Setting:
         """
         model, trajectory = explainer.copy_model(), explainer.trajectory
         device = next(model.parameters()).device
-        queries = as_queries(x, trajectory.inputs, device)
+        queries = as_queries(x, trajectory.inputs, device, trajectory.manifest.output)
         wanted = torch.as_tensor(targets).to(device)
         wanted = wanted[None] if queries.single and (wanted.ndim == 0 or len(wanted) != 1) else wanted
         if wanted.ndim == 0 or len(wanted) != len(queries):
@@ -181,9 +181,10 @@ class Setting:
 
     def batch(self, values: Sequence[Tensor]) -> QueryBatch:
         """Make a batch of inputs in the order of `TupleDataset`."""
+        path = self.trajectory.manifest.output
         if self.rows.names:
-            return QueryBatch((), dict(zip(self.rows.names, values, strict=True)), single=False)
-        return QueryBatch(tuple(values), {}, single=False)
+            return QueryBatch((), dict(zip(self.rows.names, values, strict=True)), single=False, path=path)
+        return QueryBatch(tuple(values), {}, single=False, path=path)
 
     @property
     def query_values(self) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.errors import ConfigurationError
+from pkexplain.explain._torch_state import in_own_torch_state
 from pkexplain.explain.outputs import Output, settle_output
 from pkexplain.explain.queries import as_queries
 from pkexplain.projection.kinds import Identity
@@ -58,6 +59,7 @@ class ExactAccount:
         return self.final - self.initial - self.contributions.sum(1) - named
 
 
+@in_own_torch_state
 def path_kernel(
     run: str | os.PathLike[str] | Store,
     model: nn.Module,
@@ -88,7 +90,7 @@ def path_kernel(
     trajectory = open_store(run).trajectory()
     _refuse_what_is_not_exact(trajectory)
     trajectory.fingerprint.check(model)
-    queries = as_queries(x, trajectory.inputs, next(model.parameters()).device)
+    queries = as_queries(x, trajectory.inputs, next(model.parameters()).device, trajectory.manifest.output)
     field = _Field(model, trajectory)
     final = field.at(len(trajectory) - 1, 1.0, lambda: queries.run(model).detach())
     settled = settle_output(output, final)

@@ -15,6 +15,7 @@ from pkexplain.errors import ConfigurationError, ExampleIdError
 from pkexplain.explain._ensemble import check_alike, mean_checks, mean_cost, mean_ledger
 from pkexplain.explain._ranking import mean_scan, rank
 from pkexplain.explain._single_run import RunExplainer
+from pkexplain.explain._torch_state import in_own_torch_state
 from pkexplain.explain.outputs import Output, settle_output
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.queries import QueryBatch, as_queries
@@ -56,6 +57,7 @@ class Explainer:
         ConfigurationError: An argument is invalid, or the runs cannot be averaged.
     """
 
+    @in_own_torch_state
     def __init__(
         self,
         run: str | os.PathLike[str] | Store | Sequence[str | os.PathLike[str] | Store],
@@ -107,6 +109,7 @@ class Explainer:
         self._first.prepare()
         return self._first.ranking.index
 
+    @in_own_torch_state
     def prepare(self, reading: str | Removal = "path") -> None:
         """Do one-time work now: build the index and, for a removal reading, compute the curvature of every segment.
 
@@ -123,6 +126,7 @@ class Explainer:
             if removal is not None:
                 run.curvature(removal.loss)
 
+    @in_own_torch_state
     def explain(
         self,
         x: Any,
@@ -152,7 +156,7 @@ class Explainer:
             got, expected, wrong = repr(k), "an integer from 1 up", "this many examples cannot be shown"
             raise ConfigurationError("Explainer.explain", wrong, got, expected, "its signature", "Leave k out")
         removal = _removal(reading)
-        queries, explanations = as_queries(x, self.trajectory.inputs, self._first.trajectory_model.device), []
+        queries, explanations = self._queries(x), []
         self._first.prepare()
         for some, settled, names in self._chunks(queries, output):
             accounts = [run.account(some, settled, removal) for run in self._runs]
@@ -184,6 +188,7 @@ class Explainer:
             ]
         return explanations[0] if queries.single else explanations
 
+    @in_own_torch_state
     def contributions(
         self,
         x: Any,
@@ -206,7 +211,7 @@ class Explainer:
             ConfigurationError: ``reading`` is invalid.
         """
         removal = _removal(reading)
-        queries = as_queries(x, self.trajectory.inputs, self._first.trajectory_model.device)
+        queries = self._queries(x)
         parts = []
         for some, settled, _ in self._chunks(queries, output):
             projected = [run.account(some, settled, removal).projected for run in self._runs]
@@ -214,6 +219,7 @@ class Explainer:
             parts.append(np.concatenate(self._first.ranking.group.all_gather(mine), axis=1))
         return np.concatenate(parts)
 
+    @in_own_torch_state
     def self_contributions(
         self,
         x: Any,
@@ -242,7 +248,7 @@ class Explainer:
             ConfigurationError: ``reading`` is invalid.
         """
         removal = _removal(reading)
-        queries = as_queries(x, self.trajectory.inputs, self._first.trajectory_model.device)
+        queries = self._queries(x)
         known = check_ids(ids, self.trajectory.num_examples, "self_contributions(ids)")
         if len(known) != len(queries):
             got, fix = f"{len(known)} ids for {len(queries)} examples", "Pass one id for each row of the batch"
@@ -257,6 +263,10 @@ class Explainer:
             parts.append(np.mean(found, axis=0))
             start += len(some)
         return np.concatenate(parts)
+
+    def _queries(self, x: Any) -> QueryBatch:
+        trajectory = self.trajectory
+        return as_queries(x, trajectory.inputs, self._first.trajectory_model.device, trajectory.manifest.output)
 
     def _chunks(self, queries: QueryBatch, output: Any) -> Iterator[tuple[QueryBatch, Output, list[str]]]:
         """Resolve the output on the final prediction, and split the queries into batches that fit in memory."""

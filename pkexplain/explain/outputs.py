@@ -6,6 +6,7 @@ one value for all queries, or one for each.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -154,7 +155,11 @@ class Loss(Output):
     def __call__(self, prediction: Tensor) -> Tensor:
         """Compute the losses, ``(queries,)``."""
         target = self._tensor(len(prediction)).to(prediction.device)
-        losses = self.function(prediction, target, reduction="none")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Using a target size")  # torch's own word for broadcasting
+            losses = self.function(prediction, target, reduction="none")
+        if len(losses) != len(prediction) or losses.numel() > max(prediction.numel(), target.numel()):
+            raise ValueError(f"the prediction and the target were broadcast to losses of shape {tuple(losses.shape)}")
         return losses.reshape(len(prediction), -1).mean(1)
 
     def names(self, queries: int) -> list[str]:
@@ -167,7 +172,7 @@ class Loss(Output):
         try:
             settled = replace(self, target=self._tensor(len(prediction)))
             settled(prediction)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        except (TypeError, ValueError, RuntimeError, IndexError, UserWarning) as error:
             raise no_output(
                 "output=Loss(…)", f"the loss failed ({error})", prediction, "a target it can use"
             ) from error

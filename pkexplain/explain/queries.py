@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,31 +19,29 @@ class QueryBatch:
     """Queries for one model: positional or named tensors with the same number of rows.
 
     Args:
-        args: Positional inputs, each with a batch dimension.
-        kwargs: Named inputs, each with a batch dimension.
+        args: Positional inputs, tensors with a batch dimension or mappings of such.
+        kwargs: Named inputs, likewise.
         single: Whether the user passed one query without a batch dimension.
+        path: Which of several tensors that the model returns is the prediction, as the training's loss used it.
     """
 
-    def __init__(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], *, single: bool) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, single: bool, path: str | None = None) -> None:
         """Keep the inputs."""
-        self.args, self.kwargs, self.single = args, kwargs, single
+        self.args, self.kwargs, self.single, self._path = args, kwargs, single, path
 
     def __len__(self) -> int:
         """Return the number of queries."""
-        return len(next(iter((*self.args, *self.kwargs.values()))))
+        return len(next(_tensors((*self.args, *self.kwargs.values()))))
 
     def select(self, positions: Tensor) -> QueryBatch:
         """Keep the queries at ``positions``."""
-        args = tuple(value[positions.to(value.device)] for value in self.args)
-        kwargs = {name: value[positions.to(value.device)] for name, value in self.kwargs.items()}
-        return QueryBatch(args, kwargs, single=self.single)
+        args, kwargs = _map(lambda value: value[positions.to(value.device)], (self.args, self.kwargs))
+        return QueryBatch(args, kwargs, single=self.single, path=self._path)
 
     def row(self, position: int) -> Any:
         """Return one query as the user would pass it."""
-        if not self.kwargs:
-            args = tuple(value[position] for value in self.args)
-            return args[0] if len(args) == 1 else args
-        return {name: value[position] for name, value in self.kwargs.items()}
+        args, kwargs = _map(lambda value: value[position], (self.args, self.kwargs))
+        return kwargs or (args[0] if len(args) == 1 else args)
 
     def run(self, model: nn.Module) -> Tensor:
         """Run the model and return its prediction, ``(queries, …)``.
@@ -51,7 +49,7 @@ class QueryBatch:
         Raises:
             QueryError: The model did not return a tensor with one row per query.
         """
-        output = first_tensor(model(*self.args, **self.kwargs))
+        output = first_tensor(model(*self.args, **self.kwargs), self._path)
         if output is None or output.ndim == 0 or len(output) != len(self):
             raise QueryError(
                 "explaining a query",
@@ -64,21 +62,50 @@ class QueryBatch:
         return output
 
 
-def as_queries(x: Any, shapes: Mapping[str, InputEntry], device: torch.device) -> QueryBatch:
+def _map(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """Change the tensors of nested tuples and mappings."""
+    if isinstance(value, Mapping):
+        return {name: _map(change, part) for name, part in value.items()}
+    return tuple(_map(change, part) for part in value) if isinstance(value, tuple) else change(value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors of nested tuples and mappings."""
+    if isinstance(value, (tuple, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
+    else:
+        yield value
+
+
+def _flat(x: Any, shapes: Mapping[str, InputEntry]) -> dict[str, Any]:
+    """Name the inputs as they were noted while recording: ``"0"``, ``"tokens"``, ``"0.tokens"``."""
+    if not isinstance(x, Mapping):
+        x = {str(place): value for place, value in enumerate(x if isinstance(x, tuple) else (x,))}
+    elif shapes and all(name.startswith("0.") for name in shapes):  # the model takes one mapping
+        x = {"0": x}
+    found: dict[str, Any] = {}
+    for name, value in x.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}.{inner}": part for inner, part in value.items()}
+        else:
+            found[str(name)] = value
+    return found
+
+
+def as_queries(x: Any, shapes: Mapping[str, InputEntry], device: torch.device, path: str | None = None) -> QueryBatch:
     """Turn the user's input, one query or a batch, into queries of the recorded shapes.
 
     Args:
         x: A tensor, a tuple of positional inputs, or a mapping of named inputs.
         shapes: The recorded inputs.
         device: Where the model is.
+        path: Which of several tensors that the model returns is the prediction.
 
     Raises:
         QueryError: A shape or a dtype does not fit.
     """
-    if isinstance(x, Mapping):
-        named = {str(name): value for name, value in x.items()}
-    else:
-        named = {str(i): value for i, value in enumerate(x if isinstance(x, tuple) else (x,))}
+    named = _flat(x, shapes)
     if not named:
         raise _bad_query(next(iter(shapes), "0"), "there is none", "nothing", shapes)
     singles = set()
@@ -88,6 +115,7 @@ def as_queries(x: Any, shapes: Mapping[str, InputEntry], device: torch.device) -
         except (TypeError, ValueError, RuntimeError) as error:
             raise _bad_query(name, "it is not a tensor", type(value).__name__, shapes) from error
         tensor = tensor.to(device)
+        tensor = tensor.clone() if tensor.is_inference() else tensor  # autograd refuses those
         if name in shapes:
             wanted = shapes[name].shape
             kind = shapes[name].torch_dtype
@@ -112,9 +140,16 @@ def as_queries(x: Any, shapes: Mapping[str, InputEntry], device: torch.device) -
     if len({len(tensor) for tensor in named.values()}) != 1:
         lengths = [len(tensor) for tensor in named.values()]
         raise _bad_query(next(iter(named)), "the inputs hold different numbers of queries", lengths, shapes)
-    if isinstance(x, Mapping):
-        return QueryBatch((), named, single=single)
-    return QueryBatch(tuple(named.values()), {}, single=single)
+    nested: dict[str, Any] = {}
+    for name, tensor in named.items():
+        outer, _, inner = name.partition(".")
+        if inner:
+            nested.setdefault(outer, {})[inner] = tensor
+        else:
+            nested[outer] = tensor
+    positional = all(name.isdigit() for name in nested)
+    args, kwargs = (tuple(nested.values()), {}) if positional else ((), nested)
+    return QueryBatch(args, kwargs, single=single, path=path)
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:

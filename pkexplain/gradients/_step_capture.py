@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pkexplain.errors import RecordingError
 from pkexplain.gradients._junctions import Junction, read_junction
 from pkexplain.gradients._uses import NotedUse, standard_layouts
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.graph import Graph, random_state_kept
 from pkexplain.gradients.split import Split, learn_split, relative_gap, verify_split
+from pkexplain.gradients.watch import Watch
 
 if TYPE_CHECKING:
     from pkexplain.gradients.capture import Capture
@@ -26,16 +28,9 @@ class StepCapture:
     """One step: the uses noted since the last backward pass, and the backward passes themselves."""
 
     def __init__(
-        self,
-        capture: Capture,
-        examples: int,
-        sink: Callable[[int, ExampleGradients], None],
-        verify: bool,
-        learnt: Callable[[Split], None],
-        axes: Any,
+        self, capture: Capture, examples: int, sink: Callable[[int, ExampleGradients], None], watch: Watch
     ) -> None:
-        self._capture, self._examples, self._sink, self._verify = capture, examples, sink, verify
-        self._learnt, self._axes = learnt, axes
+        self._capture, self._examples, self._sink, self._watch = capture, examples, sink, watch
         self._uses: list[NotedUse] = []
         self._handles: list[Any] = []
         self._split: Split | None = None
@@ -78,12 +73,16 @@ class StepCapture:
         """Prepare for one of the user's backward passes, run it, and check what came of it."""
         if self._capture.rehearsing or self._depth:  # ours, or a checkpoint's inside another
             return run()
+        if not self._accumulates(arguments.get("inputs")):  # a derivative by inputs, which no .grad of ours receives
+            return run()
+        self._watch.begin()
         handles: list[Any] = []
         roots, gradients = _roots(arguments)
         if roots:
             with random_state_kept():
                 handles = self._prepare(roots, gradients)
         self._depth = 1
+        self._capture.running = True
         try:
             result = run()
             for noted in self._uses:
@@ -91,6 +90,7 @@ class StepCapture:
                     self._deliver(noted)
         finally:
             self._depth = 0
+            self._capture.running = False
             for handle in handles:
                 handle.remove()
             for noted in self._uses:
@@ -98,17 +98,35 @@ class StepCapture:
         self._compare()
         return result
 
+    def _accumulates(self, inputs: Any) -> bool:
+        """Whether a backward pass adds to the parameters' ``.grad``."""
+        if inputs is None:
+            return True
+        given = {id(tensor) for tensor in ([inputs] if isinstance(inputs, Tensor) else inputs)}
+        mine = [p for p in self._capture.parameters.values() if p.requires_grad]
+        held = sum(id(p) in given for p in mine)
+        if 0 < held < len(mine):
+            raise RecordingError(
+                "recorder.step(ids)",
+                "backward(inputs=…) was given some of the recorded parameters and not others",
+                got=f"{held} of {len(mine)}",
+                expected="all of them, or none",
+                source="the training loop",
+                fix="Leave inputs out, or freeze the other parameters",
+            )
+        return held > 0
+
     def _prepare(self, roots: list[Tensor], gradients: list[Tensor | None]) -> list[Any]:
         """Make sure that the graph's split is known; listen to its junctions."""
         capture = self._capture
         known = capture.split
         uses = [noted for noted in self._uses if not noted.layer.buffers]
         simple = known is not None and not known.junctions and not known.unsplit and known.fixed
-        if simple and known is not None and known.fits(uses, self._examples) and not self._verify:
+        if simple and known is not None and known.fits(uses, self._examples) and not self._watch.verify:
             self._split = known
             return []
         graph = Graph(roots, gradients, capture.parameters)
-        graph.axes = frozenset(self._axes())
+        graph.axes = frozenset(self._watch.axes)
         key = hash((graph.key, tuple(noted.key for noted in uses)))
         split = capture.known_splits.get(key)
         usable = split is not None and split.fixed and split.fits(uses, self._examples)
@@ -117,7 +135,7 @@ class StepCapture:
         try:
             if split is None or not usable:
                 split = learn_split(graph, uses, capture.blocks, self._examples, capture.generator, capture.dtype)
-            elif self._verify:
+            elif self._watch.verify:
                 self._coded = verify_split(graph, self._examples, capture.generator, split.half)
         finally:
             capture.rehearsing = False
@@ -130,7 +148,7 @@ class StepCapture:
         capture.unsplit.update(split.unsplit)
         capture.interacting |= split.interacting
         capture.tolerance = max(capture.tolerance, split.tolerance)
-        self._learnt(split)
+        self._watch.learnt(split)
         self._note(split.gaps)
         return self._listen(graph, split)
 

@@ -8,7 +8,7 @@ No output is replaced, no layer is run again, and no `.grad` is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,7 @@ from pkexplain.gradients.graph import backward_listener
 from pkexplain.gradients.layers import Block, Layer, refusal
 from pkexplain.gradients.layout import Layout
 from pkexplain.gradients.split import Split
+from pkexplain.gradients.watch import Watch
 
 __all__ = ["GRADIENT_CLASSES", "Capture", "differentiable_statistics"]
 
@@ -55,6 +56,7 @@ class Capture:
 
     Attributes:
         rehearsing: Whether a pass of its own runs through the graph, which is not the user's.
+        running: Whether a backward pass of the user's is running that adds to the parameters' ``.grad``.
         gap: The largest split gap since `clear_gap`.
         unsplit: Parameters that could not be split since then, and why.
         gaps: The largest split gap of each block.
@@ -91,7 +93,7 @@ class Capture:
         self.generator = torch.Generator().manual_seed(7)
         self.known_splits: dict[int, Split] = {}
         self.split: Split | None = None
-        self.rehearsing = False
+        self.rehearsing = self.running = False
         self.clear_gap()
 
     def clear_gap(self) -> None:
@@ -104,27 +106,18 @@ class Capture:
         self.split = None
 
     @contextmanager
-    def during_backward(
-        self,
-        examples: int,
-        sink: Sink,
-        verify: bool = True,
-        learnt: Callable[[Split], None] = lambda split: None,
-        axes: Callable[[], Collection[int]] = lambda: (0,),
-    ) -> Iterator[None]:
+    def during_backward(self, examples: int, sink: Sink, watch: Watch | None = None) -> Iterator[None]:
         """Pass every block's gradients to ``sink`` while the user's own backward passes reach them.
 
         Args:
             examples: The batch size.
             sink: Called with the block's position and its gradients; several times if a layer is used repeatedly.
-            verify: Whether the split is checked in this step, also if nothing has changed.
-            learnt: Called before each backward pass with the way in which it will be split.
-            axes: Returns in which of the first two dimensions the model's inputs have one row per example.
+            watch: What to tell the recording, and ask it.
 
         Raises:
             ExampleIdError: Nothing can be split, as nothing has one row per example.
         """
-        step = StepCapture(self, examples, sink, verify, learnt, axes)
+        step = StepCapture(self, examples, sink, watch or Watch())
         noting = noting_uses(self.layers, step.note, lambda: self.rehearsing, self._prepare)
         with noting, backward_listener(step.around):
             try:

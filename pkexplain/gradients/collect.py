@@ -12,6 +12,7 @@ from pkexplain.errors import UnsupportedLayerError
 from pkexplain.gradients._uses import NotedUse, noting_uses, split_use, standard_layouts
 from pkexplain.gradients.capture import Capture, differentiable_statistics
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients
+from pkexplain.gradients.watch import Watch
 
 __all__ = ["collect"]
 
@@ -36,7 +37,7 @@ def collect(capture: Capture, examples: int, run: Callable[[], Tensor]) -> Piece
     capture.clear_gap()
     with torch.enable_grad():
         try:
-            with capture.during_backward(examples, lambda at, piece: found.append((at, piece)), verify=False):
+            with capture.during_backward(examples, lambda at, piece: found.append((at, piece)), Watch(verify=False)):
                 values = run()
                 if not values.requires_grad:  # it does not depend on a layer
                     return []

@@ -73,6 +73,12 @@ class CapturedBatch:
         """Count the examples."""
         self.everywhere = self.everywhere or len(self.ids)
 
+    def reset(self) -> None:
+        """Forget what was captured: its gradients were zeroed before the optimizer saw them."""
+        self.pieces.clear()
+        self.rows = self.audited = self.audit_rows = self.derivatives = None
+        self.summed.clear()
+
     @property
     def nbytes(self) -> int:
         """Bytes of the waiting gradients."""

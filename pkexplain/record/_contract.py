@@ -112,6 +112,18 @@ def unknown_parameter(name: str) -> RecordingError:
     )
 
 
+def moved_by_another(name: str) -> RecordingError:
+    """Make the error for a parameter that is not recorded and was changed."""
+    return RecordingError(
+        f"recording beside parameter {name!r}",
+        "it changed, and the recorder's optimizer does not hold it",
+        got="a parameter that a second optimizer, a moving average or the training loop itself has written to",
+        expected="parameters that only the recorder's optimizer changes",
+        source="the parameters' version counters after a step",
+        fix="Give one optimizer all parameters, in groups, or record a model that holds only those of this optimizer",
+    )
+
+
 def not_split(reasons: Mapping[str, str]) -> RecordingError:
     """Make the error for parameters that cannot be split, where that was to be refused; given the reasons."""
     name, why = next(iter(reasons.items()))

@@ -69,7 +69,8 @@ class GradientSums:
             batch = active()
             if batch is not None:
                 batch.summed.add(index)
-                self.captured[start : start + gradient.numel()] += gradient.detach().flatten().to(self.captured.dtype)
+                dense = (gradient.to_dense() if gradient.is_sparse else gradient).detach()
+                self.captured[start : start + gradient.numel()] += dense.flatten().to(self.captured.dtype)
 
         return add
 
@@ -107,6 +108,13 @@ class GradientSums:
         sizes = [parameter.numel() for parameter in self._parameters]
         ends = list(itertools.accumulate(sizes))
         return [slice(e - n, e) for name, e, n in zip(self._names, ends, sizes, strict=True) if name in names]
+
+    def dropped(self) -> bool:
+        """Whether gradients were captured that no ``.grad`` holds any more (a second pass after ``zero_grad()``)."""
+        if not self.captured.any():
+            return False
+        held = [p.grad for p in self._parameters if p.grad is not None]
+        return not any(bool((g.coalesce().values() if g.is_sparse else g).any()) for g in held)
 
     def join(self) -> None:
         """Sum over all processes."""

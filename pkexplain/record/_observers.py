@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pkexplain.gradients.capture import Capture
-from pkexplain.ids import first_tensor
+from pkexplain.ids import named_tensors
 from pkexplain.store.manifest import InputEntry
 
 
@@ -20,11 +21,15 @@ class LossDerivatives:
     Args:
         model: The model.
         capture: Tells which passes through the graph are not the user's.
+        output: Which tensor of the model's output is the prediction, if that is known.
+
+    Attributes:
+        output: The same; otherwise ``logits`` if the loss depends on it, or the output that is nearest to the loss.
     """
 
-    def __init__(self, model: nn.Module, capture: Capture) -> None:
+    def __init__(self, model: nn.Module, capture: Capture, output: str | None = None) -> None:
         """Keep the model; nothing is watched yet."""
-        self._model, self._capture = model, capture
+        self._model, self._capture, self.output = model, capture, output
 
     @contextmanager
     def noting(self, batch: Any) -> Iterator[None]:
@@ -34,20 +39,25 @@ class LossDerivatives:
         the loss falls fastest, and the derivative is −‖∂ℓ_i/∂y_i‖.
         """
 
-        def arrive(gradient: Tensor) -> None:
-            if self._capture.rehearsing:
+        def arrive(path: str, gradient: Tensor) -> None:
+            if self._capture.rehearsing or not self._capture.running:
                 return
             flat = gradient.detach().flatten(1) if gradient.ndim > 1 else gradient.detach()[:, None]
             single = flat.shape[1] == 1
             here = flat[:, 0] if single else -flat.norm(dim=1)
-            before = batch.derivatives
-            batch.derivatives = here if before is None else (before + here if single else -torch.hypot(before, here))
+            before = seen.get(path)
+            seen[path] = here if before is None else (before + here if single else -torch.hypot(before, here))
+            if self.output is None or path == "logits":
+                self.output = path
+            if path == self.output:
+                batch.derivatives = seen[path]
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = first_tensor(output)
-            if tensor is not None and tensor.requires_grad and tensor.ndim and len(tensor) == len(batch.ids):
-                tensor.register_hook(arrive)
+            for path, tensor in named_tensors(output).items():
+                if tensor.requires_grad and tensor.ndim and len(tensor) == len(batch.ids):
+                    tensor.register_hook(partial(arrive, path))
 
+        seen: dict[str, Tensor] = {}
         handle = self._model.register_forward_hook(hook)
         try:
             yield
@@ -78,6 +88,8 @@ class InputShapes:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+            nested = {n: value.items() for n, value in named.items() if isinstance(value, Mapping)}
+            named |= {f"{name}.{inner}": part for name, parts in nested.items() for inner, part in parts}
             self.axes |= _batch_axes(named, examples)
             for name, value in named.items():
                 if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != examples:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.rules import LinearStep, UpdateRule
-from pkexplain.record._contract import broken, unknown_parameter
+from pkexplain.record._contract import broken, moved_by_another, unknown_parameter
 
 
 class StepReader:
@@ -42,6 +42,7 @@ class StepReader:
         named = dict(model.named_parameters())
         self._parameters = [named[name] for block in blocks for name in block.parameters]
         self._known = {id(p) for p in self._parameters}
+        self._others = {n: (p, p._version) for n, p in named.items() if id(p) not in self._known}
         self._first: list[bool] = []
         self.applied = like
 
@@ -70,6 +71,16 @@ class StepReader:
                     names = [name for name, p in self._model.named_parameters() if p is parameter]
                     raise unknown_parameter(names[0] if names else f"of shape {tuple(parameter.shape)}")
 
+    def refuse_movement_of_others(self) -> None:
+        """Refuse a parameter that moves without being recorded: its movement would be missing from every account.
+
+        Raises:
+            RecordingError: Another optimizer, or the training loop itself, has changed one.
+        """
+        for name, (parameter, version) in self._others.items():
+            if parameter._version != version:
+                raise moved_by_another(name)
+
     @property
     def skips(self) -> bool:
         """Whether the step will change nothing, because a loss scaler found a gradient that is not finite."""
@@ -77,21 +88,15 @@ class StepReader:
         return found is not None and bool(found)
 
     def begin(self) -> None:
-        """Read, before a step, the gradient it is given and which parameters have no state yet.
-
-        Raises:
-            RecordingError: A gradient is sparse.
-        """
+        """Read, before a step, the gradient it is given and which parameters have no state yet."""
         self.applied = self._gradient()
         states = [self._optimizer.state.get(p, {}) for p in self._parameters]
         self._first = [not any(isinstance(value, Tensor) for value in state.values()) for state in states]
 
     def _gradient(self) -> Tensor:
         """Copy the gradient that the optimizer is given, ``(parameters,)``; a fused one may change it in place."""
-        if any(p.grad is not None and p.grad.is_sparse for p in self._parameters):
-            fix = "Make the embedding with sparse=False"
-            raise broken("a gradient is sparse", "a sparse gradient, which the update rules do not know", fix)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        gradients = [g.to_dense() if g.is_sparse else g for g in gradients]
         applied = torch.cat([g.detach().flatten().to(self._like.dtype) for g in gradients])
         scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer divides by it
         return applied if scale is None else applied / scale.to(applied)

@@ -14,6 +14,7 @@ from torch import Tensor
 from pkexplain.errors import ExampleIdError
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.split import Split
+from pkexplain.gradients.watch import Watch
 from pkexplain.ids import check_ids
 from pkexplain.optimizers.adaptive import Lookahead
 from pkexplain.optimizers.base import CapturedBatch
@@ -92,7 +93,7 @@ class Session:
         self._handles = [
             plan.optimizer.register_step_pre_hook(self._before_step),
             plan.optimizer.register_step_post_hook(lambda *_: self._after_step()),
-            *self._sums.hooks(lambda: self._step.batch if self._step and not plan.capture.rehearsing else None),
+            *self._sums.hooks(self._current_batch),
         ]
 
     def _continue(self) -> None:
@@ -106,6 +107,7 @@ class Session:
         self._accountant = SegmentAccountant(spec, lookahead, projector, steps)
         self._sums = GradientSums(spec, plan.parameters)
         self._inputs.seen.update(trajectory.inputs)
+        self._derivatives.output = trajectory.manifest.output
         self._deleted = trajectory.manifest.withdrawn
         if standpoint.state is not None:
             self._sums.load_state_dict(restore_state(plan.store, standpoint, spec, self._accountant))
@@ -147,6 +149,7 @@ class Session:
             raise broken("it is nested in another step", "a step inside a step", "End the outer 'with' block first")
         plan = self._plan
         plan.steps.refuse_unknown_parameters()
+        plan.steps.refuse_movement_of_others()
         batch = self._batch(ids)
         visits = self._accountant.visits + batch.everywhere  # a sampler may repeat some examples
         if plan.segments == "epoch" and visits >= plan.num_examples + plan.group.world_size:
@@ -156,12 +159,11 @@ class Session:
             with (
                 self._inputs.noting(len(batch.ids)),
                 self._derivatives.noting(batch),
-                plan.capture.during_backward(
-                    len(batch.ids), partial(self._receive, batch), self._verifies(), self._learnt, self._axes
-                ),
+                plan.capture.during_backward(len(batch.ids), partial(self._receive, batch), self._watch()),
             ):
                 yield
             self._check_contract(step, accumulate)
+            plan.steps.refuse_movement_of_others()
         except BaseException:
             self._forget()
             raise
@@ -183,8 +185,23 @@ class Session:
             raise broken("another process refused its batch", "wrong ids there", "Read that process's own error")
         return batch
 
-    def _axes(self) -> set[int]:
-        return self._inputs.axes
+    def _watch(self) -> Watch:
+        """What to tell the recording, and ask it, about each backward pass."""
+        return Watch(self._verifies(), self._learnt, self._inputs.axes, self._begin_backward)
+
+    def _current_batch(self) -> CapturedBatch | None:
+        """The batch of the backward pass that is running; None if it is not one that adds to ``.grad``."""
+        capture = self._plan.capture
+        return self._step.batch if self._step and capture.running and not capture.rehearsing else None
+
+    def _begin_backward(self) -> None:
+        """Drop what earlier backward passes left, if their gradients were zeroed since."""
+        waiting = self._step is not None and (self._accumulated or self._step.batch.summed)
+        if self._step is None or not waiting or not self._sums.dropped():
+            return
+        self._accumulated, self._unsplit = [], {}
+        self._sums.clear()
+        self._step.batch.reset()
 
     def _verifies(self) -> bool:
         """Whether the split is checked in this step: a segment's first, but not more often than every 64th."""
@@ -335,6 +352,7 @@ class Session:
             columns=projector.columns if projector else None,
             model=self._fingerprint,
             inputs=dict(self._inputs.seen),
+            output=self._derivatives.output,
             segments=(),
             states=(),
             revision=0,

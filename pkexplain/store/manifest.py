@@ -221,6 +221,7 @@ class Manifest(_Entry, frozen=True):
         columns: k, how many numbers a row holds; None before the first segment.
         model: What the model must be.
         inputs: The model's inputs by name, or position; empty where none was a tensor with a batch dimension.
+        output: Which tensor of the model's output is the prediction, by its path; None if the loss did not show it.
         segments: The finished segments.
         states: The points from which a recording can be resumed.
         revision: How often files of the run were replaced.
@@ -241,6 +242,7 @@ class Manifest(_Entry, frozen=True):
     columns: int | None
     model: ModelFingerprint
     inputs: dict[str, InputEntry]
+    output: str | None
     segments: tuple[SegmentEntry, ...]
     states: tuple[StateEntry, ...]
     revision: Annotated[int, msgspec.Meta(ge=0, le=999_999_999)]
