@@ -23,24 +23,20 @@ from pkexplain.record._contract import (
     broken,
     not_between_steps,
     not_finite,
-    not_split,
-    warn_of_unsplit,
     without_backward,
 )
 from pkexplain.record._gradient_check import ROUNDING, GradientSums
 from pkexplain.record._observers import InputShapes, LossDerivatives
 from pkexplain.record._plan import Plan
 from pkexplain.record._resume import checksum_optimizer, find_standpoint, restore_state
+from pkexplain.record._split_notes import SplitNotes
 from pkexplain.record._state import serialise
 from pkexplain.record._warnings import SegmentWarnings
 from pkexplain.store.fingerprint import ModelFingerprint
-from pkexplain.store.manifest import FORMAT_VERSION, Manifest, OptimizerEntry, RecordingEntry, SplitSummary
+from pkexplain.store.manifest import FORMAT_VERSION, Manifest, OptimizerEntry, RecordingEntry
 from pkexplain.store.trajectory import Checkpoint
 from pkexplain.store.writer import RunWriter
 from pkexplain.version import __version__
-
-_VERIFY_EVERY = 64
-"""The fewest steps between two checks of the split where nothing has changed."""
 
 
 @dataclass
@@ -75,9 +71,7 @@ class Session:
         self._deleted: Sequence[int] = ()
         self._step: _Step | None = None
         self._accumulated: list[CapturedBatch] = []
-        self._unsplit: dict[str, str] = {}
-        self._shares: dict[str, float] = {}
-        self._unverified = _VERIFY_EVERY
+        self._split = SplitNotes(plan)
         self._accountant = SegmentAccountant(plan.spec(), Lookahead.of(plan.lookahead, plan.like))
         self._sums = GradientSums(plan.spec(), parameters)
         self._writer = RunWriter(plan.store, plan.group)
@@ -187,7 +181,8 @@ class Session:
 
     def _watch(self) -> Watch:
         """What to tell the recording, and ask it, about each backward pass."""
-        return Watch(self._verifies(), self._learnt, self._inputs.axes, self._begin_backward)
+        first = not self._accountant.steps
+        return Watch(self._split.verifies(first), self._learnt, self._inputs.axes, self._begin_backward)
 
     def _current_batch(self) -> CapturedBatch | None:
         """The batch of the backward pass that is running; None if it is not one that adds to ``.grad``."""
@@ -199,29 +194,13 @@ class Session:
         waiting = self._step is not None and (self._accumulated or self._step.batch.summed)
         if self._step is None or not waiting or not self._sums.dropped():
             return
-        self._accumulated, self._unsplit = [], {}
-        self._sums.clear()
+        self._forget()
         self._step.batch.reset()
-
-    def _verifies(self) -> bool:
-        """Whether the split is checked in this step: a segment's first, but not more often than every 64th."""
-        self._unverified += 1
-        if self._accountant.steps or self._unverified < _VERIFY_EVERY:
-            return False
-        self._unverified = 0
-        return True
 
     def _learnt(self, split: Split) -> None:
         """Take note of what cannot be split in the backward pass that is about to run."""
-        new = {name: why for name, why in split.unsplit.items() if name not in self._shares}
-        if new and self._plan.unsplit == "refuse":
-            raise not_split(new)
-        if new:
-            warn_of_unsplit(new)
-            self._shares.update(dict.fromkeys(new, 0.0))
-        if split.unsplit:
+        if self._split.learnt(split):
             self._sums.follow()
-            self._unsplit.update(split.unsplit)
 
     def _receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         self._sums.receive(position, gradients)
@@ -267,7 +246,7 @@ class Session:
         batches = [*self._accumulated, step.batch]
         if not torch.isfinite(self._sums.captured.sum()):
             raise not_finite(batches)
-        self._accountant.note_capture_gap(self._sums.check(batches, self._unsplit))
+        self._accountant.note_capture_gap(self._sums.check(batches, self._split.names))
         step.batch.compact()  # before the step, as a layer's input may be a parameter
         self._plan.steps.begin()
         step.before = self._plan.point()
@@ -282,10 +261,7 @@ class Session:
             self._skip(batches)
             return
         steps, sums = self._plan.steps, self._sums
-        unsplit = sums.unsplit(self._unsplit)
-        if unsplit is not None:
-            for name, share in sums.shares(self._unsplit, unsplit).items():
-                self._shares[name] = max(self._shares.get(name, 0.0), share)
+        unsplit = self._split.share_of(sums)
         applied, numbers = steps.applied, steps.numbers()
         self._accountant.step(
             AppliedStep(batches, sums.captured, sums.attributed, applied, numbers, step.before, unsplit)
@@ -302,7 +278,8 @@ class Session:
 
     def _forget(self) -> None:
         """Drop the gradients that the optimizer has not applied."""
-        self._accumulated, self._unsplit = [], {}
+        self._accumulated = []
+        self._split.clear()
         self._sums.clear()
 
     def _end_segment(self) -> None:
@@ -310,27 +287,10 @@ class Session:
             return
         end = self._plan.point()
         before, self._start = self._start, end
-        segment, summary = self._accountant.close(end - before, self._split_summary())
+        segment, summary = self._accountant.close(end - before, self._split.summary())
         t = len(self._writer)
         self._writer.segment(segment, summary, self._checkpoint(), self._accountant.projector, self._manifest())
         self._warnings.of(t, summary, segment.optimizer, end - before, self._sums.apart)
-
-    def _split_summary(self) -> SplitSummary:
-        """How well the gradients were split since the last segment."""
-        capture, group = self._plan.capture, self._plan.group
-        named = {self._plan.blocks[at].name or "(the model itself)": gap for at, gap in capture.gaps.items()}
-        worst = dict(sorted(named.items(), key=lambda pair: -pair[1])[:8])
-        shares = {name: share for name, share in self._shares.items() if name in capture.unsplit}
-        found = SplitSummary(
-            group.all_reduce_max(capture.gap),
-            capture.tolerance,
-            worst,
-            shares,
-            dict(capture.unsplit),
-            capture.interacting,
-        )
-        capture.clear_gap()
-        return found
 
     def _checkpoint(self) -> Checkpoint:
         buffers = self._plan.model.named_buffers()

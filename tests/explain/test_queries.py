@@ -67,13 +67,17 @@ def test_shapes_of_inputs_are_noted_and_sizes_that_vary_left_open():
     assert not model._forward_pre_hooks
 
 
+WATCHED = Capture((), ())
+WATCHED.running = True
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_loss_derivatives_are_those_of_the_loss_as_it_was_back_propagated(size):
     torch.manual_seed(0)
     model = nn.Linear(3, size)
     x, target = torch.randn(5, 3), torch.randn(5, size)
     batch = SimpleNamespace(ids=torch.arange(5), derivatives=None)
-    with LossDerivatives(model, Capture((), ())).noting(batch):
+    with LossDerivatives(model, WATCHED).noting(batch):
         y = model(x)
         y.retain_grad()
         F.mse_loss(y, target).backward()
@@ -87,7 +91,7 @@ def test_a_model_that_runs_twice_in_a_step_adds_its_derivatives_up():
     model = nn.Linear(3, 2)
     x = torch.randn(4, 3)
     batch = SimpleNamespace(ids=torch.arange(4), derivatives=None)
-    with LossDerivatives(model, Capture((), ())).noting(batch):
+    with LossDerivatives(model, WATCHED).noting(batch):
         (3 * model(x).sum() + 4 * model(x).sum()).backward()
     torch.testing.assert_close(batch.derivatives, torch.full((4,), -5.0 * 2**0.5))
 
@@ -99,7 +103,7 @@ def test_a_model_without_a_prediction_leaves_no_derivative():
 
     batch = SimpleNamespace(ids=torch.arange(2), derivatives=None)
     model = Texts()
-    with LossDerivatives(model, Capture((), ())).noting(batch):
+    with LossDerivatives(model, WATCHED).noting(batch):
         model(torch.zeros(2, 3))
     assert batch.derivatives is None
 

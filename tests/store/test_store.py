@@ -37,6 +37,7 @@ MANIFEST = Manifest(
     columns=None,
     model=ModelFingerprint((Block("", ("weight",), ((2, 3),), 0, 0, (2, 3)),), {}, {}, {"weight": "x"}, {"": "Linear"}),
     inputs={"0": InputEntry(shape=(3, None), dtype="float32")},
+    output="",
     segments=(),
     states=(),
     revision=0,
