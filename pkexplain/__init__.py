@@ -41,6 +41,7 @@ from pkexplain.explain.token_outputs import TokenLogProbability
 from pkexplain.optimizers.rules import LinearStep, UpdateRule, register_update_rule
 from pkexplain.projection.kinds import Identity, Kronecker, SparseSign
 from pkexplain.record.recorder import Recorder
+from pkexplain.record.verification import verify_recording
 from pkexplain.results.comparison import Comparison
 from pkexplain.results.explanation import Check, Contribution, Cost, Explanation, GroupSum, Ledger, Remainder
 from pkexplain.store.directory import DirectoryStore
@@ -92,6 +93,7 @@ __all__ = [
     "evaluation",
     "merge",
     "register_update_rule",
+    "verify_recording",
     "withdraw",
     "write_report",
 ]

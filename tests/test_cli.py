@@ -333,3 +333,70 @@ def test_an_error_is_shown_as_its_message_with_exit_status_1(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: reading the run in {nowhere}: there is no run.")
     assert "Traceback" not in done.stderr
+
+
+# -------------------------------------------------------------------------------------------- how gradients are split
+
+BUILD = """
+import torch
+from torch import nn
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.inner(x))
+        if hidden.requires_grad:
+            hidden.register_hook(lambda g: g / g.norm())
+        return self.out(hidden)
+
+def parts(model):
+    x, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    return model, (x, y), lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+def good():
+    model = nn.Linear(6, 3)
+    return *parts(model), torch.optim.SGD(model.parameters(), lr=0.1)
+
+def unknown():
+    model = nn.Linear(6, 3)
+    return *parts(model), torch.optim.LBFGS(model.parameters())
+
+def unsplit():
+    return parts(Odd())
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("good", 0, ["rule", "the same, bit for bit", "passed"]),
+        ("unsplit", 0, ["unsplit", "its split gap is", "not split: "]),
+        ("unknown", 1, ["The optimizer cannot be recorded", "NOT PASSED"]),
+    ],
+)
+def test_recording_can_be_tried_on_one_batch(tmp_path, monkeypatch, name, status, words):
+    (tmp_path / "tried_on_one_batch.py").write_text(BUILD, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["verify-recording", f"tried_on_one_batch:{name}"])
+    assert result.exit_code == status, result.output
+    assert all(word in result.output for word in words)
+
+
+def test_inspect_and_verify_show_the_split(tmp_path, monkeypatch):
+    namespace = {}
+    exec(BUILD, namespace)
+    torch.manual_seed(0)
+    model, batch, loss = namespace["unsplit"]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = pk.Recorder(tmp_path / "run", model, optimizer, num_examples=4)
+    with pytest.warns(UserWarning, match="cannot be split"), recorder, recorder.step(range(4)):
+        loss(model, batch).backward()
+        optimizer.step()
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "run")]).output
+    assert "largest split gaps: out " in shown
+    assert "Not split among examples" in shown
+    assert "inner.weight" in shown
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "run")]).exit_code == 0

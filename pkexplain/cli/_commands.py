@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pkexplain.cli._arguments import call_function, parse_numbers, parse_output, read_query
+from pkexplain.cli._splits import show_split
 from pkexplain.errors import PkexplainError, RunDamagedError
 
 app = typer.Typer(
@@ -88,13 +89,23 @@ def inspect(run: RunArgument) -> None:
     console = _console()
     console.print(about)
     table = Table(title="Segments", title_justify="left")
-    for column in ("segment", "last step", "visits", "Σ learning rate", "displacement gap", "optimizer ‖share‖"):
+    columns = (
+        "segment",
+        "last step",
+        "visits",
+        "Σ learning rate",
+        "displacement gap",
+        "optimizer ‖share‖",
+        "split gap",
+    )
+    for column in columns:
         table.add_column(column, justify="right")
     for t, segment in enumerate(entry.summary for entry in manifest.segments):
         rate = ", ".join(f"{value:.4g}" for value in segment.learning_rate_sum)
-        gaps = (f"{segment.displacement_gap:.1e}", f"{segment.optimizer_share:.1e}")
+        gaps = (f"{segment.displacement_gap:.1e}", f"{segment.optimizer_share:.1e}", f"{segment.split.gap:.1e}")
         table.add_row(str(t), f"{segment.last_step:,}", f"{segment.visits:,}", rate, *gaps)
     console.print(table)
+    show_split([entry.summary.split for entry in manifest.segments], console)
 
 
 @app.command()
@@ -121,12 +132,33 @@ def verify(
         if not segment.displacement_gap <= tolerance:
             wrong += 1
             _complain("gap", f"segment {t}: {segment.displacement_gap:.2g} is above {tolerance:g}")
+        if not segment.split.gap <= segment.split.tolerance:
+            wrong += 1
+            layer = next(iter(segment.split.worst), "?")
+            gap = f"{segment.split.gap:.2g} is above {segment.split.tolerance:g}, in layer {layer!r}"
+            _complain("split gap", f"segment {t}: {gap}")
     files, segments = len(manifest.files), len(manifest.segments)
     if wrong:
         console.print(f"{wrong} problem(s) in {files} files and {segments} segments.")
         raise typer.Exit(1)
     largest = max((entry.summary.displacement_gap for entry in manifest.segments), default=0.0)
     console.print(f"{files} files whole, {segments} segments; largest displacement gap {largest:.1e}.")
+
+
+@app.command("verify-recording")
+def verify_recording(
+    build: Annotated[
+        str, typer.Argument(help="package.module:build, a function that returns model, batch, loss[, optimizer].")
+    ],
+) -> None:
+    """Try one batch with and without recording: what changes, how each layer is split, what it costs; exit status 1."""
+    from pkexplain.record.verification import verify_recording as compare
+
+    model, batch, loss, *optimizer = call_function(build, "BUILD")
+    found = compare(model, batch, loss, optimizer=next(iter(optimizer), None))
+    typer.echo(str(found))
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -328,12 +328,14 @@ def _by_graph(check: _Check, split: Split, names: set[str]) -> None:
         if name not in evidence.plain:
             continue  # it has no gradient from examples in this graph
         truth = [c.get(name) for c in evidence.coded.values()] + [evidence.plain[name]]
-        pairs = [(a, b) for a, b in zip(totals.get(name, []), truth, strict=False) if b is not None]
+        zeros = [torch.zeros((), dtype=torch.float64)] * len(truth)  # a gradient of rounding error is split with them
+        pairs = [(a, b) for a, b in zip(totals.get(name, zeros), truth, strict=True) if b is not None]
         pairs = pairs[-1:] if name in mixed else pairs
-        gaps = [check.gap(a, b.flatten()) for a, b in pairs]
-        if name in failed or not gaps or not max(gaps) <= split.tolerance:
+        gaps = [check.gap(a.to(b.device), b.flatten()) for a, b in pairs]
+        if name in failed or not max(gaps) <= split.tolerance:
+            known = name in totals
             split.unsplit[name] = failed.get(name) or (
-                f"its split gap is {max(gaps):.1e}" if gaps else "examples meet it in no place that can be read"
+                f"its split gap is {max(gaps):.1e}" if known else "examples meet it in no place that can be read"
             )
         else:
             position = next(at for at, block in enumerate(check.blocks) if name in block.parameters)
