@@ -38,7 +38,8 @@ from pkexplain.explain.outputs import Custom, Logit, LogProbability, Loss, Margi
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.removal import Removal
 from pkexplain.explain.token_outputs import TokenLogProbability
-from pkexplain.optimizers.rules import LinearStep, UpdateRule, register_update_rule
+from pkexplain.optimizers.registry import register_update_rule
+from pkexplain.optimizers.rules import LinearStep, UpdateRule
 from pkexplain.projection.kinds import Identity, Kronecker, SparseSign
 from pkexplain.record.recorder import Recorder
 from pkexplain.record.verification import verify_recording

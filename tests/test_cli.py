@@ -392,9 +392,14 @@ def test_inspect_and_verify_show_the_split(tmp_path, monkeypatch):
     model, batch, loss = namespace["unsplit"]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = pk.Recorder(tmp_path / "run", model, optimizer, num_examples=4)
-    with pytest.warns(UserWarning, match="cannot be split"), recorder, recorder.step(range(4)):
-        loss(model, batch).backward()
-        optimizer.step()
+
+    def record():
+        with recorder, recorder.step(range(4)):
+            loss(model, batch).backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="cannot be split"):
+        record()
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "run")]).output
     assert "largest split gaps: out " in shown
     assert "Not split among examples" in shown

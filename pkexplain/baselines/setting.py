@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 from pkexplain.baselines.dataset import TupleDataset
 from pkexplain.errors import ConfigurationError, QueryError
 from pkexplain.explain.queries import QueryBatch, as_queries
+from pkexplain.gradients.model_copy import copy_model
 from pkexplain.store.trajectory import Checkpoint, Trajectory
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Setting:
         Args:
             device: Its device; by default that of the queries.
         """
-        model = copy.deepcopy(self.model).to(device or self.device)
+        model = copy_model(self.model).to(device or self.device)
         self.load(model, len(self.trajectory))
         return model
 

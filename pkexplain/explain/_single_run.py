@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.queries import QueryBatch
 from pkexplain.explain.removal import Curvature, Removal, final_gradient
 from pkexplain.gradients.layers import find_layers
+from pkexplain.gradients.model_copy import copy_model
 from pkexplain.progress import Progress
 from pkexplain.results.explanation import Check, Cost, Ledger
 from pkexplain.store.base import Store, damaged
@@ -80,7 +80,7 @@ class RunExplainer:
         self.trajectory.fingerprint.check(model)
         device = torch.device(device) if device else next(model.parameters()).device
         directory = store.path / "index" if isinstance(store, DirectoryStore) else None
-        self.model = copy.deepcopy(model).to(device).eval()
+        self.model = copy_model(model).to(device).eval()
         groups = {name: block.group for block in self.trajectory.fingerprint.blocks for name in block.parameters}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in groups)

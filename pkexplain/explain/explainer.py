@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from pkexplain.explain.outputs import Output, settle_output
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.queries import QueryBatch, as_queries
 from pkexplain.explain.removal import Removal
+from pkexplain.gradients.model_copy import copy_model
 from pkexplain.ids import check_ids
 from pkexplain.index.row_index import RowIndex
 from pkexplain.progress import Progress, no_progress
@@ -96,7 +96,7 @@ class Explainer:
 
     def copy_model(self) -> nn.Module:
         """Return a copy of the model in evaluation mode, with the weights of any point of the run."""
-        return copy.deepcopy(self._first.model)
+        return copy_model(self._first.model)
 
     @property
     def index(self) -> RowIndex:

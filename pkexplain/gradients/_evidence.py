@@ -95,6 +95,8 @@ def _passes(
         others = [s[node] for s in sketches[1:] if node in s]
         same = len(others) == 2 and all([x.shape for x in other] == [x.shape for x in rows] for other in others)
         layouts[node] = sketcher.layout(rows, others, dtypes[node]) if same else None
+    if not any("BatchNorm" in node.name() for node in nodes):  # only there is a row one example's by its place
+        layouts = {node: None if layout is not None and layout.mixed else layout for node, layout in layouts.items()}
     single = {edge.node for edge in edges if edge.node not in _nested(edges)}
     layouts.update({node: layout for node, layout in known.items() if node in single})
     return Evidence(codes, layouts, plain, coded, held, edges, direct, set(dtypes.values()))

@@ -203,6 +203,8 @@ def _closed(junction: Junction, graph: Graph, rows: _Rows) -> Tensor | LinearGra
             normalised = (saved._saved_input - saved._saved_result1) * saved._saved_result2
             values = values * normalised.to(values.dtype)
         return rows.summed(values, _shape(junction, graph))
+    if "BatchNormBackward" in name and junction.place in (1, 2):
+        return _batch_norm(junction, rows)
     if name == "EmbeddingBackward0" and junction.source in graph.leaves:
         return _lookup(junction, graph, rows)
     return None
@@ -240,6 +242,25 @@ def _elementwise(junction: Junction, gradient: Tensor) -> Tensor | None:
         other = node._saved_other if place == 0 else node._saved_self
         return gradient * (other.conj() if other.is_complex() else other)
     return gradient / node._saved_other if place == 0 else None
+
+
+def _batch_norm(junction: Junction, rows: _Rows) -> Tensor | None:
+    """The scale and the shift of a BatchNorm."""
+    node: Any = junction.node
+    values = rows.gradient
+    if junction.place == 1:
+        x = node._saved_input
+        if node._saved_training:
+            mean, inverse = node._saved_result1, node._saved_result2
+        else:
+            eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+            mean, inverse = node._saved_running_mean, (node._saved_running_var + eps).rsqrt()
+        view = (1, -1, *(1,) * (x.ndim - 2))
+        values = values * ((x - mean.view(view)) * inverse.view(view)).to(values.dtype)
+    if rows.axis != 0:
+        return None
+    values = values.flatten(2).sum(2) if values.ndim > 2 else values
+    return rows.summed(values, (values.shape[1],))
 
 
 def _lookup(junction: Junction, graph: Graph, rows: _Rows) -> Tensor | None:

@@ -137,6 +137,10 @@ class StepCapture:
                 split = learn_split(graph, uses, capture.blocks, self._examples, capture.generator, capture.dtype)
             elif self._watch.verify:
                 self._coded = verify_split(graph, self._examples, capture.generator, split.half)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise reentrant() from error
         finally:
             capture.rehearsing = False
         self._split = split
@@ -205,3 +209,16 @@ def _roots(arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor | None]
     given = given if len(given) == len(tensors) else [None] * len(tensors)
     pairs = [(t, g) for t, g in zip(tensors, given, strict=True) if isinstance(t, Tensor) and t.grad_fn is not None]
     return [t for t, _ in pairs], [g for _, g in pairs]
+
+
+def reentrant() -> RecordingError:
+    """Make the error for a checkpoint whose graph is not there to be checked."""
+    return RecordingError(
+        "recorder.step(ids)",
+        "part of the model is checkpointed in the old way, whose graph cannot be looked at before the backward pass",
+        got="torch.utils.checkpoint with use_reentrant=True",
+        expected="use_reentrant=False",
+        source="the model's forward pass",
+        fix="Pass use_reentrant=False (in transformers: gradient_checkpointing_kwargs={'use_reentrant': False}); "
+        "the numbers are the same",
+    )

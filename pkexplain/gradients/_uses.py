@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,11 +26,16 @@ from pkexplain.gradients._layer_rules import (
 )
 from pkexplain.gradients.batch_norm import before_norms, is_before_norm
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients, FormedGradient, MatrixGradient
+from pkexplain.gradients.graph import below
 from pkexplain.gradients.layers import Layer
 from pkexplain.gradients.layout import Layout
 
 _BY_ROW: tuple[Rule, ...] = (linear, transposed_linear, embedding)
 """Rules that treat the rows of their input one by one, so that these can be arranged by example first."""
+
+
+_WITHIN = 12
+"""Nodes below a norm's output among which its own is looked for."""
 
 
 @dataclass
@@ -112,7 +118,7 @@ def noting_uses(
             noted.count = len(returned)
             for place, tensor in enumerate(returned):
                 if tensor.requires_grad and tensor.grad_fn is not None:
-                    noted.edges.append(get_gradient_edge(tensor))
+                    noted.edges.append(_norm_within(module, tensor) if layer.buffers else get_gradient_edge(tensor))
                     noted.places.append(place)
                     noted.shapes.append(tuple(tensor.shape))
             if noted.edges:
@@ -141,6 +147,16 @@ def noting_uses(
             noted.followers.clear()
             noted.arrived.clear()
             noted.edges.clear()
+
+
+def _norm_within(module: Any, output: Tensor) -> GradientEdge:
+    """The normalised output of a norm that has more in it, such as an activation."""
+    edge = get_gradient_edge(output)
+    for node in itertools.islice(below([edge.node]), _WITHIN):
+        running = getattr(node, "_saved_running_mean", None)
+        if running is not None and running.data_ptr() == module.running_mean.data_ptr():
+            return GradientEdge(node, 0)
+    return edge
 
 
 def standard_layouts(noted: NotedUse) -> dict[int, Layout | None]:

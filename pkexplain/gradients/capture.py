@@ -190,7 +190,7 @@ def _unchanged(layer: Layer, output: Any) -> Any:
 
 
 def differentiable_statistics(layer: Layer, output: Any) -> Any:
-    """Let a BatchNorm's output be differentiated if nothing before it is trained; cloned, for an in-place ReLU."""
-    if layer.buffers and isinstance(output, Tensor) and not output.requires_grad:
-        return output.detach().requires_grad_().clone()
+    """Let a norm's output be differentiated, also if nothing before it is trained or it is changed in place after."""
+    if layer.buffers and isinstance(output, Tensor):
+        return (output if output.requires_grad else output.detach().requires_grad_()).clone()
     return output

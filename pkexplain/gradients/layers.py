@@ -115,6 +115,7 @@ _COMPOSITES: dict[type[nn.Module], Composite] = {
 _SEPARATE: tuple[Rule, ...] = (rules.transposed_linear, recurrent)
 """Rules that put every parameter in a separate block."""
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
 _STATELESS = (
     nn.Conv1d,
     nn.Conv2d,
@@ -237,7 +238,7 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
 
 
 def find_buffer_layers(model: nn.Module) -> list[Layer]:
-    """Find every BatchNorm with running statistics, for their gradients in evaluation mode.
+    """Find every norm with running statistics, for their gradients in evaluation mode.
 
     Args:
         model: The model.
@@ -248,7 +249,7 @@ def find_buffer_layers(model: nn.Module) -> list[Layer]:
     found = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, _BATCH_NORM) and module.running_mean is not None
+        if isinstance(module, (_BATCH_NORM, _INSTANCE_NORM)) and module.running_mean is not None
     ]
     names = ("running_mean", "running_var")
     return [

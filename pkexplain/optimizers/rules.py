@@ -32,8 +32,6 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "UpdateRule",
-    "register_update_rule",
-    "rule_for",
 ]
 
 Number = float | Tensor
@@ -115,7 +113,11 @@ def _plain(value: Number, size: int) -> Number:
 
 
 class UpdateRule(Protocol):
-    """What a supported optimizer needs: its class, and how to read a step that was just taken."""
+    """What a supported optimizer needs: its class, and how to read a step that was just taken.
+
+    A rule may have an attribute ``kept``: names of the optimizer's state, ``"parameter"`` or ``"gradient"``, whose
+    values before the step it finds in ``state`` as ``"before.…"``.
+    """
 
     optimizer: type[torch.optim.Optimizer]
 
@@ -267,39 +269,3 @@ class Adagrad:
 def _root(second: Tensor, correction: float, eps: float) -> Tensor:
     """Compute √(v / correction) + ε."""
     return (second.detach() / correction).sqrt_().add_(float(eps))
-
-
-_RULES: list[UpdateRule] = [SGD(), Adam(), AdamW(), NAdam(), RAdam(), Adamax(), RMSprop(), Adagrad()]
-
-
-def register_update_rule(rule: UpdateRule) -> None:
-    """Register an optimizer with every `Recorder` of this process; a rule for the same class is replaced.
-
-    If a rule's step differs from the optimizer's, the difference is on the ledger's ``optimizer`` line. Try a new rule
-    with every option switched on and ``lookahead="exact"``: what is left there should be rounding error. A rule that
-    copies the step (``gradient_step`` as the step divided by the gradient) makes any optimizer close and means nothing.
-
-    Args:
-        rule: An object with the attribute ``optimizer`` and the method ``read`` of `UpdateRule`.
-    """
-    _RULES[:] = [rule, *(known for known in _RULES if known.optimizer is not rule.optimizer)]
-
-
-def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """Find the rule of an optimizer.
-
-    Raises:
-        UnsupportedOptimizerError: It has none; the message lists the optimizers that have one.
-    """
-    for rule in _RULES:
-        if type(optimizer) is rule.optimizer:
-            return rule
-    known = ", ".join(sorted(rule.optimizer.__name__ for rule in _RULES))
-    raise UnsupportedOptimizerError(
-        "recording an optimizer",
-        "it has no update rule, so its displacements would be wrong",
-        got=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-        expected=known,
-        source="the optimizers that can be recorded",
-        fix="Train with one of these, or write its rule and hand it to pkexplain.register_update_rule",
-    )

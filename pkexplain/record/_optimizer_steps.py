@@ -44,6 +44,8 @@ class StepReader:
         self._known = {id(p) for p in self._parameters}
         self._others = {n: (p, p._version) for n, p in named.items() if id(p) not in self._known}
         self._first: list[bool] = []
+        self._before: list[dict[str, Any]] = []
+        self._given: list[Tensor] = []
         self.applied = like
 
     def refuse_closure(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -91,12 +93,20 @@ class StepReader:
         """Read, before a step, the gradient it is given and which parameters have no state yet."""
         self.applied = self._gradient()
         states = [self._optimizer.state.get(p, {}) for p in self._parameters]
+        self._before = [self._kept(p, g) for p, g in zip(self._parameters, self._given, strict=True)]
         self._first = [not any(isinstance(value, Tensor) for value in state.values()) for state in states]
+
+    def _kept(self, parameter: Tensor, gradient: Tensor) -> dict[str, Any]:
+        """Copy what the update rule wants from before the step."""
+        state = {"parameter": parameter, "gradient": gradient, **self._optimizer.state.get(parameter, {})}
+        wanted = [name for name in getattr(self._rule, "kept", ()) if name in state]
+        copied = {name: state[name] for name in wanted}
+        return {f"before.{n}": v.detach().clone() if isinstance(v, Tensor) else v for n, v in copied.items()}
 
     def _gradient(self) -> Tensor:
         """Copy the gradient that the optimizer is given, ``(parameters,)``; a fused one may change it in place."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        gradients = [g.to_dense() if g.is_sparse else g for g in gradients]
+        gradients = self._given = [g.to_dense() if g.is_sparse else g for g in gradients]
         applied = torch.cat([g.detach().flatten().to(self._like.dtype) for g in gradients])
         scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer divides by it
         return applied if scale is None else applied / scale.to(applied)
@@ -113,7 +123,8 @@ class StepReader:
                 if parameter.grad is None:
                     steps.append(LinearStep.skipped(float(group["lr"])))
                 else:
-                    steps.append(self._rule.read(group, self._optimizer.state[parameter], self._first[index]))
+                    state = {**self._optimizer.state[parameter], **self._before[index]}
+                    steps.append(self._rule.read(group, state, self._first[index]))
                 index += 1
             numbers[position] = LinearStep.joined(steps, [math.prod(shape) for shape in block.shapes], self._like)
         return numbers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pkexplain.distributed import find_process_group
 from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.layers import find_layers
-from pkexplain.optimizers.rules import rule_for
+from pkexplain.optimizers.registry import rule_for, unwrapped
 from pkexplain.projection.kinds import Kronecker, Projection
 from pkexplain.record._contract import broken, check_arguments, not_between_steps
 from pkexplain.record._optimizer_steps import StepReader
@@ -78,6 +78,7 @@ class Recorder:
         given = {"num_examples": num_examples, "segments": segments, "lookahead": lookahead, "unsplit": unsplit}
         check_arguments(model, **given, dtype=dtype)
         model, group = find_process_group(model)
+        optimizer = unwrapped(optimizer)
         rule = rule_for(optimizer)
         in_group = {id(p): g for g, each in enumerate(optimizer.param_groups) for p in each["params"]}
         named = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) in in_group}

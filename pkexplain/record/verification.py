@@ -17,7 +17,7 @@ from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.layers import find_layers
 from pkexplain.gradients.split import Split
 from pkexplain.gradients.watch import Watch
-from pkexplain.optimizers.rules import rule_for
+from pkexplain.optimizers.registry import rule_for
 from pkexplain.record._observers import InputShapes
 
 __all__ = ["RecordingCheck", "SplitOfLayer", "verify_recording"]

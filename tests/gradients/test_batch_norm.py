@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -222,3 +223,29 @@ def test_a_recorded_step_keeps_none_of_its_activations(kind):
         finally:
             gc.enable()
         assert [output() for output in outputs] == [None] * 4
+
+
+class Activated(nn.BatchNorm2d):
+    """A norm with its activation in it, as timm has them."""
+
+    def forward(self, x):
+        return super().forward(x).relu_()
+
+
+@pytest.mark.parametrize("make", [Activated, lambda c: nn.InstanceNorm2d(c, affine=True, track_running_stats=True)])
+def test_statistics_of_other_norms_are_differentiated_too(make):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), make(4), nn.ReLU(inplace=True)).double().eval()
+    x = torch.randn(5, 3, 6, 6, dtype=torch.float64)
+    outputs = lambda: net(x).square().flatten(1).sum(1)  # noqa: E731 - called four times
+    layers, blocks = find_layers(net, {name: 0 for name, _ in net.named_parameters()})
+    norms = [replace(n, blocks=((len(blocks), n.blocks[0][1]),)) for n in find_buffer_layers(net)]
+    capture = Capture([*layers, *norms], blocks, torch.float64, private=True)
+    found = sum(piece.dense() for at, piece in collect(capture, 5, outputs) if at == len(blocks))
+    for place, buffer in enumerate((net[1].running_mean, net[1].running_var)):
+        values = []
+        for step in (-1e-6, 2e-6):
+            buffer[1] += step
+            values.append(outputs().detach())
+        buffer[1] -= 1e-6
+        torch.testing.assert_close(found[:, 4 * place + 1], (values[1] - values[0]) / 2e-6, rtol=1e-5, atol=1e-7)

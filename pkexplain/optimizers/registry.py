@@ -1,0 +1,64 @@
+"""Which update rule belongs to an optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from pkexplain.errors import UnsupportedOptimizerError
+from pkexplain.optimizers.further_rules import ASGD, Adadelta, Adafactor, Rprop
+from pkexplain.optimizers.rules import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, UpdateRule
+
+__all__ = ["register_update_rule", "rule_for", "unwrapped"]
+
+_RULES: list[UpdateRule] = [
+    SGD(), Adam(), AdamW(), NAdam(), RAdam(), Adamax(), RMSprop(), Adagrad(), Adadelta(), ASGD(), Rprop(), Adafactor()
+]  # fmt: skip
+
+
+def register_update_rule(rule: UpdateRule) -> None:
+    """Register an optimizer with every `Recorder` of this process; a rule for the same class is replaced.
+
+    If a rule's step differs from the optimizer's, the difference is on the ledger's ``optimizer`` line. Try a new rule
+    with every option switched on and ``lookahead="exact"``: what is left there should be rounding error. A rule that
+    copies the step (``gradient_step`` as the step divided by the gradient) makes any optimizer close and means nothing.
+
+    Args:
+        rule: An object with the attribute ``optimizer`` and the method ``read`` of `UpdateRule`.
+    """
+    _RULES[:] = [rule, *(known for known in _RULES if known.optimizer is not rule.optimizer)]
+
+
+def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Find the rule of an optimizer: its own, or that of the class whose ``step`` it inherits.
+
+    Raises:
+        UnsupportedOptimizerError: It has none; the message lists the optimizers that have one.
+    """
+    for kind in type(optimizer).__mro__:
+        for rule in _RULES:
+            if kind is rule.optimizer and _step_of(type(optimizer)) is _step_of(kind):
+                return rule
+    known = ", ".join(sorted(rule.optimizer.__name__ for rule in _RULES))
+    raise UnsupportedOptimizerError(
+        "recording an optimizer",
+        "it has no update rule, so its displacements would be wrong",
+        got=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        expected=known,
+        source="the optimizers that can be recorded",
+        fix="Train with one of these, or write its rule and hand it to pkexplain.register_update_rule",
+    )
+
+
+def _step_of(kind: type[torch.optim.Optimizer]) -> object:
+    """The function that steps, under the wrappers that torch puts around it."""
+    return inspect.unwrap(kind.step)
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer itself, if a library has put another around it that holds it as ``optimizer``."""
+    while callable(getattr(getattr(optimizer, "optimizer", None), "step", None)):
+        optimizer = optimizer.optimizer
+    return optimizer
