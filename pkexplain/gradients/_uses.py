@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pkexplain.gradients._junctions import group_rows
+from pkexplain.gradients._closed_forms import group_rows
 from pkexplain.gradients._layer_rules import (
     Parts,
     Rule,

@@ -282,7 +282,7 @@ def test_arguments_that_cannot_be(options, wrong):
 def test_an_optimizer_without_a_rule_is_refused_with_those_that_have_one(kind):
     model = mlp()
     name = re.escape(f"{kind.__module__}.{kind.__name__}")
-    with pytest.raises(UnsupportedOptimizerError, match=rf"Got {name}; expected Adagrad, Adam, .* SGD \(from"):
+    with pytest.raises(UnsupportedOptimizerError, match=rf"Got {name}; expected ASGD, .*Adam, .* SGD \(from"):
         RecordedTraining(model, kind(model.parameters()))
 
 
@@ -292,7 +292,7 @@ def test_an_optimizer_that_steps_in_its_own_way_is_not_taken_for_its_parent():
             super().step(closure)
 
     model = mlp()
-    with pytest.raises(UnsupportedOptimizerError, match=r"Got .*Mine; expected Adagrad, .*register_update_rule"):
+    with pytest.raises(UnsupportedOptimizerError, match=r"Got .*Mine; expected ASGD, .*register_update_rule"):
         RecordedTraining(model, Mine(model.parameters(), lr=0.1))
 
 
