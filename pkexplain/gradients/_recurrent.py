@@ -1,4 +1,4 @@
-"""Per-example gradients of RNN, LSTM and GRU, and of their cells.
+"""Per-example gradients of RNN, LSTM and GRU.
 
 The recurrence is rerun in plain torch and differentiated with respect to what each gate receives from its input,
 zi_t = W_ih x_t + b_ih, and from the previous state, zh_t = W_hh h_{t-1} + b_hh. The gradient of example i is then a sum
@@ -21,11 +21,11 @@ from pkexplain.gradients._layer_rules import Parts, Use
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients, LinearGradient
 
 _State = tuple[Tensor, ...]
-_NAMES = re.compile(r"(weight|bias)_(ih|hh)(_l\d+(_reverse)?)?")
+_NAMES = re.compile(r"(weight|bias)_(ih|hh)_l\d+(_reverse)?")
 
 
 def recurrent(use: Use, parts: Parts) -> list[ExampleGradients]:
-    """RNN, LSTM, GRU and their cells: Σ_t dz_t ⊗ x_t and Σ_t dz_t ⊗ h_{t-1}."""
+    """RNN, LSTM and GRU: Σ_t dz_t ⊗ x_t and Σ_t dz_t ⊗ h_{t-1}."""
     names = tuple(name for part in parts for name in part)
     found = recurrent_gradients(use.module, use.args, use.kwargs, use.gradients, names)
     return [found[part[0]] for part in parts]
@@ -44,17 +44,15 @@ def recurrent_misuse(use: Use) -> str | None:
     x, module = use.given(0, "input"), use.module
     if isinstance(x, PackedSequence):
         return "a PackedSequence has no batch dimension; pass a padded tensor"
-    if x.ndim != (2 if isinstance(module, nn.RNNCellBase) else 3):
+    if x.ndim != 3:
         return f"its input of shape {tuple(x.shape)} has no batch dimension"
-    if getattr(module, "dropout", 0) and use.training and getattr(module, "num_layers", 1) > 1:
+    if module.dropout and use.training and module.num_layers > 1:
         return f"dropout={module.dropout} between its layers cannot be drawn again; set it to 0"
     return None
 
 
 def recurrent_axes(module: Any) -> tuple[int, ...]:
     """Return the batch dimension of each of the module's output tensors: output, h_n and, for an LSTM, c_n."""
-    if isinstance(module, nn.RNNCellBase):
-        return (0, 0)
     return (0 if module.batch_first else 1), 1, 1
 
 
@@ -78,15 +76,12 @@ def recurrent_gradients(
         For each name its gradients: a `LinearGradient` over time for a matrix, a `DenseGradient` for a bias.
     """
     like = next(g for g in gradients if g is not None)
-    cell = isinstance(module, nn.RNNCellBase)
     x = (args[0] if args else kwargs["input"]).detach().to(like.dtype)
     given = args[1] if len(args) > 1 else kwargs.get("hx")
-    x = x[None] if cell else x.transpose(0, 1) if module.batch_first else x
+    x = x.transpose(0, 1) if module.batch_first else x
     with torch.enable_grad(), torch.autocast(like.device.type, enabled=False):
         outputs, sweeps = _run(module, x, _initial(module, x, given, like))
-        if cell:
-            outputs = [state[0] for state in outputs[1:]]
-        elif module.batch_first:
+        if module.batch_first:
             outputs[0] = outputs[0].transpose(0, 1)
         pairs = [(out, g) for out, g in zip(outputs, gradients, strict=False) if g is not None]
         points = [point for sweep in sweeps for point in (sweep.from_input, *sweep.from_state)]
@@ -121,24 +116,23 @@ class _Sweep:
 
 def _initial(module: Any, x: Tensor, given: Any, like: Tensor) -> _State:
     """Return the initial state, each part ``(layers · directions, examples, hidden)``."""
-    cell = isinstance(module, nn.RNNCellBase)
-    parts = 2 if isinstance(module, (nn.LSTM, nn.LSTMCell)) else 1
+    parts = 2 if isinstance(module, nn.LSTM) else 1
     if given is None:
-        sweeps = 1 if cell else module.num_layers * (1 + module.bidirectional)
+        sweeps = module.num_layers * (1 + module.bidirectional)
         return (like.new_zeros(sweeps, x.shape[1], module.hidden_size),) * parts
     given = (given,) if isinstance(given, Tensor) else given
-    return tuple((part[None] if cell else part).detach().to(like.dtype) for part in given)
+    return tuple(part.detach().to(like.dtype) for part in given)
 
 
 def _run(module: Any, x: Tensor, initial: _State) -> tuple[list[Tensor], list[_Sweep]]:
     """Run every layer and direction on x ``(time, examples, columns)``; return the outputs and the sweeps."""
-    step, cell = _step_of(module), isinstance(module, nn.RNNCellBase)
+    step = _step_of(module)
     sweeps: list[_Sweep] = []
     last: list[_State] = []
-    for layer in range(1 if cell else module.num_layers):
+    for layer in range(module.num_layers):
         directions = []
-        for backwards in (False, True)[: 1 if cell else 1 + module.bidirectional]:
-            suffix = "" if cell else f"_l{layer}" + "_reverse" * backwards
+        for backwards in (False, True)[: 1 + module.bidirectional]:
+            suffix = f"_l{layer}" + "_reverse" * backwards
             state = tuple(part[len(sweeps)] for part in initial)
             out, state, sweep = _sweep(module, suffix, step, x.flip(0) if backwards else x, state)
             directions.append(out.flip(0) if backwards else out)
@@ -173,9 +167,9 @@ def _point(z: Tensor) -> Tensor:
 
 
 def _step_of(module: Any) -> Callable[[Tensor, Tensor, _State], _State]:
-    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+    if isinstance(module, nn.LSTM):
         return _lstm
-    if isinstance(module, (nn.GRU, nn.GRUCell)):
+    if isinstance(module, nn.GRU):
         return _gru
     activation = torch.tanh if module.nonlinearity == "tanh" else torch.relu
     return lambda zi, zh, state: (activation(zi + zh),)

@@ -157,7 +157,6 @@ class Sketcher:
     def layout(self, plain: Sequence[Tensor], coded: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Layout | None:
         """Find the layout of a tensor from its sketches; None if no axis belongs to examples."""
         examples = self._codes.values.shape[1]
-        everyone = torch.arange(examples)
         mixed = None
         for axis, rows in enumerate(plain):
             size = rows.square().sum(1)
@@ -174,7 +173,7 @@ class Sketcher:
             owners = torch.where(alive, owners, -1).cpu()
             if miss <= _MISS.get(dtype, 1e-3) * whole:
                 return Layout.of(axis, owners, examples)
-            own = len(owners) == examples and bool(((owners == everyone) | ~alive.cpu()).all())
-            if mixed is None and own and miss < _INTERACTING * whole:
-                mixed = Layout(axis, "contiguous", mixed=True)
+            likely = Layout.of(axis, owners, examples, mixed=True)
+            if mixed is None and likely.fixed and miss < _INTERACTING * whole:
+                mixed = likely
         return mixed
