@@ -126,6 +126,8 @@ def closed_form(junction: Junction, graph: Graph, rows: Rows) -> Tensor | Linear
         return rows.summed(values, _shape(junction, graph))
     if "BatchNormBackward" in name and junction.place in (1, 2):
         return _batch_norm(junction, rows)
+    if name == "NativeGroupNormBackward0" and junction.place in (1, 2):
+        return _group_norm(junction, rows)
     if name == "EmbeddingBackward0" and junction.source in graph.leaves:
         return _lookup(junction, graph, rows)
     return None
@@ -163,6 +165,21 @@ def _elementwise(junction: Junction, gradient: Tensor) -> Tensor | None:
         other = node._saved_other if place == 0 else node._saved_self
         return gradient * (other.conj() if other.is_complex() else other)
     return gradient / node._saved_other if place == 0 else None
+
+
+def _group_norm(junction: Junction, rows: Rows) -> Tensor | None:
+    """The scale and the shift of a GroupNorm; the node itself fails if it is asked for these alone."""
+    node: Any = junction.node
+    values = rows.gradient
+    if rows.axis != 0:
+        return None
+    if junction.place == 1:
+        x = node._saved_input
+        groups = x.reshape(len(x), node._saved_group, -1)
+        normed = (groups - node._saved_result1[:, :, None]) * node._saved_result2[:, :, None]
+        values = values * normed.view_as(x).to(values.dtype)
+    values = values.flatten(2).sum(2) if values.ndim > 2 else values
+    return rows.summed(values, (values.shape[1],))
 
 
 def _batch_norm(junction: Junction, rows: Rows) -> Tensor | None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pkexplain.errors import RecordingError
+from pkexplain.gradients._gaps import relative_gap
 from pkexplain.gradients._junctions import Junction, read_junction
 from pkexplain.gradients._uses import NotedUse, standard_layouts
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.graph import Graph, random_state_kept
-from pkexplain.gradients.split import Split, learn_split, relative_gap, verify_split
+from pkexplain.gradients.split import Split, learn_split, verify_split
 from pkexplain.gradients.watch import Watch
 
 if TYPE_CHECKING:

@@ -84,7 +84,7 @@ class RowMixture(MatrixGradient):
 
 def is_before_norm(rule: Rule, z: Tensor, norm: Use) -> bool:
     """Whether a BatchNorm whose input is z, a layer's output, normalises its rows with the batch's statistics."""
-    if not isinstance(norm.module, nn.modules.batchnorm._BatchNorm):
+    if type(norm.module).forward is not nn.modules.batchnorm._BatchNorm.forward:  # not if it has an activation in it
         return False
     by_row = rule is convolution or (rule is linear and z.ndim == 2)
     return by_row and normalises_with_the_batch(norm.module, norm.training)

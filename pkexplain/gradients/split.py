@@ -22,6 +22,7 @@ from torch.autograd.graph import Node
 
 from pkexplain.errors import ExampleIdError
 from pkexplain.gradients._evidence import Evidence, gather, in_half_precision
+from pkexplain.gradients._gaps import SMALL, flat_block
 from pkexplain.gradients._junctions import Junction, find_junctions, read_junction
 from pkexplain.gradients._uses import NotedUse, split_use
 from pkexplain.gradients.factors import LinearGradient
@@ -33,8 +34,6 @@ __all__ = ["TOLERANCE", "Split", "learn_split"]
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 """Split gap up to which a block counts as split, by dtype of the output's gradient."""
-_SMALL = 1e-3
-"""Share of the average gradient below which a block's own size no longer sets the scale of its gap."""
 
 
 @dataclass
@@ -187,7 +186,7 @@ class _Check:
 
     def gap(self, found: Tensor, true: Tensor) -> float:
         """The relative difference of two coded gradients of the same parameters."""
-        size = max(float(true.double().norm()), _SMALL * self._scale * math.sqrt(true.numel()))
+        size = max(float(true.double().norm()), SMALL * self._scale * math.sqrt(true.numel()))
         miss = float((found.double() - true.double()).norm())
         return miss / size if size > 0 else (0.0 if miss == 0 else math.inf)
 
@@ -203,29 +202,28 @@ class _Check:
         local: dict[int, list[Tensor]] = {}
         failed: set[int] = set()
         for noted in uses:
-            noted.arrived.clear()
-            for at, edge in enumerate(noted.edges):
-                gradients = self.evidence.held.get(edge.node)
-                gradient = None if gradients is None else gradients[edge.output_nr]
-                if gradient is not None:
-                    noted.arrived[at] = gradient
+            self._hold(noted)
+        mixing = any(x is not None and x.mixed for each in layouts.values() for x in each.values())
+        for noted in uses:
+            wanted, mine = noted.layer.blocks, layouts[noted.key]
             if not noted.arrived:
                 continue
-            wanted = [(position, names) for position, names in noted.layer.blocks]
-            mine = layouts[noted.key]
             try:
-                pieces = split_use(noted, [names for _, names in wanted], mine, examples, dtype, False)
+                parts = [names for _, names in wanted]
+                pieces = split_use(noted, parts, mine, examples, dtype)
+                norms = pieces is not None and len(pieces) == 2  # all of it came through norms that follow
+                if pieces is not None and len(pieces) > 2:
+                    pieces = split_use(noted, parts, mine, examples, dtype, False)
             except RuntimeError:
-                pieces = None
+                pieces, norms = None, False
             if pieces is None:
                 failed.update(position for position, _ in wanted)
                 continue
-            mixed = any(x is not None and x.mixed for x in mine.values())
             for each in pieces:
                 for (position, _), piece in zip(wanted, each, strict=True):
                     self._add(found, position, [piece.weighted(codes.values[n]) for n in self.evidence.coded])
             for position, _ in wanted:
-                self._add(local, position, self._locally(noted, mine, position) if mixed else [])
+                self._add(local, position, self._locally(noted, mine, position, norms) if mixing else [])
         for noted in uses:
             noted.arrived.clear()
         return {
@@ -241,8 +239,19 @@ class _Check:
             totals if not known else [a + b for a, b in zip(known, totals, strict=True)] if totals else known
         )
 
-    def _locally(self, noted: NotedUse, layouts: Mapping[int, Layout | None], position: int) -> list[Tensor]:
-        """Code the layer's own output gradients, and take them to its parameters only."""
+    def _hold(self, noted: NotedUse) -> None:
+        """Give a use the gradients that its outputs had in the plain pass."""
+        noted.arrived.clear()
+        for at, edge in enumerate(noted.edges):
+            gradients = self.evidence.held.get(edge.node)
+            gradient = None if gradients is None else gradients[edge.output_nr]
+            if gradient is not None:
+                noted.arrived[at] = gradient
+
+    def _locally(
+        self, noted: NotedUse, layouts: Mapping[int, Layout | None], position: int, norms: bool
+    ) -> list[Tensor]:
+        """Code the layer's own output gradients, or those of the norms after it, and take them to its parameters."""
         names = self.blocks[position].parameters
         edges = [self.graph.edges[n] for n in names if n in self.graph.edges]
         found = []
@@ -250,8 +259,11 @@ class _Check:
             pairs = [
                 (noted.edges[at], self.evidence.codes.code(g, layout, number))
                 for at, g in noted.arrived.items()
-                if (layout := layouts[at]) is not None
+                if (layout := layouts[at]) is not None and not norms
             ]
+            rows = Layout(0, "contiguous")
+            for norm in noted.followers if norms else ():
+                pairs += [(norm.edges[at], self.evidence.codes.code(g, rows, number)) for at, g in norm.arrived.items()]
             values = torch.autograd.grad(
                 [e for e, _ in pairs], edges, [g for _, g in pairs], retain_graph=True, allow_unused=True
             )
@@ -263,37 +275,6 @@ class _Check:
         truth = local or [flat_block(self.blocks[position], coded) for coded in self.evidence.coded.values()]
         gaps = [self.gap(a, b) for a, b in zip(totals, truth, strict=True)]
         return max(math.inf if math.isnan(gap) else gap for gap in gaps)
-
-
-def relative_gap(
-    blocks: Sequence[Block], found: Mapping[int, Tensor], true: Mapping[str, Tensor], without: set[str]
-) -> dict[int, float]:
-    """Compare Σ_i c_i g_i of each block with a coded pass; ``without`` names parameters that are not split."""
-    whole = math.sqrt(sum(float(g.double().square().sum()) for g in true.values()))
-    scale = whole / math.sqrt(max(1, sum(block.numel for block in blocks)))
-    gaps = {}
-    for position, block in enumerate(blocks):
-        if without.intersection(block.parameters) or not any(name in true for name in block.parameters):
-            continue
-        truth = flat_block(block, true)
-        mine = found.get(position, torch.zeros_like(truth)).double()
-        size = max(float(truth.norm()), _SMALL * scale * math.sqrt(len(truth)))
-        gap = float((mine - truth).norm()) / size if size > 0 else 0.0
-        gaps[position] = math.inf if math.isnan(gap) else gap
-    return gaps
-
-
-def flat_block(block: Block, named: Mapping[str, Tensor]) -> Tensor:
-    """One block's gradient in float64, zero where a parameter has none, ``(numel,)``."""
-    some = next(iter(named.values()), torch.empty(0))
-    return torch.cat(
-        [
-            named[name].detach().flatten().double()
-            if name in named
-            else torch.zeros(math.prod(shape), dtype=torch.float64, device=some.device)
-            for name, shape in zip(block.parameters, block.shapes, strict=True)
-        ]
-    )
 
 
 def _by_graph(check: _Check, split: Split, names: set[str]) -> None:

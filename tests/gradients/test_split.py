@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pkexplain.errors import ExampleIdError
 from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.factors import DenseGradient
 from pkexplain.gradients.layers import find_layers
 
 B, T, D = 5, 6, 4
@@ -79,6 +80,14 @@ def routed(self, x):
 
 def bag(self, x):
     return self.o(self.e(x.flatten(), torch.arange(0, B * T, T)))
+
+
+def group_norm(self, x):
+    return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps).relu()
+
+
+def batch_norm(self, x):
+    return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False).relu()
 
 
 PARAMETER = lambda *shape: lambda: nn.Parameter(torch.randn(shape))  # noqa: E731 - a table below
@@ -183,6 +192,12 @@ CASES = {
     "grouped and transposed convolutions": (
         lambda: nn.Sequential(nn.Conv2d(3, 6, 2, groups=3), nn.ReLU(inplace=True), nn.ConvTranspose2d(6, 2, 2)), images
     ),
+    "a group norm of another class": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 2), type("Own", (nn.GroupNorm,), {"forward": group_norm})(2, 4)), images
+    ),
+    "a batch norm in evaluation mode": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 2), type("Own", (nn.BatchNorm2d,), {"forward": batch_norm})(4)), images
+    ),
     "an instance norm": (lambda: nn.Sequential(nn.Conv2d(3, 4, 2), nn.InstanceNorm2d(4, affine=True)), images),
     "a checkpoint": (
         module(
@@ -227,6 +242,25 @@ def split_into_nothing(model, x):
         model(x).flatten(1).square().sum(1).mean().backward()
 
 
+def test_the_share_through_a_batch_norm_is_checked_too(monkeypatch):
+    from pkexplain.gradients import _uses
+
+    def wrong(rule, use, norms, parts):
+        found = true(rule, use, norms, parts)
+        own = [DenseGradient(g.dense().roll(1, 0)) for g in found[0]]
+        return [own, *found[1:]]
+
+    torch.manual_seed(0)
+    make = lambda: nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.ReLU()).double()  # noqa: E731 - twice
+    _, _, capture = split_and_truth(make(), images())
+    assert 0 in capture.split.rules
+    assert capture.interacting
+    true = _uses.before_norms
+    monkeypatch.setattr(_uses, "before_norms", wrong)
+    _, _, capture = split_and_truth(make(), images())
+    assert 0 not in capture.split.rules
+
+
 def test_rows_that_are_not_the_ids_are_refused():
     model = nn.Linear(D, 3).double()
     layers, blocks = find_layers(model, {"weight": 0, "bias": 0})
@@ -253,7 +287,6 @@ def test_what_examples_share_is_named_and_not_split():
 def test_a_rule_that_is_wrong_fails_the_check(monkeypatch):
     from pkexplain.gradients import layers as module_of_rules
     from pkexplain.gradients._layer_rules import linear
-    from pkexplain.gradients.factors import DenseGradient
 
     def swapped(use, parts):
         return [DenseGradient(g.dense().roll(1, 0)) for g in linear(use, parts)]

@@ -1,0 +1,45 @@
+"""How far gradients that were split are from a coded pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pkexplain.gradients.layers import Block
+
+SMALL = 1e-3
+"""Share of the average gradient below which a block's own size no longer sets the scale of its gap."""
+
+
+def relative_gap(
+    blocks: Sequence[Block], found: Mapping[int, Tensor], true: Mapping[str, Tensor], without: set[str]
+) -> dict[int, float]:
+    """Compare Σ_i c_i g_i of each block with a coded pass; ``without`` names parameters that are not split."""
+    whole = math.sqrt(sum(float(g.double().square().sum()) for g in true.values()))
+    scale = whole / math.sqrt(max(1, sum(block.numel for block in blocks)))
+    gaps = {}
+    for position, block in enumerate(blocks):
+        if without.intersection(block.parameters) or not any(name in true for name in block.parameters):
+            continue
+        truth = flat_block(block, true)
+        mine = found.get(position, torch.zeros_like(truth)).double()
+        size = max(float(truth.norm()), SMALL * scale * math.sqrt(len(truth)))
+        gap = float((mine - truth).norm()) / size if size > 0 else 0.0
+        gaps[position] = math.inf if math.isnan(gap) else gap
+    return gaps
+
+
+def flat_block(block: Block, named: Mapping[str, Tensor]) -> Tensor:
+    """One block's gradient in float64, zero where a parameter has none, ``(numel,)``."""
+    some = next(iter(named.values()), torch.empty(0))
+    return torch.cat(
+        [
+            named[name].detach().flatten().double()
+            if name in named
+            else torch.zeros(math.prod(shape), dtype=torch.float64, device=some.device)
+            for name, shape in zip(block.parameters, block.shapes, strict=True)
+        ]
+    )
