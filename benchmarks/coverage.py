@@ -2,6 +2,7 @@
 
     python benchmarks/coverage.py                    all families, and the table in docs/figures.md
     python benchmarks/coverage.py hugging_face bert  the cases of a family whose names contain a word
+    python benchmarks/coverage.py report FILE …      the table, from what earlier calls printed
 
 A case trains a few steps in float64 twice, without and with a recorder, and compares losses, parameters, buffers and
 random state bit for bit. Each example's gradient of the first step is compared with a backward pass of its own loss
@@ -207,6 +208,9 @@ def measure(family: str, name: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["report"]:
+        lines = [line for file in arguments[1:] for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        return report([json.loads(line) for line in lines if line.startswith("{")])
     families = [family for family in FAMILIES if not arguments or family in arguments]
     words = [word for word in arguments if word not in FAMILIES]
     results = []
