@@ -16,7 +16,7 @@ import pkexplain as pk
 from pkexplain.demo import build_cnn
 from pkexplain.gradients import _step_capture
 
-STEPS, BLOCKS, BATCH = 200, 5, 16
+STEPS, TIMED, BLOCKS, BATCH = 200, 30, 3, 16
 
 
 def encoder() -> nn.Module:
@@ -49,14 +49,14 @@ CASES: dict[str, tuple[Any, torch.Tensor, torch.Tensor]] = {
 }
 
 
-def step_times(build: Any, x: torch.Tensor, y: torch.Tensor, record: bool) -> np.ndarray:
+def step_times(build: Any, x: torch.Tensor, y: torch.Tensor, record: bool, steps: int = TIMED) -> np.ndarray:
     torch.manual_seed(0)
     model = build().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    recorder = pk.Recorder(pk.MemoryStore(), model, optimizer, num_examples=BATCH, segments=50) if record else None
+    recorder = pk.Recorder(pk.MemoryStore(), model, optimizer, num_examples=BATCH, segments=70) if record else None
     times = []
     with recorder or contextlib.nullcontext():
-        for _ in range(STEPS):
+        for _ in range(steps):
             start = time.perf_counter()
             with recorder.step(range(BATCH)) if recorder else contextlib.nullcontext():
                 optimizer.zero_grad()
@@ -82,7 +82,7 @@ def coded_share(build: Any, x: torch.Tensor, y: torch.Tensor) -> float:
 
     _step_capture.learn_split, _step_capture.verify_split = timed(learn), timed(verify)
     try:
-        whole = step_times(build, x, y, True).sum()
+        whole = step_times(build, x, y, True, STEPS).sum()
     finally:
         _step_capture.learn_split, _step_capture.verify_split = learn, verify
     return sum(spent) / whole
