@@ -23,7 +23,7 @@ def record(seed: int) -> tuple[pk.MemoryStore, nn.Module, np.ndarray]:
     model, run = build_cnn(seed), pk.MemoryStore()
     train_cnn(model, train, run=run, seed=seed)
     explainer = pk.Explainer(run, model)
-    queries = as_queries(test.tensors[0][:400], explainer.trajectory.inputs, explainer._first.field.device)
+    queries = as_queries(test.tensors[0][:400], explainer.trajectory.inputs, explainer._first.trajectory_model.device)
     found = [
         explainer._first.corrected(some, out).projected.flatten(1)
         for some, out, _ in explainer._chunks(queries, pk.Logit())

@@ -129,7 +129,7 @@ class Run:
 
 def displaced(explainer: pk.Explainer, x: Any, output: pk.Output) -> np.ndarray:
     """Compute Σ_t ⟨φ_t, Δθ_t⟩ by the quadrature, before any correction, ``(queries,)``."""
-    queries = as_queries(x, explainer.trajectory.inputs, explainer._first.field.device)
+    queries = as_queries(x, explainer.trajectory.inputs, explainer._first.trajectory_model.device)
     found = [
         explainer._first.corrected(some, settled).covectors.displacement.sum(1)
         for some, settled, _ in explainer._chunks(queries, output)

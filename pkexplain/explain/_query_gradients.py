@@ -29,7 +29,8 @@ class Covectors:
         weight_decay: ⟨φ_t, weight_decay_t⟩, in output units, ``(queries, segments)``.
         unsplit: ⟨φ_t, unsplit_t⟩, in output units, ``(queries, segments)``.
         optimizer: ⟨φ_t, optimizer_t⟩, in output units, ``(queries, segments)``.
-        buffers: The same for running statistics: ⟨∫ ∂f/∂b, Δb_t⟩, in output units, ``(queries, segments)``.
+        buffers: What buffers such as running statistics changed, in output units, ``(queries, segments)``: exact
+            differences of f.
         audit: ⟨φ_t, D_i,t⟩ of the audited examples, in output units, ``(queries, segments, audited)``.
         outputs: f(x; θ_t) at each checkpoint, in output units, ``(queries, segments + 1)``.
         forward_passes: Forward passes of each query, ``(queries,)``.
@@ -86,10 +87,11 @@ def integrate(
     Returns:
         The covectors of all queries.
     """
-    outputs, values = _at_checkpoints(model, queries, output)
+    outputs = outputs_at_checkpoints(model, queries, output)
+    values, buffers, passes = _at_ends(model, queries, output, outputs)
     segments = outputs.shape[1] - 1
     allowed = tolerance * (outputs[:, -1] - outputs[:, 0]).abs()
-    states = [_State(float(a), quadrature.budget * segments, forward_passes=segments + 1) for a in allowed]
+    states = [_State(float(a), quadrature.budget * segments, forward_passes=passes) for a in allowed]
     wanted: dict[Interval, list[int]] = {Interval(t, 0, 0): list(range(len(queries))) for t in range(segments)}
     nodes, weights = quadrature.rule()
     done = planned = 0
@@ -108,35 +110,49 @@ def integrate(
                 state, mine = states[q], Products(values_of, model.columns)
                 change = values[(interval.segment, interval.end)][q] - values[(interval.segment, interval.start)][q]
                 state.integrals[interval] = mine
-                state.errors[interval] = change - float(mine.buffers) - float(mine.displacement)
+                state.errors[interval] = change - float(mine.displacement)
                 state.backward_passes += len(nodes)
             done += 1
             progress("covectors", done, planned)
         wanted = _refine(states, quadrature)
-    return _gather(model, states, outputs)
+    return _gather(model, states, outputs, buffers)
 
 
 def outputs_at_checkpoints(model: TrajectoryModel, queries: QueryBatch, output: Output) -> Tensor:
     """Compute f(x; θ_t) at every checkpoint, in output units, ``(queries, segments + 1)``."""
-    return _at_checkpoints(model, queries, output)[0]
+    ends = []
+    for t in range(len(model._trajectory) + 1):
+        model.move_to_checkpoint(t)
+        ends.append(model.value(queries, output).cpu())
+    return torch.stack(ends, dim=1)
 
 
 _Values = dict[tuple[int, float], dict[int, float]]
 """f by position on the trajectory (segment, τ) and query."""
 
 
-def _at_checkpoints(model: TrajectoryModel, queries: QueryBatch, output: Output) -> tuple[Tensor, _Values]:
-    """Compute f at every checkpoint, ``(queries, segments + 1)``, and store it for the ends of the segments."""
-    segments = len(model._trajectory)
+def _at_ends(
+    model: TrajectoryModel, queries: QueryBatch, output: Output, outputs: Tensor
+) -> tuple[_Values, Tensor, int]:
+    """Compute f at both ends of every segment's line, where buffers are halfway.
+
+    Returns:
+        The values; what buffers changed, f_{t+1} − f_t less the change along the line, ``(queries, segments)``; the
+        forward passes of a query.
+    """
+    segments = outputs.shape[1] - 1
     values: _Values = defaultdict(dict)
-    ends = []
-    for t in range(segments + 1):
-        model.move_to(t, 0.0) if t < segments else model.move_to(t - 1, 1.0)
-        ends.append(model.value(queries, output).cpu())
-        values[(t, 0.0)] = dict(enumerate(ends[-1].tolist()))
-        if t:
-            values[(t - 1, 1.0)] = values[(t, 0.0)]
-    return torch.stack(ends, dim=1), values
+    line, passes = outputs.diff(dim=1), segments + 1
+    for t in range(segments):
+        ends = [outputs[:, t], outputs[:, t + 1]]
+        if model.buffers_moved(t):
+            for end in (0, 1):
+                model.move_to(t, float(end))
+                ends[end] = model.value(queries, output).cpu()
+            passes += 2
+        values[(t, 0.0)], values[(t, 1.0)] = (dict(enumerate(end.tolist())) for end in ends)
+        line[:, t] = ends[1] - ends[0]
+    return values, outputs.diff(dim=1) - line, passes
 
 
 def _values_at(
@@ -173,7 +189,7 @@ def _refine(states: list[_State], quadrature: Quadrature) -> dict[Interval, list
     return wanted
 
 
-def _gather(model: TrajectoryModel, states: list[_State], outputs: Tensor) -> Covectors:
+def _gather(model: TrajectoryModel, states: list[_State], outputs: Tensor, buffers: Tensor) -> Covectors:
     segments = outputs.shape[1] - 1
     some = next(iter(states[0].integrals.values())).values
     whole = Products(some.new_zeros(len(states), segments, len(some)), model.columns)
@@ -182,7 +198,7 @@ def _gather(model: TrajectoryModel, states: list[_State], outputs: Tensor) -> Co
             whole.values[q, interval.segment] += integral.values
     return Covectors(
         projected=whole.projected,
-        buffers=whole.buffers.double().cpu(),
+        buffers=buffers,
         displacement=whole.displacement.double().cpu(),
         weight_decay=whole.weight_decay.double().cpu(),
         unsplit=whole.unsplit.double().cpu(),

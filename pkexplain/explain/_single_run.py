@@ -116,7 +116,7 @@ class RunExplainer:
             QueryError: The prediction is not a number.
             ConfigurationError: The model draws random numbers in evaluation mode.
         """
-        self.trajectory_model.move_to(len(self.trajectory) - 1, 1.0)
+        self.trajectory_model.move_to_checkpoint(len(self.trajectory))
         pieces = torch.arange(len(queries)).split(at_once)
         prediction = torch.cat([self.trajectory_model.prediction(queries.select(piece)) for piece in pieces])
         if prediction.isnan().any():
@@ -162,7 +162,7 @@ class RunExplainer:
         budget = self.quadrature.budget * len(self.trajectory)
         lines = {"weight_decay": covectors.weight_decay, "optimizer": covectors.optimizer}
         lines |= {"unsplit": covectors.unsplit} if any(len(segment.unsplit) for segment in self.segments) else {}
-        lines |= {"buffers": covectors.buffers} if self.trajectory_model.has_statistics else {}
+        lines |= {"buffers": covectors.buffers} if self.trajectory_model.has_moving_buffers else {}
         lines |= {"withdrawn": corrected.withdrawn} if self._withdrawn.any() else {}
         sums = corrected.corrected - corrected.withdrawn
         return Account(

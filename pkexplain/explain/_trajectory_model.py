@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from pkexplain.explain.outputs import Output
 from pkexplain.explain.queries import QueryBatch
 from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.collect import collect
-from pkexplain.gradients.layers import Layer, find_buffer_layers
+from pkexplain.gradients.layers import Layer
 from pkexplain.projection.maps import Projector
 from pkexplain.store.trajectory import Trajectory
 
@@ -25,9 +25,8 @@ class Products:
     """The products of some queries' gradients that the ledger needs; being linear, they can be integrated.
 
     Attributes:
-        values: All of them, ``(queries, 5 + audited + k)``: the product with the running statistics' change, those
-            with the ledger's vectors (Δθ_t, weight decay, unsplit, optimizer, the audited displacements), then the
-            projection.
+        values: All of them, ``(queries, 4 + audited + k)``: the products with the ledger's vectors (Δθ_t, weight
+            decay, unsplit, optimizer, the audited displacements), then the projection.
         columns: k, the length of the projection.
     """
 
@@ -43,34 +42,29 @@ class Products:
         return Products(self.values * weight, self.columns)
 
     @property
-    def buffers(self) -> Tensor:
-        """⟨∂f/∂b, Δb_t⟩ of the running statistics b, in output units, ``(queries,)``."""
-        return self.values[..., 0]
-
-    @property
     def displacement(self) -> Tensor:
         """⟨∇f, Δθ_t⟩, in output units, ``(queries,)``."""
-        return self.values[..., 1]
+        return self.values[..., 0]
 
     @property
     def weight_decay(self) -> Tensor:
         """⟨∇f, weight_decay_t⟩, in output units, ``(queries,)``."""
-        return self.values[..., 2]
+        return self.values[..., 1]
 
     @property
     def unsplit(self) -> Tensor:
         """⟨∇f, unsplit_t⟩, in output units, ``(queries,)``."""
-        return self.values[..., 3]
+        return self.values[..., 2]
 
     @property
     def optimizer(self) -> Tensor:
         """⟨∇f, optimizer_t⟩, in output units, ``(queries,)``."""
-        return self.values[..., 4]
+        return self.values[..., 3]
 
     @property
     def audit(self) -> Tensor:
         """⟨∇f, D_i,t⟩ of the audited examples, in output units, ``(queries, audited)``."""
-        return self.values[..., 5 : self.values.shape[-1] - self.columns]
+        return self.values[..., 4 : self.values.shape[-1] - self.columns]
 
     @property
     def projected(self) -> Tensor:
@@ -91,10 +85,7 @@ class TrajectoryModel:
     def __init__(self, model: nn.Module, layers: list[Layer], projector: Projector, trajectory: Trajectory) -> None:
         """Read the ledger's vectors of every segment."""
         self._model, self._projector, self._trajectory = model, projector, trajectory
-        blocks = len(trajectory.fingerprint.blocks)
-        self._norms = find_buffer_layers(model)
-        norms = [replace(n, blocks=tuple((blocks + at, names) for at, names in n.blocks)) for n in self._norms]
-        self._capture = Capture([*layers, *norms], trajectory.fingerprint.blocks, trajectory.dtype, private=True)
+        self._capture = Capture(layers, trajectory.fingerprint.blocks, trajectory.dtype)
         self._named = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
         some = next(iter(self._named.values()))
@@ -113,22 +104,20 @@ class TrajectoryModel:
             self._stored[t] = {n: b.to(self.device) for n, b in self._trajectory.checkpoint(t).buffers.items()}
         return self._stored[t]
 
-    def _statistics_moved(self, t: int, norm: int) -> Tensor:
-        """Return Δb_t of one norm's running mean and variance, ``(2 * features,)``."""
-        layer = self._norms[norm]
-        names = [f"{layer.name}.{local}".lstrip(".") for local in layer.blocks[0][1]]
-        before, after = self._buffers_at(t), self._buffers_at(t + 1)
-        return torch.cat([(after[name] - before[name]).to(self.dtype) for name in names])
-
     @property
     def columns(self) -> int:
         """The length of a projected gradient."""
         return self._projector.columns
 
     @property
-    def has_statistics(self) -> bool:
-        """Whether the model has running statistics, which change f in addition to the parameters."""
-        return bool(self._norms)
+    def has_moving_buffers(self) -> bool:
+        """Whether a buffer that is saved changed while the run was recorded."""
+        return any(map(self.buffers_moved, range(len(self._trajectory))))
+
+    def buffers_moved(self, segment: int) -> bool:
+        """Whether a buffer that is saved, like a running mean, changed in a segment."""
+        before, after = self._buffers_at(segment), self._buffers_at(segment + 1)
+        return any(not torch.equal(before[name], after[name]) for name in before)
 
     def _ledger_vectors(self, t: int) -> Tensor:
         """Stack Δθ_t, weight_decay_t, unsplit_t, optimizer_t and the audited ones, ``(4 + audited, parameters)``."""
@@ -141,11 +130,21 @@ class TrajectoryModel:
             self._vectors[t] = torch.cat([named, segment.audit_rows.to(self.device)])
         return self._vectors[t]
 
+    def move_to_checkpoint(self, t: int) -> None:
+        """Set the model's parameters and buffers to those of checkpoint t."""
+        self._set(self._checkpoint(t), self._buffers_at(t))
+
     def move_to(self, segment: int, tau: float) -> None:
-        """Set the model's parameters to θ_t + τ Δθ_t."""
-        start = self._checkpoint(segment)
-        point = start if tau == 0 else torch.lerp(start, self._checkpoint(segment + 1), tau) if tau < 1 else None
-        point = self._checkpoint(segment + 1) if point is None else point
+        """Set the model's parameters to θ_t + τ Δθ_t, and its buffers to those halfway between the checkpoints."""
+        start, end = self._checkpoint(segment), self._checkpoint(segment + 1)
+        before, after = self._buffers_at(segment), self._buffers_at(segment + 1)
+        halfway = {
+            name: torch.lerp(value, after[name], 0.5) if value.is_floating_point() else value
+            for name, value in before.items()
+        }
+        self._set(end if tau == 1 else torch.lerp(start, end, tau), halfway)
+
+    def _set(self, point: Tensor, buffers: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for block in self._trajectory.fingerprint.blocks:
                 position = block.start
@@ -153,13 +152,8 @@ class TrajectoryModel:
                     parameter = self._named[name]
                     parameter.copy_(point[position : position + parameter.numel()].view_as(parameter))
                     position += parameter.numel()
-            if self._buffers:
-                before, after = self._buffers_at(segment), self._buffers_at(segment + 1)
-                for name, buffer in self._buffers.items():
-                    if 0 < tau < 1 and buffer.is_floating_point():
-                        buffer.copy_(torch.lerp(before[name], after[name], tau))
-                    else:
-                        buffer.copy_((before if tau < 1 else after)[name])
+            for name, buffer in self._buffers.items():
+                buffer.copy_(buffers[name])
 
     def prediction(self, queries: QueryBatch) -> Tensor:
         """Run the model at its current point, ``(queries, …)``."""
@@ -176,15 +170,9 @@ class TrajectoryModel:
         pieces = collect(self._capture, len(queries), lambda: output(queries.run(self._model)))
         products = vectors.new_zeros(len(queries), len(vectors))
         projected = vectors.new_zeros(len(queries), self._projector.columns)
-        statistics = vectors.new_zeros(len(queries), 1)
-        blocks = len(self._trajectory.fingerprint.blocks)
         for position, piece in pieces:
-            if position >= blocks:
-                moved = self._statistics_moved(segment, position - blocks)
-                statistics[:, 0] += piece.dense().to(self.dtype) @ moved
-                continue
             block = self._trajectory.fingerprint.blocks[position]
             for some in torch.arange(len(queries), device=self.device).split(max(1, _NUMBERS_AT_ONCE // block.numel)):
                 products[some] += piece.select(some).dense().to(self.dtype) @ vectors[:, block.span].T
             self._projector.add_covectors(projected, position, piece)
-        return Products(torch.cat([statistics, products, projected], dim=1), projected.shape[1])
+        return Products(torch.cat([products, projected], dim=1), projected.shape[1])

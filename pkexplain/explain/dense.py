@@ -10,7 +10,7 @@ contributions are their inner products:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ class ExactAccount:
         weight_decay: The effect of weight decay, in output units, ``(queries,)``.
         unsplit: The effect of gradients that were not split among the examples, in output units, ``(queries,)``.
         optimizer: What belongs to neither examples nor weight decay, in output units, ``(queries,)``.
+        buffers: What buffers such as running statistics changed, in output units, ``(queries,)``.
         initial: f_0(x), in output units, ``(queries,)``.
         final: f_T(x), in output units, ``(queries,)``.
     """
@@ -49,13 +50,14 @@ class ExactAccount:
     weight_decay: np.ndarray
     unsplit: np.ndarray
     optimizer: np.ndarray
+    buffers: np.ndarray
     initial: np.ndarray
     final: np.ndarray
 
     @property
     def gap(self) -> np.ndarray:
         """The quadrature and rounding error, in output units: f_T − f_0 minus all the lines above."""
-        named = self.weight_decay + self.unsplit + self.optimizer
+        named = self.weight_decay + self.unsplit + self.optimizer + self.buffers
         return self.final - self.initial - self.contributions.sum(1) - named
 
 
@@ -92,17 +94,17 @@ def path_kernel(
     trajectory.fingerprint.check(model)
     queries = as_queries(x, trajectory.inputs, next(model.parameters()).device, trajectory.manifest.output)
     field = _Field(model, trajectory)
-    final = field.at(len(trajectory) - 1, 1.0, lambda: queries.run(model).detach())
+    final = field.at_checkpoint(len(trajectory), lambda: queries.run(model).detach())
     settled = settle_output(output, final)
     contributions = torch.zeros(len(queries), trajectory.num_examples, dtype=torch.float64)
-    kernels, remainders = torch.zeros_like(contributions), torch.zeros(3, len(queries), dtype=torch.float64)
-    ends = torch.zeros(2, len(queries), dtype=torch.float64)
+    kernels, remainders = torch.zeros_like(contributions), torch.zeros(4, len(queries), dtype=torch.float64)
+    ends = torch.zeros(len(queries), 2, dtype=torch.float64)
     for q in range(len(queries)):
         here = torch.tensor([q])
         query, wanted = queries.select(here), settled.select(here)
         value = lambda query=query, wanted=wanted: wanted(query.run(model))[0]  # noqa: E731 - bound per query
-        ends[0, q] = float(field.at(0, 0.0, value).detach())
-        ends[1, q] = float(field.at(len(trajectory) - 1, 1.0, value).detach())
+        outputs = torch.stack([field.at_checkpoint(t, value).detach().double() for t in range(len(trajectory) + 1)])
+        ends[q] = outputs[[0, -1]]
         for t in range(len(trajectory)):
             segment, covector = trajectory.segment(t), field.covector(t, value, nodes, pieces)
             moved = segment.read_rows(slice(None), torch.float64) @ covector
@@ -112,7 +114,9 @@ def path_kernel(
             remainders[0, q] += segment.weight_decay.double() @ covector
             remainders[1, q] += segment.unsplit.double() @ covector if len(segment.unsplit) else 0.0
             remainders[2, q] += segment.optimizer.double() @ covector
-    numbers = [contributions, kernels, *remainders, *ends]
+            along = field.at(t, 1.0, value).detach().double() - field.at(t, 0.0, value).detach().double()
+            remainders[3, q] += outputs[t + 1] - outputs[t] - along
+    numbers = [contributions, kernels, *remainders, *ends.T]
     return ExactAccount(*(number.numpy() for number in numbers))
 
 
@@ -126,17 +130,6 @@ def _refuse_what_is_not_exact(trajectory: Trajectory) -> None:
             source="the run's manifest",
             fix="Record the run again with projection=pkexplain.Identity()",
         )
-    before, after = trajectory.checkpoint(0).buffers, trajectory.checkpoint(len(trajectory)).buffers
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    if moved:
-        raise ConfigurationError(
-            "path_kernel(run)",
-            "buffers changed while it was recorded, and the dense path does not follow them",
-            got=", ".join(moved[:3]),
-            expected="a model whose buffers do not change",
-            source="the run's checkpoints",
-            fix="Use pkexplain.Explainer, which has a ledger line for running statistics",
-        )
 
 
 class _Field:
@@ -148,18 +141,30 @@ class _Field:
         self._parameters = [named[name] for block in trajectory.fingerprint.blocks for name in block.parameters]
 
     def at(self, segment: int, tau: float, look: Callable[[], Tensor]) -> Tensor:
-        start = self._trajectory.checkpoint(segment).parameters
-        point = start + tau * (self._trajectory.checkpoint(segment + 1).parameters - start)
-        kept = [p.detach().clone() for p in self._parameters]
+        """Look at the model at θ_t + τ Δθ_t, where buffers are halfway between the checkpoints."""
+        start, end = (self._trajectory.checkpoint(t) for t in (segment, segment + 1))
+        point = start.parameters + tau * (end.parameters - start.parameters)
+        between = {n: (b + end.buffers[n]) / 2 if b.is_floating_point() else b for n, b in start.buffers.items()}
+        return self._look(point, between, look)
+
+    def at_checkpoint(self, t: int, look: Callable[[], Tensor]) -> Tensor:
+        """Look at the model with the parameters and buffers of checkpoint t."""
+        checkpoint = self._trajectory.checkpoint(t)
+        return self._look(checkpoint.parameters, checkpoint.buffers, look)
+
+    def _look(self, point: Tensor, buffers: Mapping[str, Tensor], look: Callable[[], Tensor]) -> Tensor:
+        held = dict(self._model.named_buffers())
+        tensors = [*self._parameters, *held.values()]
+        kept = [tensor.detach().clone() for tensor in tensors]
         training, wanted = self._model.training, [p.requires_grad for p in self._parameters]
         self._model.eval()
         try:
-            self._set(point.split([p.numel() for p in kept]))
+            self._set(tensors, [*point.split([p.numel() for p in self._parameters]), *(buffers[n] for n in held)])
             for p in self._parameters:
                 p.requires_grad_(True)
             return look()
         finally:
-            self._set(kept)
+            self._set(tensors, kept)
             self._model.train(training)
             for p, flag in zip(self._parameters, wanted, strict=True):
                 p.requires_grad_(flag)
@@ -178,7 +183,7 @@ class _Field:
         parts = torch.autograd.grad(value, self._parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([part.detach().flatten() for part in parts])
 
-    def _set(self, values: Any) -> None:
+    def _set(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            for p, value in zip(self._parameters, values, strict=True):
-                p.copy_(value.reshape(p.shape))
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value.reshape(tensor.shape))

@@ -105,7 +105,7 @@ def final_gradient(
     total = torch.zeros((), dtype=model.dtype, device=model.device)
     audit = stored = torch.zeros(len(queries), len(ids), dtype=torch.float64)
     for t in last:
-        model.move_to(t, 1.0)
+        model.move_to_checkpoint(t + 1)
         products = model.products(queries, output, t)
         total = total + products.projected / len(last)
         audit = audit + products.audit.double().cpu()

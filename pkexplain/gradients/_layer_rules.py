@@ -152,18 +152,6 @@ def batch_norm(use: Use, parts: Parts) -> list[ExampleGradients]:
     return dense_parts({name: over_space(part) for name, part in products.items()}, parts)
 
 
-def running_statistics(use: Use, parts: Parts) -> list[ExampleGradients]:
-    """BatchNorm in evaluation mode: the gradients of its running mean and variance."""
-    if use.training:
-        raise RuntimeError("running statistics are only used in evaluation mode")
-    x, g, module = use.input, use.gradient, use.module
-    mean, var = (by_channel(part, x) for part in (module.running_mean, module.running_var + module.eps))
-    if module.weight is not None:
-        g = g * by_channel(module.weight.detach(), x)
-    products = {"running_mean": -g * var.rsqrt(), "running_var": -0.5 * g * (x - mean) * var.pow(-1.5)}
-    return dense_parts({name: over_space(part) for name, part in products.items()}, parts)
-
-
 def by_channel(values: Tensor, like: Tensor) -> Tensor:
     """Reshape one number per channel so that it broadcasts to ``like``, ``(examples, channels, …)``."""
     return values.to(like.dtype).view(1, -1, *(1,) * (like.ndim - 2))

@@ -59,12 +59,11 @@ class StepCapture:
         layouts = split.layouts.get(noted.key)
         if layouts is None:  # a use of a checkpointed part, which runs again inside the backward pass
             layouts = standard_layouts(noted)
-        only = None if noted.layer.buffers else split.rules
         with torch.no_grad():
-            self._capture.deliver(noted, layouts, self._examples, self._pass_on, only)
+            self._capture.deliver(noted, layouts, self._examples, self._pass_on, split.rules)
 
     def _pass_on(self, position: int, gradients: ExampleGradients) -> None:
-        if self._coded is not None and position < len(self._capture.blocks):
+        if self._coded is not None:
             total = gradients.weighted(self._coded[0])
             known = self._totals.get(position)
             self._totals[position] = total if known is None else known + total
@@ -121,21 +120,20 @@ class StepCapture:
         """Make sure that the graph's split is known; listen to its junctions."""
         capture = self._capture
         known = capture.split
-        uses = [noted for noted in self._uses if not noted.layer.buffers]
         simple = known is not None and not known.junctions and not known.unsplit and known.fixed
-        if simple and known is not None and known.fits(uses, self._examples) and not self._watch.verify:
+        if simple and known is not None and known.fits(self._uses, self._examples) and not self._watch.verify:
             self._split = known
             return []
         graph = Graph(roots, gradients, capture.parameters)
         graph.axes = frozenset(self._watch.axes)
-        key = hash((graph.key, tuple(noted.key for noted in uses)))
+        key = hash((graph.key, tuple(noted.key for noted in self._uses)))
         split = capture.known_splits.get(key)
-        usable = split is not None and split.fixed and split.fits(uses, self._examples)
+        usable = split is not None and split.fixed and split.fits(self._uses, self._examples)
         capture.rehearsing = True
         capture.generator.manual_seed(7)  # a resumed run draws the same codes
         try:
             if split is None or not usable:
-                split = learn_split(graph, uses, capture.blocks, self._examples, capture.generator, capture.dtype)
+                split = learn_split(graph, self._uses, capture.blocks, self._examples, capture.generator, capture.dtype)
             elif self._watch.verify:
                 self._coded = verify_split(graph, self._examples, capture.generator, split.half)
         except RuntimeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,16 +25,11 @@ from pkexplain.gradients._layer_rules import (
 )
 from pkexplain.gradients.batch_norm import before_norms, is_before_norm
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients, FormedGradient, MatrixGradient
-from pkexplain.gradients.graph import below
 from pkexplain.gradients.layers import Layer
 from pkexplain.gradients.layout import Layout
 
 _BY_ROW: tuple[Rule, ...] = (linear, transposed_linear, embedding)
 """Rules that treat the rows of their input one by one, so that these can be arranged by example first."""
-
-
-_WITHIN = 12
-"""Nodes below a norm's output among which its own is looked for."""
 
 
 @dataclass
@@ -89,36 +83,29 @@ class NotedUse:
 
 
 @contextmanager
-def noting_uses(
-    layers: Sequence[Layer],
-    note: Callable[[NotedUse], None],
-    skip: Callable[[], bool],
-    prepare: Callable[[Layer, Any], Any] = lambda layer, output: output,
-) -> Iterator[None]:
+def noting_uses(layers: Sequence[Layer], note: Callable[[NotedUse], None], skip: Callable[[], bool]) -> Iterator[None]:
     """Note every use of some layers within the block. Forward values are not touched.
 
     Args:
         layers: The layers.
         note: Called with each use.
         skip: Whether a forward pass is not to be noted.
-        prepare: Changes a layer's output first; only for models that are ours.
     """
     made: dict[int, tuple[weakref.ref[Tensor], NotedUse]] = {}  # which use returned a tensor
     counts: dict[int, int] = {}
     noted_uses: list[NotedUse] = []
 
     def hook_for(index: int, layer: Layer) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if skip() or not torch.is_grad_enabled():
-                return None
-            changed = prepare(layer, output)
+                return
             occurrence = counts[index] = counts.get(index, -1) + 1
             noted = NotedUse(layer, index, occurrence, Use(module, args, kwargs, module.training))
-            returned = list(tensors_of(changed))
+            returned = list(tensors_of(output))
             noted.count = len(returned)
             for place, tensor in enumerate(returned):
                 if tensor.requires_grad and tensor.grad_fn is not None:
-                    noted.edges.append(_norm_within(module, tensor) if layer.buffers else get_gradient_edge(tensor))
+                    noted.edges.append(get_gradient_edge(tensor))
                     noted.places.append(place)
                     noted.shapes.append(tuple(tensor.shape))
             if noted.edges:
@@ -126,11 +113,10 @@ def noting_uses(
                 source = made.get(id(given))
                 if source and source[0]() is given:
                     source[1].followers.append(noted)
-                if isinstance(changed, Tensor):
-                    made[id(changed)] = weakref.ref(changed), noted
+                if isinstance(output, Tensor):
+                    made[id(output)] = weakref.ref(output), noted
                 noted_uses.append(noted)
                 note(noted)
-            return None if changed is output else changed
 
         return hook
 
@@ -147,16 +133,6 @@ def noting_uses(
             noted.followers.clear()
             noted.arrived.clear()
             noted.edges.clear()
-
-
-def _norm_within(module: Any, output: Tensor) -> GradientEdge:
-    """The normalised output of a norm that has more in it, such as an activation."""
-    edge = get_gradient_edge(output)
-    for node in itertools.islice(below([edge.node]), _WITHIN):
-        running = getattr(node, "_saved_running_mean", None)
-        if running is not None and running.data_ptr() == module.running_mean.data_ptr():
-            return GradientEdge(node, 0)
-    return edge
 
 
 def standard_layouts(noted: NotedUse) -> dict[int, Layout | None]:

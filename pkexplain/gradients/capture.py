@@ -35,7 +35,7 @@ from pkexplain.gradients.layout import Layout
 from pkexplain.gradients.split import Split
 from pkexplain.gradients.watch import Watch
 
-__all__ = ["GRADIENT_CLASSES", "Capture", "differentiable_statistics"]
+__all__ = ["GRADIENT_CLASSES", "Capture"]
 
 GRADIENT_CLASSES = (
     ConvolutionGradient,
@@ -69,23 +69,14 @@ class Capture:
         layers: The layers to watch (from `find_layers`).
         blocks: The blocks of parameters, from there, too.
         dtype: Dtype of the gradients; None for the dtype of each layer's output (which autocast may change).
-        private: Whether the model is a copy of ours: a BatchNorm's output may be replaced to differentiate its buffers.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        blocks: Sequence[Block],
-        dtype: torch.dtype | None = None,
-        private: bool = False,
-    ) -> None:
+    def __init__(self, layers: Sequence[Layer], blocks: Sequence[Block], dtype: torch.dtype | None = None) -> None:
         """Find the parameters; nothing is hooked yet."""
         self.layers, self.blocks, self.dtype = tuple(layers), tuple(blocks), dtype
-        self._prepare = differentiable_statistics if private else _unchanged
         self.parameters = {
             full: layer.module.get_parameter(local)
             for layer in layers
-            if not layer.buffers
             for position, names in layer.blocks
             for full, local in zip(blocks[position].parameters, names, strict=True)
         }
@@ -118,7 +109,7 @@ class Capture:
             ExampleIdError: Nothing can be split, as nothing has one row per example.
         """
         step = StepCapture(self, examples, sink, watch or Watch())
-        noting = noting_uses(self.layers, step.note, lambda: self.rehearsing, self._prepare)
+        noting = noting_uses(self.layers, step.note, lambda: self.rehearsing)
         with noting, backward_listener(step.around):
             try:
                 yield
@@ -130,7 +121,7 @@ class Capture:
     ) -> None:
         """Apply a layer's rule and pass its blocks on."""
         layer = noted.layer
-        moving = [block for block in layer.blocks if layer.buffers or self._moves(block[0])]
+        moving = [block for block in layer.blocks if self._moves(block[0])]
         blocks = [block for block in moving if only is None or block[0] in only]
         if not blocks:
             return
@@ -144,7 +135,7 @@ class Capture:
             raise refusal(layer.name, layer.module, "its rows are not the examples, or it has no rule for this use")
         for pieces in found:
             for (position, _), piece in zip(blocks, pieces, strict=True):
-                sink(position, piece if layer.buffers else self._without_frozen(position, piece))
+                sink(position, self._without_frozen(position, piece))
 
     def _moves(self, position: int) -> bool:
         """Whether a block has a parameter that is still trainable."""
@@ -183,14 +174,3 @@ class Capture:
         bias_only = not both and block.matrix[1] == 1 and len(block.shapes[0]) == 1
         formed = torch.stack([as_matrix(row, block.matrix[0], both) for row in flat])
         return position, FormedGradient(formed, not bias_only, both or bias_only)
-
-
-def _unchanged(layer: Layer, output: Any) -> Any:
-    return output
-
-
-def differentiable_statistics(layer: Layer, output: Any) -> Any:
-    """Let a norm's output be differentiated, also if nothing before it is trained or it is changed in place after."""
-    if layer.buffers and isinstance(output, Tensor):
-        return (output if output.requires_grad else output.detach().requires_grad_()).clone()
-    return output

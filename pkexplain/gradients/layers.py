@@ -16,7 +16,7 @@ from pkexplain.gradients._layer_rules import Parts, Rule, Use
 from pkexplain.gradients._recurrent import recurrent, recurrent_axes, recurrent_misuse, recurrent_unfit
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients, MatrixGradient
 
-__all__ = ["Block", "Layer", "find_buffer_layers", "find_layers", "flatten_blocks", "refusal"]
+__all__ = ["Block", "Layer", "find_layers", "flatten_blocks", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ class Layer:
         blocks: For each block, its position in the model's list of blocks, and the local names of this module's
             parameters in it.
         batch_axes: The batch dimension of each tensor that the module returns; the last entry is repeated.
-        buffers: Whether the blocks hold buffers, not parameters.
         misuse: Returns why the rule does not hold for one use of the module, or None.
     """
 
@@ -72,7 +71,6 @@ class Layer:
     rule: Rule | None
     blocks: tuple[tuple[int, tuple[str, ...]], ...]
     batch_axes: tuple[int, ...] = (0,)
-    buffers: bool = False
     misuse: Callable[[Use], str | None] = lambda use: None
 
 
@@ -235,27 +233,6 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
     known = {id(layer.module) for layer in layers}
     norms = [(path, m) for path, m in model.named_modules() if isinstance(m, _BATCH_NORM) and id(m) not in known]
     return [*layers, *(Layer(path, module, rules.batch_norm, ()) for path, module in norms)], blocks
-
-
-def find_buffer_layers(model: nn.Module) -> list[Layer]:
-    """Find every norm with running statistics, for their gradients in evaluation mode.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The layers, each with one block, ``(2 * features,)``: the running mean, then the running variance.
-    """
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, (_BATCH_NORM, _INSTANCE_NORM)) and module.running_mean is not None
-    ]
-    names = ("running_mean", "running_var")
-    return [
-        Layer(path, module, rules.running_statistics, ((position, names),), buffers=True)
-        for position, (path, module) in enumerate(found)
-    ]
 
 
 def _owned(model: nn.Module, groups: dict[str, int]) -> Iterator[_Owned]:

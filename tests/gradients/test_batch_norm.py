@@ -1,10 +1,9 @@
-"""BatchNorm: the split of a batch's gradient over its examples, and the gradients of running statistics."""
+"""BatchNorm: the split of a batch's gradient over its examples."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +13,7 @@ from torch.nn import functional as F
 import pkexplain as pk
 from pkexplain.gradients.batch_norm import RowMixture
 from pkexplain.gradients.capture import Capture
-from pkexplain.gradients.collect import collect
-from pkexplain.gradients.layers import find_buffer_layers, find_layers
+from pkexplain.gradients.layers import find_layers
 from tests.conftest import batches, digits, train
 
 EXAMPLES = 5
@@ -158,33 +156,6 @@ def test_adam_behind_a_bias_that_moves_nothing_does_not_blow_contributions_up():
     assert explanation.gross < 1e3 * abs(explanation.final - explanation.initial)
 
 
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("options", [{}, {"affine": False}], ids=str)
-@pytest.mark.parametrize("image", [False, True], ids=["mlp", "cnn"])
-def test_gradients_of_running_statistics_are_finite_differences(image, options, trained):
-    net, x = model(image, **options).eval(), inputs(image)
-    net.requires_grad_(trained)
-    net[1].running_mean.normal_()
-    net[1].running_var.uniform_(0.5, 2.0)
-    layers = find_buffer_layers(net)
-    assert [layer.blocks for layer in layers] == [((0, ("running_mean", "running_var")),)]
-    capture = Capture(layers, (), private=True)
-    ((_, found),) = collect(capture, EXAMPLES, lambda: net(x).square().flatten(1).sum(1))
-    for place in range(8):
-        buffer, at = (net[1].running_mean, net[1].running_var)[place // 4], place % 4
-        values = []
-        for step in (-1e-5, 1e-5):
-            buffer[at] += step
-            with torch.no_grad():
-                values.append(net(x).square().flatten(1).sum(1))
-            buffer[at] -= step
-        torch.testing.assert_close(found.dense()[:, place], (values[1] - values[0]) / 2e-5, rtol=1e-5, atol=1e-6)
-
-
-def test_a_norm_without_running_statistics_has_no_buffers_to_differentiate():
-    assert find_buffer_layers(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3))) == []
-
-
 def test_a_frozen_body_with_an_in_place_activation_behind_its_norm_is_explained():
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).requires_grad_(False)
@@ -223,29 +194,3 @@ def test_a_recorded_step_keeps_none_of_its_activations(kind):
         finally:
             gc.enable()
         assert [output() for output in outputs] == [None] * 4
-
-
-class Activated(nn.BatchNorm2d):
-    """A norm with its activation in it, as timm has them."""
-
-    def forward(self, x):
-        return super().forward(x).relu_()
-
-
-@pytest.mark.parametrize("make", [Activated, lambda c: nn.InstanceNorm2d(c, affine=True, track_running_stats=True)])
-def test_statistics_of_other_norms_are_differentiated_too(make):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), make(4), nn.ReLU(inplace=True)).double().eval()
-    x = torch.randn(5, 3, 6, 6, dtype=torch.float64)
-    outputs = lambda: net(x).square().flatten(1).sum(1)  # noqa: E731 - called four times
-    layers, blocks = find_layers(net, {name: 0 for name, _ in net.named_parameters()})
-    norms = [replace(n, blocks=((len(blocks), n.blocks[0][1]),)) for n in find_buffer_layers(net)]
-    capture = Capture([*layers, *norms], blocks, torch.float64, private=True)
-    found = sum(piece.dense() for at, piece in collect(capture, 5, outputs) if at == len(blocks))
-    for place, buffer in enumerate((net[1].running_mean, net[1].running_var)):
-        values = []
-        for step in (-1e-6, 2e-6):
-            buffer[1] += step
-            values.append(outputs().detach())
-        buffer[1] -= 1e-6
-        torch.testing.assert_close(found[:, 4 * place + 1], (values[1] - values[0]) / 2e-6, rtol=1e-5, atol=1e-7)
