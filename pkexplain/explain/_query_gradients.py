@@ -88,11 +88,13 @@ def integrate(
         The covectors of all queries.
     """
     outputs = outputs_at_checkpoints(model, queries, output)
-    values, buffers, passes = _at_ends(model, queries, output, outputs)
     segments = outputs.shape[1] - 1
+    pieces = [quadrature.pieces(model.buffers_moved(t)) for t in range(segments)]
+    values, buffers, passes = _along_lines(model, queries, output, outputs, pieces)
     allowed = tolerance * (outputs[:, -1] - outputs[:, 0]).abs()
     states = [_State(float(a), quadrature.budget * segments, forward_passes=passes) for a in allowed]
-    wanted: dict[Interval, list[int]] = {Interval(t, 0, 0): list(range(len(queries))) for t in range(segments)}
+    first = [whole for t in range(segments) for whole in Interval.equal(t, pieces[t])]
+    wanted: dict[Interval, list[int]] = {whole: list(range(len(queries))) for whole in first}
     nodes, weights = quadrature.rule()
     done = planned = 0
     while wanted:
@@ -100,15 +102,16 @@ def integrate(
         for interval in sorted(wanted):
             members = torch.tensor(wanted[interval])
             some, some_output = queries.select(members), output.select(members)
-            _values_at(model, interval, some, some_output, wanted[interval], values, states)
+            middle = interval.middle(pieces[interval.segment])
+            known = _values_at(model, interval, middle, some, some_output, wanted[interval], values, states)
             integral = None
             for node, weight in zip(nodes, weights, strict=True):
-                model.move_to(interval.segment, interval.start + interval.width * float(node))
+                model.move_to(interval.segment, interval.start + interval.width * float(node), middle)
                 products = model.products(some, some_output, interval.segment) * (float(weight) * interval.width)
                 integral = products if integral is None else integral + products
             for q, values_of in zip(wanted[interval], integral.values if integral else (), strict=True):
                 state, mine = states[q], Products(values_of, model.columns)
-                change = values[(interval.segment, interval.end)][q] - values[(interval.segment, interval.start)][q]
+                change = known[1][q] - known[0][q]
                 state.integrals[interval] = mine
                 state.errors[interval] = change - float(mine.displacement)
                 state.backward_passes += len(nodes)
@@ -127,51 +130,56 @@ def outputs_at_checkpoints(model: TrajectoryModel, queries: QueryBatch, output: 
     return torch.stack(ends, dim=1)
 
 
-_Values = dict[tuple[int, float], dict[int, float]]
-"""f by position on the trajectory (segment, τ) and query."""
+_Values = dict[tuple[int, float, float], dict[int, float]]
+"""f by position on the trajectory (segment, τ, how far the buffers are) and query."""
 
 
-def _at_ends(
-    model: TrajectoryModel, queries: QueryBatch, output: Output, outputs: Tensor
+def _along_lines(
+    model: TrajectoryModel, queries: QueryBatch, output: Output, outputs: Tensor, pieces: list[int]
 ) -> tuple[_Values, Tensor, int]:
-    """Compute f at both ends of every segment's line, where buffers are halfway.
+    """Compute f at both ends of every piece of the segments' lines.
 
     Returns:
-        The values; what buffers changed, f_{t+1} − f_t less the change along the line, ``(queries, segments)``; the
+        The values; what buffers changed, f_{t+1} − f_t less the changes along the pieces, ``(queries, segments)``; the
         forward passes of a query.
     """
-    segments = outputs.shape[1] - 1
     values: _Values = defaultdict(dict)
-    line, passes = outputs.diff(dim=1), segments + 1
-    for t in range(segments):
-        ends = [outputs[:, t], outputs[:, t + 1]]
-        if model.buffers_moved(t):
+    changes = outputs.diff(dim=1)
+    buffers, passes = torch.zeros_like(changes), outputs.shape[1]
+    for t, count in enumerate(pieces):
+        buffers[:, t] = changes[:, t] if model.buffers_moved(t) else 0
+        for piece in range(count):
+            middle, ends = (piece + 0.5) / count, [outputs[:, t], outputs[:, t + 1]]
+            if model.buffers_moved(t):
+                for end in (0, 1):
+                    model.move_to(t, (piece + end) / count, middle)
+                    ends[end] = model.value(queries, output).cpu()
+                buffers[:, t] -= ends[1] - ends[0]
+                passes += 2
             for end in (0, 1):
-                model.move_to(t, float(end))
-                ends[end] = model.value(queries, output).cpu()
-            passes += 2
-        values[(t, 0.0)], values[(t, 1.0)] = (dict(enumerate(end.tolist())) for end in ends)
-        line[:, t] = ends[1] - ends[0]
-    return values, outputs.diff(dim=1) - line, passes
+                values[(t, (piece + end) / count, middle)] = dict(enumerate(ends[end].tolist()))
+    return values, buffers, passes
 
 
 def _values_at(
     model: TrajectoryModel,
     interval: Interval,
+    middle: float,
     queries: QueryBatch,
     output: Output,
     members: list[int],
     values: _Values,
     states: list[_State],
-) -> None:
-    """Make sure that f is known at both ends of an interval."""
-    for tau in (interval.start, interval.end):
-        known = values[(interval.segment, tau)]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Return f at both ends of an interval, by query."""
+    ends = [values[(interval.segment, tau, middle)] for tau in (interval.start, interval.end)]
+    for tau, known in zip((interval.start, interval.end), ends, strict=True):
         if any(q not in known for q in members):
-            model.move_to(interval.segment, tau)
+            model.move_to(interval.segment, tau, middle)
             for q, value in zip(members, model.value(queries, output).tolist(), strict=True):
                 known[q] = value
                 states[q].forward_passes += 1
+    return ends[0], ends[1]
 
 
 def _refine(states: list[_State], quadrature: Quadrature) -> dict[Interval, list[int]]:

@@ -134,15 +134,21 @@ class TrajectoryModel:
         """Set the model's parameters and buffers to those of checkpoint t."""
         self._set(self._checkpoint(t), self._buffers_at(t))
 
-    def move_to(self, segment: int, tau: float) -> None:
-        """Set the model's parameters to θ_t + τ Δθ_t, and its buffers to those halfway between the checkpoints."""
+    def move_to(self, segment: int, tau: float, buffers: float) -> None:
+        """Set the model's parameters to θ_t + τ Δθ_t.
+
+        Args:
+            segment: t.
+            tau: How far the parameters are on their way, 0 to 1.
+            buffers: How far the buffers are on theirs, above 0 and below 1; those that are not real stay behind.
+        """
         start, end = self._checkpoint(segment), self._checkpoint(segment + 1)
         before, after = self._buffers_at(segment), self._buffers_at(segment + 1)
-        halfway = {
-            name: torch.lerp(value, after[name], 0.5) if value.is_floating_point() else value
+        between = {
+            name: torch.lerp(value, after[name], buffers) if value.is_floating_point() else value
             for name, value in before.items()
         }
-        self._set(end if tau == 1 else torch.lerp(start, end, tau), halfway)
+        self._set(end if tau == 1 else torch.lerp(start, end, tau), between)
 
     def _set(self, point: Tensor, buffers: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """The dense, slow, obvious path kernel, as a check of the fast one.
 
-No hooks, no projection, no index, no correction: the displacements of a run recorded with `Identity` are used as they
-are, the covectors come from `torch.autograd.grad`, one query at a time, at the nodes of a fixed composite rule, and
-contributions are their inner products:
+No hooks, no projection, no index, no correction, no adaptive rule: the displacements of a run recorded with `Identity`
+are used as they are, the covectors come from `torch.autograd.grad`, one query at a time, at the nodes of a fixed composite
+rule, and contributions are their inner products:
 
     c_i(x) = Σ_t ⟨∫₀¹ ∇f(x; θ_t + τ Δθ_t) dτ, D_i,t⟩      (Domingos 2020, Theorem 1, for finite steps)
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pkexplain.errors import ConfigurationError
 from pkexplain.explain._torch_state import in_own_torch_state
 from pkexplain.explain.outputs import Output, settle_output
+from pkexplain.explain.quadrature import BUFFER_PIECES
 from pkexplain.explain.queries import as_queries
 from pkexplain.projection.kinds import Identity
 from pkexplain.store.base import Store
@@ -79,7 +80,7 @@ def path_kernel(
         x: One query or a batch, as for `pkexplain.Explainer.explain`.
         output: What to explain, as for `pkexplain.Explainer.explain`.
         nodes: Gauss–Legendre nodes on each piece.
-        pieces: Equal pieces of each segment.
+        pieces: Equal pieces of each segment; a multiple of four, or rounded up to it.
 
     Returns:
         The ledger; its ``gap`` is the quadrature error.
@@ -114,8 +115,7 @@ def path_kernel(
             remainders[0, q] += segment.weight_decay.double() @ covector
             remainders[1, q] += segment.unsplit.double() @ covector if len(segment.unsplit) else 0.0
             remainders[2, q] += segment.optimizer.double() @ covector
-            along = field.at(t, 1.0, value).detach().double() - field.at(t, 0.0, value).detach().double()
-            remainders[3, q] += outputs[t + 1] - outputs[t] - along
+            remainders[3, q] += outputs[t + 1] - outputs[t] - field.along(t, value)
     numbers = [contributions, kernels, *remainders, *ends.T]
     return ExactAccount(*(number.numpy() for number in numbers))
 
@@ -140,11 +140,15 @@ class _Field:
         named = dict(model.named_parameters())
         self._parameters = [named[name] for block in trajectory.fingerprint.blocks for name in block.parameters]
 
-    def at(self, segment: int, tau: float, look: Callable[[], Tensor]) -> Tensor:
-        """Look at the model at θ_t + τ Δθ_t, where buffers are halfway between the checkpoints."""
+    def at(self, segment: int, tau: float, piece: int, look: Callable[[], Tensor]) -> Tensor:
+        """Look at the model at θ_t + τ Δθ_t, with the buffers in the middle of a piece of the line."""
         start, end = (self._trajectory.checkpoint(t) for t in (segment, segment + 1))
         point = start.parameters + tau * (end.parameters - start.parameters)
-        between = {n: (b + end.buffers[n]) / 2 if b.is_floating_point() else b for n, b in start.buffers.items()}
+        middle = (piece + 0.5) / BUFFER_PIECES
+        between = {
+            name: value + middle * (end.buffers[name] - value) if value.is_floating_point() else value
+            for name, value in start.buffers.items()
+        }
         return self._look(point, between, look)
 
     def at_checkpoint(self, t: int, look: Callable[[], Tensor]) -> Tensor:
@@ -173,10 +177,21 @@ class _Field:
         """Integrate the gradient over a segment with a Gauss–Legendre rule on equal pieces, ``(parameters,)``."""
         roots, weights = np.polynomial.legendre.leggauss(nodes)
         total = torch.zeros(sum(p.numel() for p in self._parameters), dtype=torch.float64)
-        for piece in range(pieces):
+        within = -(-pieces // BUFFER_PIECES)
+        count = within * BUFFER_PIECES
+        for part in range(count):
             for root, weight in zip(roots, weights, strict=True):
-                tau = (piece + (float(root) + 1) / 2) / pieces
-                total += self.at(segment, tau, lambda: self.gradient(value())).double() * float(weight) / 2 / pieces
+                tau = (part + (float(root) + 1) / 2) / count
+                gradient = self.at(segment, tau, part // within, lambda: self.gradient(value()))
+                total += gradient.double() * float(weight) / 2 / count
+        return total
+
+    def along(self, segment: int, value: Callable[[], Tensor]) -> Tensor:
+        """How much the output changes while the parameters move and the buffers stand still."""
+        total = torch.zeros((), dtype=torch.float64)
+        for piece in range(BUFFER_PIECES):
+            start, end = (self.at(segment, (piece + e) / BUFFER_PIECES, piece, value).detach() for e in (0, 1))
+            total += end.double() - start.double()
         return total
 
     def gradient(self, value: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Ledger:
         examples: Σ_i c_i(x) over all training examples, in output units.
         remainders: Changes of the output that belong to no example, by name, in output units: ``"weight_decay"``,
             ``"optimizer"``, ``"unsplit"`` if some gradients were not split among the examples, and, if the model has
-            BatchNorms, ``"buffers"`` (their running statistics).
+            BatchNorms, ``"buffers"`` (running statistics and others).
     """
 
     initial: float

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -38,25 +40,30 @@ def trained(middle: nn.Module) -> RecordedTraining:
     return loop
 
 
-def output_at(loop: RecordedTraining, point: int, buffers: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logit 0 of the queries with the parameters of one checkpoint and any buffers."""
+def output_at(loop: RecordedTraining, t: int, tau: float, buffers: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logit 0 of the queries with parameters between two checkpoints and any buffers."""
     named = [(name, p.shape, p.numel()) for name, p in loop.model.named_parameters()]
-    flat = loop.store.trajectory().checkpoint(point).parameters
+    start, end = (loop.store.trajectory().checkpoint(at).parameters for at in (t, t + 1))
+    flat = start + tau * (end - start)
     pieces = flat.split([numel for _, _, numel in named])
     values = {name: piece.view(shape) for (name, shape, _), piece in zip(named, pieces, strict=True)}
     return functional_call(loop.model.eval(), {**values, **buffers}, (loop.queries,))[:, 0]
 
 
 @pytest.mark.parametrize("middle", [lambda: nn.BatchNorm1d(12), Centred], ids=["BatchNorm", "a buffer of its own"])
-def test_the_line_is_what_the_buffers_change_before_and_after_the_parameters_move(middle):
+def test_the_line_is_what_the_output_changes_where_the_buffers_jump(middle):
     loop = trained(middle())
     run = loop.store.trajectory()
     expected = torch.zeros(3, dtype=torch.float64)
     for t in range(len(run)):
         before, after = run.checkpoint(t).buffers, run.checkpoint(t + 1).buffers
-        halfway = {n: (b + after[n]) / 2 if b.is_floating_point() else b for n, b in before.items()}
-        expected += output_at(loop, t, halfway) - output_at(loop, t, before)
-        expected += output_at(loop, t + 1, after) - output_at(loop, t + 1, halfway)
+        between = [
+            {n: b + share * (after[n] - b) if b.is_floating_point() else b for n, b in before.items()}
+            for share in (1 / 8, 3 / 8, 5 / 8, 7 / 8)
+        ]
+        jumps = [before, *between, after]
+        for jump, (left, right) in enumerate(itertools.pairwise(jumps)):
+            expected += output_at(loop, t, jump / 4, right) - output_at(loop, t, jump / 4, left)
     explained = pk.Explainer(loop.store, loop.model).explain(loop.queries, output=pk.Logit(0))
     found = [explanation.ledger.remainders["buffers"] for explanation in explained]
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-9)
