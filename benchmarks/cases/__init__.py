@@ -21,13 +21,13 @@ class Case:
         batch: Makes the inputs of some examples, by name or position.
         losses: From the model's output and the batch to each example's loss, ``(examples,)``; None if the model
             returns the loss of the whole batch.
-        optimizer: Makes the optimizer.
+        optimizer: Makes the optimizer; by default SGD at a rate that keeps the training stable.
     """
 
     build: Callable[[], nn.Module]
     batch: Callable[[int], Any]
     losses: Callable[[Any, Any], Tensor] | None = None
-    optimizer: Callable[[Any], torch.optim.Optimizer] = lambda parameters: torch.optim.SGD(parameters, lr=1e-3)
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -1,8 +1,8 @@
 """The dense, slow, obvious path kernel, as a check of the fast one.
 
 No hooks, no projection, no index, no correction, no adaptive rule: the displacements of a run recorded with `Identity`
-are used as they are, the covectors come from `torch.autograd.grad`, one query at a time, at the nodes of a fixed composite
-rule, and contributions are their inner products:
+are used as they are, the covectors come from `torch.autograd.grad`, one query at a time, at the nodes of a fixed rule,
+and contributions are their inner products:
 
     c_i(x) = Σ_t ⟨∫₀¹ ∇f(x; θ_t + τ Δθ_t) dτ, D_i,t⟩      (Domingos 2020, Theorem 1, for finite steps)
 """

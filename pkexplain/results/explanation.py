@@ -47,8 +47,8 @@ class Ledger:
         final: f_T(x), the output after the last recorded step, in output units.
         examples: Σ_i c_i(x) over all training examples, in output units.
         remainders: Changes of the output that belong to no example, by name, in output units: ``"weight_decay"``,
-            ``"optimizer"``, ``"unsplit"`` if some gradients were not split among the examples, and, if the model has
-            BatchNorms, ``"buffers"`` (running statistics and others).
+            ``"optimizer"``, ``"unsplit"`` if some gradients were not split among the examples, and, if buffers moved,
+            ``"buffers"`` (running statistics and others).
     """
 
     initial: float
