@@ -72,7 +72,7 @@ def train(case: Case, recorded: bool) -> dict[str, Any]:
     store, losses, start = pk.MemoryStore(), [], time.perf_counter()
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     projection = pk.Identity() if size < 300_000 else pk.Kronecker(2048)
-    options = {"num_examples": BATCHES * EXAMPLES, "projection": projection, "dtype": torch.float64, "segments": 1}
+    options = {"num_examples": BATCHES * EXAMPLES, "projection": projection, "dtype": torch.float64}
     recorder = pk.Recorder(store, model, optimizer, **options) if recorded else None
     with recorder or contextlib.nullcontext():
         for step in range(STEPS):
