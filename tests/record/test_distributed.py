@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 from torch.utils.data import DistributedSampler
 
@@ -115,6 +117,27 @@ def refused_everywhere(rank, world):
         return str(error)
 
 
+def reductions(run, rank, world, recorded):
+    """Count the gradient buckets that the processes exchange in 4 steps, each of which checks its split if recorded."""
+    net, exchanged = nn.parallel.DistributedDataParallel(model()), []
+
+    def counting(group, bucket):
+        exchanged.append(bucket.index())
+        return default_hooks.allreduce_hook(group, bucket)
+
+    net.register_comm_hook(None, counting)
+    optimizer, (inputs, targets) = OPTIMIZERS["sgd"](net.parameters()), digits(EXAMPLES)
+    options = {"num_examples": EXAMPLES, "projection": pk.Identity(), "dtype": torch.float64, "segments": 1}
+    recorder = pk.Recorder(run, net, optimizer, **options) if recorded else None
+    with recorder or contextlib.nullcontext():
+        for ids in (share(torch.arange(8 * s, 8 * s + 8), rank, world) for s in range(4)):
+            with recorder.step(ids) if recorder else contextlib.nullcontext():
+                optimizer.zero_grad()
+                F.cross_entropy(net(inputs[ids]), targets[ids]).backward()
+                optimizer.step()
+    return exchanged, [p.detach().numpy() for p in net.parameters()]
+
+
 def work(rank, world, directory, port, queue):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -131,7 +154,9 @@ def work(rank, world, directory, port, queue):
             train(f"{directory}/resumed-{kind}", case, rank, world, epochs=(0, 1))
             train(f"{directory}/resumed-{kind}", case, rank, world, resumed=True, epochs=(2,))
         sampled(f"{directory}/sampled", rank, world)
-        answer = explained(directory)
+        answer = explained(directory) | {
+            "exchanged": [reductions(f"{directory}/exchanged", rank, world, recorded) for recorded in (False, True)]
+        }
         queue.put((rank, {"refused": refused_everywhere(rank, world), **answer}))
         dist.barrier()
     except BaseException:
@@ -199,6 +224,15 @@ def queries(dtype=torch.float64):
 
 def contributions(path, net, dtype=torch.float64):
     return pk.Explainer(path, net, tolerance=1e-4).contributions(queries(dtype), output=pk.Logit(0))
+
+
+def test_coded_passes_exchange_nothing(together):
+    _, answers = together
+    for answer in answers.values():
+        (plain, without), (recorded, with_recorder) = answer["exchanged"]
+        assert len(plain) == 4  # one bucket a step
+        assert recorded == plain
+        assert all((a == b).all() for a, b in zip(without, with_recorder, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:pkexplain. the examples' gradients do not sum")
