@@ -56,9 +56,8 @@ def stable_rate(case: Case) -> float:
     model = case.build().double().train()
     loss = run(case, case.batch(EXAMPLES), model).mean()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    dense = [g.to_dense() for g in gradients if g is not None]
-    size = sum(float(g.square().sum()) for g in dense)
+    loss.backward()
+    size = sum(float(p.grad.to_dense().square().sum()) for p in parameters if p.grad is not None)
     return min(1e-3, 0.1 * abs(float(loss)) / size) if 0 < size < float("inf") else 1e-3
 
 
