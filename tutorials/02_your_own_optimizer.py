@@ -175,5 +175,6 @@ pk.register_update_rule(LayerScaledRule())
 # - `first`: whether the parameter had no state before the step, for optimizers whose first step differs.
 # - State that depends on the gradient (a second moment) is taken as recorded, after the step.
 #
-# An update that is not linear in the gradient, such as the sign in Lion, or that multiplies by a matrix, such as Muon's and
-# Shampoo's, is not such a recursion. Any rule for it would be wrong, and the check would fail.
+# An update that is not linear in the gradient becomes so with a factor as recorded: Lion's sign of c is c times 1 / |c|, with
+# the |c| of that step (`kept` gives a rule what was there before it). An update that multiplies by a matrix, such as Muon's
+# and Shampoo's, is not such a recursion. Any rule for it would be wrong, and the check would fail.

@@ -9,12 +9,15 @@ import torch
 
 from pkexplain.errors import UnsupportedOptimizerError
 from pkexplain.optimizers.further_rules import ASGD, Adadelta, Adafactor, Rprop
+from pkexplain.optimizers.library_rules import Lion, Prodigy, TransformersAdafactor
 from pkexplain.optimizers.rules import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, UpdateRule
 
 __all__ = ["register_update_rule", "rule_for", "unwrapped"]
 
 _RULES: list[UpdateRule] = [
-    SGD(), Adam(), AdamW(), NAdam(), RAdam(), Adamax(), RMSprop(), Adagrad(), Adadelta(), ASGD(), Rprop(), Adafactor()
+    SGD(), Adam(), AdamW(), NAdam(), RAdam(), Adamax(), RMSprop(), Adagrad(), Adadelta(), ASGD(), Rprop(), Adafactor(),
+    Lion("lion_pytorch.lion_pytorch.Lion"), Lion("timm.optim.lion.Lion"), Prodigy("prodigyopt.prodigy.Prodigy"),
+    TransformersAdafactor(),
 ]  # fmt: skip
 
 
@@ -28,7 +31,7 @@ def register_update_rule(rule: UpdateRule) -> None:
     Args:
         rule: An object with the attribute ``optimizer`` and the method ``read`` of `UpdateRule`.
     """
-    _RULES[:] = [rule, *(known for known in _RULES if known.optimizer is not rule.optimizer)]
+    _RULES[:] = [rule, *(known for known in _RULES if _name_of(known.optimizer) != _name_of(rule.optimizer))]
 
 
 def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
@@ -39,17 +42,22 @@ def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """
     for kind in type(optimizer).__mro__:
         for rule in _RULES:
-            if kind is rule.optimizer and _step_of(type(optimizer)) is _step_of(kind):
+            if rule.optimizer in (kind, _name_of(kind)) and _step_of(type(optimizer)) is _step_of(kind):
                 return rule
-    known = ", ".join(sorted(rule.optimizer.__name__ for rule in _RULES))
+    known = ", ".join(sorted({_name_of(rule.optimizer).rpartition(".")[2] for rule in _RULES}))
     raise UnsupportedOptimizerError(
         "recording an optimizer",
         "it has no update rule, so its displacements would be wrong",
-        got=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        got=_name_of(type(optimizer)),
         expected=known,
         source="the optimizers that can be recorded",
         fix="Train with one of these, or write its rule and hand it to pkexplain.register_update_rule",
     )
+
+
+def _name_of(kind: type[torch.optim.Optimizer] | str) -> str:
+    """The full name of a class, as a rule may give it in place of the class."""
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _step_of(kind: type[torch.optim.Optimizer]) -> object:

@@ -115,11 +115,15 @@ def _plain(value: Number, size: int) -> Number:
 class UpdateRule(Protocol):
     """What a supported optimizer needs: its class, and how to read a step that was just taken.
 
-    A rule may have an attribute ``kept``: names of the optimizer's state, ``"parameter"`` or ``"gradient"``, whose
-    values before the step it finds in ``state`` as ``"before.…"``.
+    The class may be given by its full name, such as ``"lion_pytorch.lion_pytorch.Lion"``, so that its library need not
+    be imported. A rule may have an attribute ``kept``: names in the optimizer's state or in the parameter's group,
+    ``"parameter"`` or ``"gradient"``, whose values before the step it finds in ``state`` as ``"before.…"``.
     """
 
-    optimizer: type[torch.optim.Optimizer]
+    @property
+    def optimizer(self) -> type[torch.optim.Optimizer] | str:
+        """The optimizer's class, or its full name."""
+        ...
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
         """Read one parameter's numbers.

@@ -92,13 +92,17 @@ class StepReader:
     def begin(self) -> None:
         """Read, before a step, the gradient it is given and which parameters have no state yet."""
         self.applied = self._gradient()
-        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
-        self._before = [self._kept(p, g) for p, g in zip(self._parameters, self._given, strict=True)]
+        states, groups = [self._optimizer.state.get(p, {}) for p in self._parameters], self._groups()
+        self._before = [self._kept(p, g, groups[id(p)]) for p, g in zip(self._parameters, self._given, strict=True)]
         self._first = [not any(isinstance(value, Tensor) for value in state.values()) for state in states]
 
-    def _kept(self, parameter: Tensor, gradient: Tensor) -> dict[str, Any]:
+    def _groups(self) -> dict[int, dict[str, Any]]:
+        """Each parameter's group, by its id."""
+        return {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+
+    def _kept(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Copy what the update rule wants from before the step."""
-        state = {"parameter": parameter, "gradient": gradient, **self._optimizer.state.get(parameter, {})}
+        state = {"parameter": parameter, "gradient": gradient, **group, **self._optimizer.state.get(parameter, {})}
         wanted = [name for name in getattr(self._rule, "kept", ()) if name in state]
         copied = {name: state[name] for name in wanted}
         return {f"before.{n}": v.detach().clone() if isinstance(v, Tensor) else v for n, v in copied.items()}
@@ -113,7 +117,7 @@ class StepReader:
 
     def numbers(self) -> dict[int, LinearStep]:
         """Read the step that was just taken, for each block."""
-        group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        group_of = self._groups()
         numbers: dict[int, LinearStep] = {}
         index = 0
         for position, block in enumerate(self._blocks):
@@ -121,7 +125,7 @@ class StepReader:
             for _ in block.parameters:
                 parameter, group = self._parameters[index], group_of[id(self._parameters[index])]
                 if parameter.grad is None:
-                    steps.append(LinearStep.skipped(float(group["lr"])))
+                    steps.append(LinearStep.skipped(float(group["lr"] or 0.0)))  # None: chosen by the optimizer
                 else:
                     state = {**self._optimizer.state[parameter], **self._before[index]}
                     steps.append(self._rule.read(group, state, self._first[index]))

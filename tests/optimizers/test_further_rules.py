@@ -1,9 +1,12 @@
-"""Rules that need what was there before the step: the account leaves nothing to the optimizer line."""
+"""Rules of less common optimizers, other libraries' too: the account leaves nothing to the optimizer line."""
 
 import pytest
 import torch
+from lion_pytorch import Lion
+from prodigyopt import Prodigy
 from torch import nn
 from torch.nn import functional as F
+from transformers.optimization import Adafactor
 
 import pkexplain as pk
 from pkexplain.optimizers.registry import rule_for, unwrapped
@@ -37,6 +40,16 @@ CASES = {
     "Adafactor": (torch.optim.Adafactor, {"lr": 0.1}),
     "Adafactor, decay": (torch.optim.Adafactor, {"lr": 0.1, "weight_decay": 0.1, "d": 2.0}),
     "Adafactor, foreach": (torch.optim.Adafactor, {"lr": 0.1, "foreach": True}),
+    "Lion": (Lion, {"lr": 0.01}),
+    "Lion, decay": (Lion, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.95, 0.98)}),
+    "Prodigy": (Prodigy, {"lr": 1.0, "d0": 1e-3}),
+    "Prodigy, decay": (Prodigy, {"d0": 1e-3, "weight_decay": 0.1, "use_bias_correction": True}),
+    "Prodigy, L2": (Prodigy, {"d0": 1e-3, "weight_decay": 0.1, "decouple": False, "betas": (0.0, 0.99)}),
+    "Adafactor of transformers": (Adafactor, {"weight_decay": 0.1}),
+    "Adafactor of transformers, fixed rate": (
+        Adafactor,
+        {"lr": 0.05, "relative_step": False, "scale_parameter": False, "beta1": 0.9, "clip_threshold": 0.5},
+    ),
     "inherits": (Inherits, {"lr": 0.01}),
 }
 
