@@ -25,12 +25,25 @@ class Evidence:
     held: dict[Node, tuple[Tensor | None, ...]]
     outputs: list[GradientEdge]
     direct: list[Tensor]
+    known: list[Layout]
     dtypes: set[torch.dtype]
 
     @property
     def labelled(self) -> int:
         """How many nodes belong to examples."""
         return sum(x is not None and not x.mixed for x in self.layouts.values())
+
+    def rounding(self, graph: Graph) -> dict[str, Tensor]:
+        """How far the graph's own passes are from adding up: |G(c) + G(1 − c) − G(1)|, zero but for rounding."""
+        found: dict[str, Tensor] = {}
+        for number, coded in self.coded.items():
+            given = [self.codes.code(g, at, number, rest=True) for g, at in zip(self.direct, self.known, strict=True)]
+            rest = graph.parameters_from(self.outputs, given)
+            for name, whole in self.plain.items():
+                if name in coded and name in rest:
+                    miss = (coded[name].double() + rest[name].double() - whole.double()).abs()
+                    found[name] = torch.maximum(found[name], miss) if name in found else miss
+        return found
 
     @property
     def finite(self) -> bool:
@@ -88,18 +101,20 @@ def _passes(
         given = [codes.code(g, known[edge.node], number) for edge, g in pairs]
         with graph.watching(nodes, lambda node, gradients, at=1 + number: seen(at, node, gradients)):
             coded[number] = graph.parameters_from(edges, given)
-    if in_half_precision(set(dtypes.values())):
+    half = in_half_precision(set(dtypes.values()))
+    if half:
         coded = {2: graph.parameters_from(edges, [codes.code(g, known[edge.node], 2) for edge, g in pairs])}
     layouts: dict[Node, Layout | None] = {}
     for node, rows in sketches[0].items():
         others = [s[node] for s in sketches[1:] if node in s]
         same = len(others) == 2 and all([x.shape for x in other] == [x.shape for x in rows] for other in others)
-        layouts[node] = sketcher.layout(rows, others, dtypes[node]) if same else None
+        layouts[node] = sketcher.layout(rows, others, torch.bfloat16 if half else dtypes[node]) if same else None
     if not any("BatchNorm" in node.name() for node in nodes):  # only there is a row one example's by its place
         layouts = {node: None if layout is not None and layout.mixed else layout for node, layout in layouts.items()}
     single = {edge.node for edge in edges if edge.node not in _nested(edges)}
     layouts.update({node: layout for node, layout in known.items() if node in single})
-    return Evidence(codes, layouts, plain, coded, held, edges, direct, set(dtypes.values()))
+    ways = [known[edge.node] for edge in edges]
+    return Evidence(codes, layouts, plain, coded, held, edges, direct, ways, set(dtypes.values()))
 
 
 def in_half_precision(dtypes: set[torch.dtype]) -> bool:

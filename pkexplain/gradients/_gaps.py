@@ -10,14 +10,37 @@ from torch import Tensor
 
 from pkexplain.gradients.layers import Block
 
-SMALL = 1e-3
-"""Share of the average gradient below which a block's own size no longer sets the scale of its gap."""
+
+def scale_share(tolerance: float) -> float:
+    """Share of the average gradient below which a block's own size no longer sets the scale of its gap.
+
+    A gradient that is zero but for rounding (of a bias before a BatchNorm, of the keys' bias in attention) is hundreds
+    of ε of the average one. The tolerance times this share has to be larger, in every dtype.
+    """
+    if tolerance <= 1e-6:  # float64
+        return 1e-3
+    return 0.3 if tolerance <= 1e-3 else 1.0  # float32, half precision
 
 
 def relative_gap(
-    blocks: Sequence[Block], found: Mapping[int, Tensor], true: Mapping[str, Tensor], without: set[str]
+    blocks: Sequence[Block],
+    found: Mapping[int, Tensor],
+    true: Mapping[str, Tensor],
+    without: set[str],
+    tolerance: float,
 ) -> dict[int, float]:
-    """Compare Σ_i c_i g_i of each block with a coded pass; ``without`` names parameters that are not split."""
+    """Compare Σ_i c_i g_i of each block with a coded pass.
+
+    Args:
+        blocks: The blocks.
+        found: Σ_i c_i g_i, for each block's position.
+        true: The coded gradients, by parameter.
+        without: Parameters that are not split.
+        tolerance: The gap that is allowed.
+
+    Returns:
+        The relative difference of each block.
+    """
     whole = math.sqrt(sum(float(g.double().square().sum()) for g in true.values()))
     scale = whole / math.sqrt(max(1, sum(block.numel for block in blocks)))
     gaps = {}
@@ -26,7 +49,7 @@ def relative_gap(
             continue
         truth = flat_block(block, true)
         mine = found.get(position, torch.zeros_like(truth)).double()
-        size = max(float(truth.norm()), SMALL * scale * math.sqrt(len(truth)))
+        size = max(float(truth.norm()), scale_share(tolerance) * scale * math.sqrt(len(truth)))
         gap = float((mine - truth).norm()) / size if size > 0 else 0.0
         gaps[position] = math.inf if math.isnan(gap) else gap
     return gaps

@@ -150,7 +150,7 @@ class StepCapture:
         capture.known_splits[key] = capture.split = split
         capture.unsplit.update(split.unsplit)
         capture.interacting |= split.interacting
-        capture.tolerance = max(capture.tolerance, split.tolerance)
+        capture.tolerance = max(capture.tolerance, split.tolerance, *split.allowed.values())
         self._watch.learnt(split)
         self._note(split.gaps)
         return self._listen(graph, split)
@@ -180,10 +180,10 @@ class StepCapture:
         (_, true), self._coded = self._coded, None
         gaps = {}
         if not self._split.interacting:
-            gaps = relative_gap(self._capture.blocks, self._totals, true, set(self._split.unsplit))
+            unsplit, tolerance = set(self._split.unsplit), self._split.tolerance
+            gaps = relative_gap(self._capture.blocks, self._totals, true, unsplit, tolerance)
         self._totals = {}
-        tolerance = self._split.tolerance
-        if any(not gap <= tolerance for gap in gaps.values()):
+        if any(not self._split.holds(position, gap) for position, gap in gaps.items()):
             self._capture.forget()
         self._note(gaps)
 

@@ -105,10 +105,11 @@ class Codes:
         """Which of the codes check a split: in half precision only the signs, whose rounding is the training's own."""
         return (2,) if half else (0, 1)
 
-    def code(self, gradient: Tensor, layout: Layout, number: int) -> Tensor:
-        """Multiply a tensor's rows by their examples' codes."""
+    def code(self, gradient: Tensor, layout: Layout, number: int, rest: bool = False) -> Tensor:
+        """Multiply a tensor's rows by their examples' codes c, or by what is left of them, 1 − c."""
         owners = layout.owners(gradient.shape[layout.axis], self.values.shape[1])
-        factors = torch.where(owners < 0, 0.0, self.values[number][owners.clamp_min(0)])
+        values = 1 - self.values[number] if rest else self.values[number]
+        factors = torch.where(owners < 0, 0.0, values[owners.clamp_min(0)])
         shape = [1] * gradient.ndim
         shape[layout.axis] = len(factors)
         return gradient * factors.to(gradient.device, gradient.dtype).view(shape)

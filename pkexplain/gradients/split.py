@@ -7,14 +7,18 @@ For each block of parameters the first of these that passes the check:
 3. ``unsplit``: nothing; the parameters' movement is a line of its own in the ledger.
 
 The check, for all examples and parameters at once: ∂(loss)/∂y with example i's rows multiplied by a random c_i, sent
-through the real graph, must give Σ_i c_i g_i of the gradients g_i as they were split.
+through the real graph, must give Σ_i c_i g_i of the gradients g_i as they were split. Where it fails, it is measured
+how far the passes themselves are from adding up: a gradient that is a small rest of large terms (before a BatchNorm, in
+float32) is itself rounded by that much, and no split can be closer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +26,10 @@ from torch.autograd.graph import Node
 
 from pkexplain.errors import ExampleIdError
 from pkexplain.gradients._evidence import Evidence, gather, in_half_precision
-from pkexplain.gradients._gaps import SMALL, flat_block
+from pkexplain.gradients._gaps import flat_block, scale_share
 from pkexplain.gradients._junctions import Junction, find_junctions, read_junction
 from pkexplain.gradients._uses import NotedUse, split_use
+from pkexplain.gradients.batch_norm import RowMixture
 from pkexplain.gradients.factors import LinearGradient
 from pkexplain.gradients.graph import Graph, layout_of_output
 from pkexplain.gradients.layers import Block
@@ -34,6 +39,12 @@ __all__ = ["TOLERANCE", "Split", "learn_split"]
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 """Split gap up to which a block counts as split, by dtype of the output's gradient."""
+_ROUNDINGS = 8
+"""Multiples of a block's measured rounding that its split gap may reach instead."""
+_TERMS = 32
+"""Multiples of ε of the terms that cancel before a BatchNorm, which it may reach, too: its statistics are rounded."""
+_EXCUSED = 200, 0.1
+"""The largest split gap that rounding can excuse: a multiple of the tolerance, and at most."""
 
 
 @dataclass
@@ -47,6 +58,7 @@ class Split:
         junctions: Positions of nodes in the graph's order, their inputs, and their layouts.
         unsplit: Names of the parameters that are not split, and why.
         gaps: The split gap of each block.
+        allowed: The gap that was allowed, for blocks whose own rounding is larger than the tolerance.
         interacting: Whether examples act on one another, so that rows were taken for theirs where they are computed.
         half: Whether some of the backward pass is in half precision.
         tolerance: The gap that was allowed.
@@ -59,6 +71,7 @@ class Split:
     junctions: list[tuple[int, int, Layout, tuple[str, ...]]] = field(default_factory=list)
     unsplit: dict[str, str] = field(default_factory=dict)
     gaps: dict[int, float] = field(default_factory=dict)
+    allowed: dict[int, float] = field(default_factory=dict)
     interacting: bool = False
     half: bool = False
     tolerance: float = 1e-4
@@ -67,6 +80,10 @@ class Split:
     def gap(self) -> float:
         """The largest split gap of the blocks that are split."""
         return max(self.gaps.values(), default=0.0)
+
+    def holds(self, position: int, gap: float) -> bool:
+        """Whether a block with this gap counts as split."""
+        return gap <= max(self.tolerance, self.allowed.get(position, 0.0))
 
     @property
     def fixed(self) -> bool:
@@ -118,12 +135,14 @@ def learn_split(
     split = Split(examples, half=in_half_precision(evidence.dtypes))
     split.tolerance = max((TOLERANCE.get(kind, 5e-3) for kind in evidence.dtypes), default=1e-8)
     norms = any("BatchNorm" in node.name() for node in graph.order)
-    check = _Check(graph, evidence, blocks, norms)
+    check = _Check(graph, evidence, blocks, norms, split)
     for noted in uses:
         layouts = {at: check.layout(e.node, s) for at, (e, s) in enumerate(zip(noted.edges, noted.shapes, strict=True))}
         split.layouts[noted.key], split.ranks[noted.key] = layouts, tuple(map(len, noted.shapes))
     gaps = check.of_rules(uses, split.layouts, dtype)
-    split.rules = {position for position, gap in gaps.items() if gap <= split.tolerance}
+    for position, gap in gaps.items():
+        check.allow(position, gap)
+    split.rules = {position for position, gap in gaps.items() if split.holds(position, gap)}
     split.gaps = {position: gaps[position] for position in split.rules}
     rest = {name for at, block in enumerate(blocks) if at not in split.rules for name in block.parameters}
     if rest:
@@ -165,12 +184,24 @@ def verify_split(
     return codes.values[number], graph.parameters_from([e for e, _ in pairs], coded)
 
 
+class _Local(NamedTuple):
+    """A use whose part in a block is checked where it is computed: examples act on one another further down."""
+
+    noted: NotedUse
+    layouts: Mapping[int, Layout | None]
+    position: int
+    norms: bool  # whether all of it came through norms that follow
+
+
 class _Check:
     """Compares Σ_i c_i g_i of split gradients with the coded passes."""
 
-    def __init__(self, graph: Graph, evidence: Evidence, blocks: Sequence[Block], norms: bool) -> None:
+    def __init__(self, graph: Graph, evidence: Evidence, blocks: Sequence[Block], norms: bool, split: Split) -> None:
         self.graph, self.evidence, self.blocks, self._norms = graph, evidence, blocks, norms
-        self.assumed = False
+        self.tolerance, self.allowed, self.assumed = split.tolerance, split.allowed, False
+        self._excused = min(_EXCUSED[0] * split.tolerance, _EXCUSED[1])
+        self._rounding: dict[str, Tensor] | None = None
+        self._cancelled: dict[int, Tensor | float] = {}
         numel = sum(block.numel for block in blocks)
         whole = [math.sqrt(sum(float(g.double().square().sum()) for g in c.values())) for c in evidence.coded.values()]
         self._scale = max(whole) / math.sqrt(max(numel, 1))
@@ -186,7 +217,7 @@ class _Check:
 
     def gap(self, found: Tensor, true: Tensor) -> float:
         """The relative difference of two coded gradients of the same parameters."""
-        size = max(float(true.double().norm()), SMALL * self._scale * math.sqrt(true.numel()))
+        size = max(float(true.double().norm()), scale_share(self.tolerance) * self._scale * math.sqrt(true.numel()))
         miss = float((found.double() - true.double()).norm())
         return miss / size if size > 0 else (0.0 if miss == 0 else math.inf)
 
@@ -199,7 +230,7 @@ class _Check:
         """The gap of every block whose layers have a rule for all their uses."""
         codes, examples = self.evidence.codes, self.evidence.codes.values.shape[1]
         found: dict[int, list[Tensor]] = {}
-        local: dict[int, list[Tensor]] = {}
+        local: dict[int, list[_Local]] = {}
         failed: set[int] = set()
         for noted in uses:
             self._hold(noted)
@@ -222,22 +253,24 @@ class _Check:
             for each in pieces:
                 for (position, _), piece in zip(wanted, each, strict=True):
                     self._add(found, position, [piece.weighted(codes.values[n]) for n in self.evidence.coded])
-            for position, _ in wanted:
-                self._add(local, position, self._locally(noted, mine, position, norms) if mixing else [])
-        for noted in uses:
-            noted.arrived.clear()
-        return {
+                    if isinstance(piece, RowMixture):
+                        part = torch.finfo(piece.matrices.dtype).eps * piece.gross().double()
+                        self._cancelled[position] = self._cancelled.get(position, 0.0) + part
+            for position, _ in wanted if mixing else ():
+                local.setdefault(position, []).append(_Local(noted, mine, position, norms))
+        gaps = {
             position: self._gap_of(position, totals, local.get(position, []))
             for position, totals in found.items()
             if position not in failed
         }
+        for noted in uses:
+            noted.arrived.clear()
+        return gaps
 
     @staticmethod
     def _add(into: dict[int, list[Tensor]], position: int, totals: list[Tensor]) -> None:
         known = into.get(position)
-        into[position] = (
-            totals if not known else [a + b for a, b in zip(known, totals, strict=True)] if totals else known
-        )
+        into[position] = totals if known is None else [a + b for a, b in zip(known, totals, strict=True)]
 
     def _hold(self, noted: NotedUse) -> None:
         """Give a use the gradients that its outputs had in the plain pass."""
@@ -248,33 +281,54 @@ class _Check:
             if gradient is not None:
                 noted.arrived[at] = gradient
 
-    def _locally(
-        self, noted: NotedUse, layouts: Mapping[int, Layout | None], position: int, norms: bool
-    ) -> list[Tensor]:
-        """Code the layer's own output gradients, or those of the norms after it, and take them to its parameters."""
-        names = self.blocks[position].parameters
-        edges = [self.graph.edges[n] for n in names if n in self.graph.edges]
-        found = []
-        for number in self.evidence.coded:
+    def _locally(self, parts: Sequence[_Local], code: Callable[[Tensor, Layout], Tensor]) -> Tensor:
+        """Code the layers' own output gradients, or those of the norms after them, and take them to a block."""
+        block = self.blocks[parts[0].position]
+        names = [n for n in block.parameters if n in self.graph.edges]
+        total = torch.zeros(block.numel, dtype=torch.float64)
+        for noted, layouts, _, norms in parts:
             pairs = [
-                (noted.edges[at], self.evidence.codes.code(g, layout, number))
+                (noted.edges[at], code(g, layout))
                 for at, g in noted.arrived.items()
                 if (layout := layouts[at]) is not None and not norms
             ]
-            rows = Layout(0, "contiguous")
             for norm in noted.followers if norms else ():
-                pairs += [(norm.edges[at], self.evidence.codes.code(g, rows, number)) for at, g in norm.arrived.items()]
-            values = torch.autograd.grad(
-                [e for e, _ in pairs], edges, [g for _, g in pairs], retain_graph=True, allow_unused=True
-            )
-            named = dict(zip([n for n in names if n in self.graph.edges], values, strict=True))
-            found.append(flat_block(self.blocks[position], {n: g for n, g in named.items() if g is not None}))
-        return found
+                pairs += [(norm.edges[at], code(g, Layout(0, "contiguous"))) for at, g in norm.arrived.items()]
+            edges, wanted = [e for e, _ in pairs], [self.graph.edges[n] for n in names]
+            values = torch.autograd.grad(edges, wanted, [g for _, g in pairs], retain_graph=True, allow_unused=True)
+            named = dict(zip(names, values, strict=True))
+            part = flat_block(block, {n: g for n, g in named.items() if g is not None})
+            total = total.to(part.device) + part
+        return total
 
-    def _gap_of(self, position: int, totals: Sequence[Tensor], local: Sequence[Tensor]) -> float:
-        truth = local or [flat_block(self.blocks[position], coded) for coded in self.evidence.coded.values()]
+    def _gap_of(self, position: int, totals: Sequence[Tensor], local: Sequence[_Local]) -> float:
+        block, codes = self.blocks[position], self.evidence.codes
+        truth = [
+            self._locally(local, partial(codes.code, number=number)) if local else flat_block(block, coded)
+            for number, coded in self.evidence.coded.items()
+        ]
         gaps = [self.gap(a, b) for a, b in zip(totals, truth, strict=True)]
-        return max(math.inf if math.isnan(gap) else gap for gap in gaps)
+        gap = max(math.inf if math.isnan(gap) else gap for gap in gaps)
+        if local and self.tolerance < gap <= self._excused:
+            number = next(iter(self.evidence.coded))
+            rest = self._locally(local, partial(codes.code, number=number, rest=True))
+            plain = self._locally(local, lambda g, _: g)
+            self._allow(position, self.gap(truth[0] + rest, plain), truth[0])
+        return gap
+
+    def allow(self, position: int, gap: float) -> None:
+        """If a block fails by little, measure its rounding and allow for it."""
+        if not self.tolerance < gap <= self._excused or position in self.allowed:
+            return
+        if self._rounding is None:
+            self._rounding = self.evidence.rounding(self.graph)
+        block = self.blocks[position]
+        truth = next(flat_block(block, coded) for coded in self.evidence.coded.values())
+        self._allow(position, self.gap(truth + flat_block(block, self._rounding), truth), truth)
+
+    def _allow(self, position: int, rounding: float, truth: Tensor) -> None:
+        cancelled = self.gap(truth + _TERMS * self._cancelled.get(position, 0.0), truth)
+        self.allowed[position] = min(self._excused, max(_ROUNDINGS * rounding, cancelled))
 
 
 def _by_graph(check: _Check, split: Split, names: set[str]) -> None:
@@ -313,13 +367,14 @@ def _by_graph(check: _Check, split: Split, names: set[str]) -> None:
         pairs = [(a, b) for a, b in zip(totals.get(name, zeros), truth, strict=True) if b is not None]
         pairs = pairs[-1:] if name in mixed else pairs
         gaps = [check.gap(a.to(b.device), b.flatten()) for a, b in pairs]
-        if name in failed or not max(gaps) <= split.tolerance:
+        position = next(at for at, block in enumerate(check.blocks) if name in block.parameters)
+        check.allow(position, max(gaps))
+        if name in failed or not split.holds(position, max(gaps)):
             known = name in totals
             split.unsplit[name] = failed.get(name) or (
                 f"its split gap is {max(gaps):.1e}" if known else "examples meet it in no place that can be read"
             )
         else:
-            position = next(at for at, block in enumerate(check.blocks) if name in block.parameters)
             split.gaps[position] = max(split.gaps.get(position, 0.0), *gaps)
     for junction in junctions:
         kept = tuple(name for name in junction.names if name not in split.unsplit)

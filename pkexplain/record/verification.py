@@ -57,7 +57,7 @@ class RecordingCheck:
             ``"buffer …"``, ``"random state"``. It must be empty.
         layers: How each block of parameters is split.
         examples: The batch size.
-        tolerance: The split gap that is allowed, by dtype.
+        tolerance: The split gap that is allowed, by dtype and by the rounding of the gradients themselves.
         interacting: Whether examples act on one another, as in a BatchNorm.
         optimizer: Why the optimizer cannot be recorded; empty if it can, or was not given.
         plain_seconds: A forward and backward pass, the median of 5.

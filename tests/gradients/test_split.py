@@ -296,3 +296,36 @@ def test_a_rule_that_is_wrong_fails_the_check(monkeypatch):
     found, true, capture = split_and_truth(nn.Linear(D, 3).double(), vectors())
     torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-11)  # from the graph
     assert capture.split.rules == set()
+
+
+@pytest.mark.parametrize("error", [0.0, 0.05])
+def test_rounding_is_not_taken_for_a_wrong_split_nor_a_wrong_split_for_rounding(monkeypatch, error):
+    """Inputs far from zero before a BatchNorm: the gradient is a small rest of large terms, rounded in float32."""
+    from pkexplain.gradients import _uses
+
+    torch.manual_seed(0)
+    x = torch.randn(64, D, dtype=torch.float64) + 300
+    model = nn.Sequential(nn.Linear(D, 3, bias=False), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)).double()
+
+    def rows(model, x):
+        layers, blocks = find_layers(model, {name: 0 for name, _ in model.named_parameters()})
+        capture, pieces = Capture(layers, blocks), []
+        with capture.during_backward(64, lambda *piece: pieces.append(piece)):
+            model(x).square().mean().backward()
+        return sum(piece.dense() for at, piece in pieces if at == 0), capture
+
+    true, exact = rows(copy.deepcopy(model), x)
+    assert exact.tolerance == 1e-8
+    before_norms = _uses.before_norms
+
+    def wrong(*given):
+        found = before_norms(*given)
+        return [[g.scaled(torch.full((g.matrix[0] * g.matrix[1],), 1 + error)) for g in each] for each in found]
+
+    monkeypatch.setattr(_uses, "before_norms", wrong)
+    found, capture = rows(copy.deepcopy(model).float(), x.float())
+    assert (0 in capture.split.rules) == (not error)
+    assert not capture.unsplit  # the graph's own split, where the rule is wrong
+    if not error:
+        assert 1e-6 < capture.gap <= capture.tolerance
+        torch.testing.assert_close(found.double(), true, rtol=0.02, atol=0.02 * float(true.norm(dim=1).mean()))
