@@ -6,8 +6,9 @@
 
 A case trains a few steps in float64 twice, without and with a recorder, and compares losses, parameters, buffers and
 random state bit for bit. Each example's gradient of the first step is compared with a backward pass of its own loss
-through the same graph. Then a query is explained. Cases that do not name an optimizer train with SGD at a rate that
-keeps them stable: a network that diverges in 4 steps is not one that people explain.
+through the same graph. Then a query is explained. A first step in float32, and one under autocast in bfloat16, show
+how much of the gradient norm is unsplit where gradients are rounded. Cases that do not name an optimizer train with
+SGD at a rate that keeps them stable: a network that diverges in 4 steps is not one that people explain.
 """
 
 from __future__ import annotations
@@ -139,6 +140,32 @@ def rows_wrong(case: Case) -> float | None:
     return float(((found - true).norm(dim=1) / true.norm(dim=1).clamp_min(1e-30)).max())
 
 
+def unsplit_share(case: Case, autocast: bool) -> float | None:
+    """The unsplit share of the gradient norm in float32, or under autocast in bfloat16; None if it does not run."""
+    from pkexplain.gradients.watch import Watch
+
+    def single(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    try:
+        torch.manual_seed(0)
+        model, batch = case.build().float().train(), case.batch(EXAMPLES)
+        several = isinstance(batch, tuple)
+        batch = tuple(map(single, batch)) if several else {n: single(v) for n, v in batch.items()}
+        tried = verification._Recorded(model, EXAMPLES)
+        watch = Watch(verify=False, axes=tried._inputs.axes)
+        noting = tried._inputs.noting(EXAMPLES)
+        with noting, tried.capture.during_backward(EXAMPLES, lambda *_: None, watch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = run(case, batch, model).float().mean()
+            loss.backward()
+    except (PkexplainError, RuntimeError, TypeError):  # some models do not run under autocast
+        return None
+    sizes = {n: float(p.grad.to_dense().norm()) for n, p in model.named_parameters() if p.grad is not None}
+    unsplit = np.linalg.norm([size for name, size in sizes.items() if name in tried.capture.unsplit])
+    return float(unsplit / np.linalg.norm(list(sizes.values())))
+
+
 def judge(case: Case) -> dict[str, Any]:
     try:
         plain = train(case, False)
@@ -158,6 +185,7 @@ def judge(case: Case) -> dict[str, Any]:
         found |= {"gap": max(s.gap for s in splits), "interacting": any(s.interacting for s in splits)}
         found["why"] = "; ".join(f"{n}: {w}" for s in splits[:1] for n, w in list(s.reasons.items())[:2])
         found["rows"] = rows_wrong(case)
+        found["float32"], found["autocast"] = unsplit_share(case, False), unsplit_share(case, True)
         query = recorded["batches"][0]
         query = tuple(v[:2] for v in query) if isinstance(query, tuple) else {n: v[:2] for n, v in query.items()}
         if isinstance(query, dict):
@@ -259,6 +287,14 @@ def report(results: list[dict[str, Any]]) -> None:
     )
     text.append(f"median over the Hugging Face and timm models: {np.median(models):.2%}; the largest: ")
     text.append(("; ".join(largest) or "none") + ".")
+    for name, title in (("float32", "float32"), ("autocast", "autocast in bfloat16")):
+        some = sorted(((r[name], r["name"]) for r in tried if r.get(name) is not None), reverse=True)
+        worst = "; ".join(f"{case} {share:.1%}" for share, case in some[:10] if share > 0) or "none"
+        text += [
+            "",
+            f"In {title}, {sum(share == 0 for share, _ in some)} of {len(some)} cases have a first step without ",
+        ]
+        text.append(f"an unsplit parameter, {sum(share <= 0.01 for share, _ in some)} at most 1% of the norm; {worst}.")
     text += ["", "Not green:", "", *(f"- {line}" for line in refused), "", f"{machine()}."]
     write("coverage", "\n".join(text))
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lion_pytorch import Lion
+from prodigyopt import Prodigy
 from torch import nn
 from torch.nn import functional as F
+from transformers.optimization import Adafactor
 
 from cases import Case
 
@@ -46,6 +49,8 @@ KINDS: dict[str, Any] = {
     "Adamax": optimizer("Adamax"), "RMSprop": optimizer("RMSprop"), "RMSprop, centered": optimizer("RMSprop", centered=True, momentum=0.5),
     "Adagrad": optimizer("Adagrad"), "Adadelta": optimizer("Adadelta"), "ASGD": optimizer("ASGD"), "Rprop": optimizer("Rprop"),
     "Adafactor": optimizer("Adafactor"), "SparseAdam": optimizer("SparseAdam"), "LBFGS": optimizer("LBFGS"),
+    "Lion": lambda parameters: Lion(parameters, lr=1e-2), "Prodigy": lambda parameters: Prodigy(parameters),
+    "Adafactor of transformers": lambda parameters: Adafactor(parameters),
     "a subclass of AdamW": lambda parameters: Renamed(parameters, lr=1e-2),
 }  # fmt: skip
 CASES = {name: Case(build, images, classes, kind) for name, kind in KINDS.items()}

@@ -43,7 +43,7 @@ _ROUNDINGS = 8
 """Multiples of a block's measured rounding that its split gap may reach instead."""
 _TERMS = 32
 """Multiples of ε of the terms that cancel before a BatchNorm, which it may reach, too: its statistics are rounded."""
-_EXCUSED = 200, 0.1
+_EXCUSED = 1000, 0.1
 """The largest split gap that rounding can excuse: a multiple of the tolerance, and at most."""
 
 

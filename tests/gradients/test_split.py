@@ -329,3 +329,36 @@ def test_rounding_is_not_taken_for_a_wrong_split_nor_a_wrong_split_for_rounding(
     if not error:
         assert 1e-6 < capture.gap <= capture.tolerance
         torch.testing.assert_close(found.double(), true, rtol=0.02, atol=0.02 * float(true.norm(dim=1).mean()))
+
+
+def test_layouts_are_found_under_autocast():
+    """Gradients of float32 layers (norms, embeddings) are rounded there by the half-precision layers behind them."""
+
+    def forward(m, x):
+        return m.head(m.norm(m.encoder(m.words(x))).mean(1))
+
+    def encoder():
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3)
+
+    parts = {"words": lambda: nn.Embedding(9, 16), "norm": lambda: nn.LayerNorm(16), "head": lambda: nn.Linear(16, 3)}
+    torch.manual_seed(0)
+    model = module(forward, encoder=encoder, **parts)()
+    x = torch.randint(0, 9, (8, T))
+    layers, blocks = find_layers(model, {name: 0 for name, _ in model.named_parameters()})
+    capture, pieces = Capture(layers, blocks), []
+    with capture.during_backward(8, lambda *piece: pieces.append(piece)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        each = F.cross_entropy(y.float(), torch.arange(8) % 3, reduction="none")
+        named = dict(model.named_parameters())
+        truth = [torch.autograd.grad(one, list(named.values()), retain_graph=True) for one in each]
+        each.mean().backward()
+    assert not capture.unsplit
+    found = torch.zeros(8, sum(block.numel for block in blocks))
+    for at, piece in pieces:
+        found[:, blocks[at].span] += piece.dense()
+    order = [name for block in blocks for name in block.parameters]
+    true = torch.stack(
+        [torch.cat([dict(zip(named, one, strict=True))[name].flatten() for name in order]) for one in truth]
+    )
+    assert ((found - true / 8).norm(dim=1) < 0.02 * (true / 8).norm(dim=1)).all()
