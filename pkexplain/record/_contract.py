@@ -86,6 +86,26 @@ def broken(wrong: str, got: str, fix: str) -> RecordingError:
     return RecordingError("recorder.step(ids)", wrong, got=got, expected=expected, source="the training loop", fix=fix)
 
 
+def not_all_stepped(stepped: Sequence[torch.optim.Optimizer], held: Sequence[torch.optim.Optimizer]) -> RecordingError:
+    """Make the error for a block in which some of several optimizers did not step after the backward passes."""
+    names = [type(optimizer).__name__ for optimizer in held if optimizer not in stepped]
+    return broken(
+        f"{len(stepped)} of {len(held)} optimizers stepped",
+        f"no step of {', '.join(names)}, or a backward pass before it",
+        "Call all backward passes, then step() of each optimizer, in every block; if two models are trained in turns, "
+        "make a recorder for each",
+    )
+
+
+def not_all_skipped() -> RecordingError:
+    """Make the error for a loss scaler that skips the steps of some optimizers."""
+    return broken(
+        "a loss scaler skipped the step of one optimizer and not that of another",
+        "a gradient that is not finite, in some of the parameters",
+        "Skip the steps of both, or train in bfloat16, which needs no loss scaler",
+    )
+
+
 def without_backward() -> RecordingError:
     """Make the error for a step without a gradient to record."""
     fix = "Call loss.backward() inside the 'with recorder.step(ids):' block, before optimizer.step()"
@@ -120,7 +140,7 @@ def moved_by_another(name: str) -> RecordingError:
         got="a parameter that a second optimizer, a moving average or the training loop itself has written to",
         expected="parameters that only the recorder's optimizer changes",
         source="the parameters' version counters after a step",
-        fix="Give one optimizer all parameters, in groups, or record a model that holds only those of this optimizer",
+        fix="Pass all optimizers that move the model, in a list: Recorder(run, model, [first, second], …)",
     )
 
 

@@ -1,4 +1,4 @@
-"""What the optimizer does in a step: the gradient it is given, and the numbers by which it moves each block."""
+"""What the optimizers do in a step: the gradient they are given, and the numbers by which they move each block."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.gradients.layers import Block
-from pkexplain.optimizers.rules import LinearStep, UpdateRule
+from pkexplain.optimizers.rules import LinearStep
 from pkexplain.record._contract import broken, moved_by_another, unknown_parameter
+from pkexplain.record._optimizers import Optimizers
+
+
+def skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step will change nothing, because a loss scaler found a gradient that is not finite."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 class StepReader:
-    """Reads an optimizer's steps.
+    """Reads the optimizers' steps.
 
     Attributes:
         applied: The gradient that the last step was given, ``(parameters,)``.
 
     Args:
         model: The model.
-        optimizer: Its optimizer.
-        rule: The optimizer's update rule.
+        optimizers: Its optimizers.
         blocks: The recorded parameters.
         like: An empty tensor of the dtype and device to read in.
     """
@@ -31,21 +37,18 @@ class StepReader:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        rule: UpdateRule,
+        optimizers: Optimizers,
         blocks: Sequence[Block],
         like: Tensor,
     ) -> None:
         """Find the parameters."""
-        self._model, self._optimizer, self._blocks, self._like = model, optimizer, blocks, like
-        self._rule = rule
+        self._model, self._optimizers, self._blocks, self._like = model, optimizers, blocks, like
         named = dict(model.named_parameters())
         self._parameters = [named[name] for block in blocks for name in block.parameters]
         self._known = {id(p) for p in self._parameters}
         self._others = {n: (p, p._version) for n, p in named.items() if id(p) not in self._known}
-        self._first: list[bool] = []
-        self._before: list[dict[str, Any]] = []
-        self._given: list[Tensor] = []
+        self._first: dict[int, bool] = {}
+        self._before: dict[int, dict[str, Any]] = {}
         self.applied = like
 
     def refuse_closure(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -67,7 +70,7 @@ class StepReader:
         Raises:
             RecordingError: There is one, added or unfrozen after the recorder was made.
         """
-        for group in self._optimizer.param_groups:
+        for group in self._optimizers.groups:
             for parameter in group["params"]:
                 if parameter.requires_grad and id(parameter) not in self._known:
                     names = [name for name, p in self._model.named_parameters() if p is parameter]
@@ -83,52 +86,43 @@ class StepReader:
             if parameter._version != version:
                 raise moved_by_another(name)
 
-    @property
-    def skips(self) -> bool:
-        """Whether the step will change nothing, because a loss scaler found a gradient that is not finite."""
-        found = getattr(self._optimizer, "found_inf", None)
-        return found is not None and bool(found)
-
-    def begin(self) -> None:
-        """Read, before a step, the gradient it is given and which parameters have no state yet."""
-        self.applied = self._gradient()
-        states, groups = [self._optimizer.state.get(p, {}) for p in self._parameters], self._groups()
-        self._before = [self._kept(p, g, groups[id(p)]) for p, g in zip(self._parameters, self._given, strict=True)]
-        self._first = [not any(isinstance(value, Tensor) for value in state.values()) for state in states]
-
-    def _groups(self) -> dict[int, dict[str, Any]]:
-        """Each parameter's group, by its id."""
-        return {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-
-    def _kept(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """Copy what the update rule wants from before the step."""
-        state = {"parameter": parameter, "gradient": gradient, **group, **self._optimizer.state.get(parameter, {})}
-        wanted = [name for name in getattr(self._rule, "kept", ()) if name in state]
-        copied = {name: state[name] for name in wanted}
-        return {f"before.{n}": v.detach().clone() if isinstance(v, Tensor) else v for n, v in copied.items()}
-
-    def _gradient(self) -> Tensor:
-        """Copy the gradient that the optimizer is given, ``(parameters,)``; a fused one may change it in place."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        gradients = self._given = [g.to_dense() if g.is_sparse else g for g in gradients]
-        applied = torch.cat([g.detach().flatten().to(self._like.dtype) for g in gradients])
-        scale = getattr(self._optimizer, "grad_scale", None)  # a fused optimizer divides by it
-        return applied if scale is None else applied / scale.to(applied)
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """Read, before an optimizer's step, the gradient it is given and which parameters have no state yet."""
+        if len(self.applied) == 0:
+            self.applied = self._like.new_zeros(sum(p.numel() for p in self._parameters))
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it
+        holders, start = self._optimizers.holders(), 0
+        for parameter in self._parameters:
+            span, start = slice(start, start + parameter.numel()), start + parameter.numel()
+            holder, rule, group = holders[id(parameter)]
+            if holder is not optimizer:
+                continue
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
+            self.applied[span] = gradient.flatten()  # a copy: a fused optimizer may change it in place
+            if scale is not None:
+                self.applied[span] /= scale.to(self.applied)
+            state = self._optimizers.state(parameter)
+            self._first[id(parameter)] = not any(isinstance(value, Tensor) for value in state.values())
+            known = {"parameter": parameter, "gradient": gradient, **group, **state}
+            kept = {name: known[name] for name in getattr(rule, "kept", ()) if name in known}
+            self._before[id(parameter)] = {
+                f"before.{n}": v.detach().clone() if isinstance(v, Tensor) else v for n, v in kept.items()
+            }
 
     def numbers(self) -> dict[int, LinearStep]:
         """Read the step that was just taken, for each block."""
-        group_of = self._groups()
+        holders = self._optimizers.holders()
+        parameters = iter(self._parameters)
         numbers: dict[int, LinearStep] = {}
-        index = 0
         for position, block in enumerate(self._blocks):
             steps = []
-            for _ in block.parameters:
-                parameter, group = self._parameters[index], group_of[id(self._parameters[index])]
+            for _, parameter in zip(block.parameters, parameters, strict=False):
+                _, rule, group = holders[id(parameter)]
                 if parameter.grad is None:
                     steps.append(LinearStep.skipped(float(group["lr"] or 0.0)))  # None: chosen by the optimizer
                 else:
-                    state = {**self._optimizer.state[parameter], **self._before[index]}
-                    steps.append(self._rule.read(group, state, self._first[index]))
-                index += 1
+                    state = {**self._optimizers.state(parameter), **self._before[id(parameter)]}
+                    steps.append(rule.read(group, state, self._first[id(parameter)]))
             numbers[position] = LinearStep.joined(steps, [math.prod(shape) for shape in block.shapes], self._like)
         return numbers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from pkexplain.distributed import ProcessGroup
@@ -13,6 +12,7 @@ from pkexplain.gradients.layers import Block, flatten_blocks
 from pkexplain.optimizers.base import RecordingSpec
 from pkexplain.projection.kinds import Projection
 from pkexplain.record._optimizer_steps import StepReader
+from pkexplain.record._optimizers import Optimizers
 from pkexplain.store.base import Store
 from pkexplain.store.directory import DirectoryStore
 
@@ -24,8 +24,8 @@ class Plan:
     Attributes:
         store: Where the run goes.
         model: The model, without a wrapper.
-        optimizer: Its optimizer.
-        steps: Reads the optimizer's steps.
+        optimizers: Its optimizers.
+        steps: Reads their steps.
         blocks: The recorded parameters.
         capture: Hooks on the layers.
         group: The processes that train.
@@ -40,7 +40,7 @@ class Plan:
 
     store: Store
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Optimizers
     steps: StepReader
     blocks: tuple[Block, ...]
     capture: Capture

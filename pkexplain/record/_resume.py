@@ -20,6 +20,7 @@ from pkexplain.optimizers.adaptive import Pending
 from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
 from pkexplain.optimizers.displacement import RowSum
 from pkexplain.optimizers.segment_accountant import SegmentAccountant
+from pkexplain.record._optimizers import Optimizers
 from pkexplain.record._state import deserialise
 from pkexplain.store.base import Store, damaged
 from pkexplain.store.trajectory import Trajectory
@@ -28,11 +29,11 @@ _SAVED_CLASSES = (RowSum, Pending, CapturedBatch, *GRADIENT_CLASSES)
 """Every class that a saved state may contain; a file that names another one is refused."""
 
 
-def checksum_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
-    """Return the SHA-256 of an optimizer's state for some parameters; None if it has no state."""
+def checksum_optimizers(optimizers: Optimizers, parameters: Sequence[nn.Parameter]) -> str | None:
+    """Return the SHA-256 of the optimizers' state for some parameters; None if they have no state."""
     lines = []
     for index, parameter in enumerate(parameters):
-        state = optimizer.state.get(parameter, {})
+        state = optimizers.state(parameter)
         for name in sorted(state):
             value = state[name]
             if value is None:

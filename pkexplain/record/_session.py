@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,14 +21,17 @@ from pkexplain.optimizers.base import CapturedBatch
 from pkexplain.optimizers.segment_accountant import AppliedStep, SegmentAccountant
 from pkexplain.record._contract import (
     broken,
+    not_all_skipped,
+    not_all_stepped,
     not_between_steps,
     not_finite,
     without_backward,
 )
 from pkexplain.record._gradient_check import ROUNDING, GradientSums
 from pkexplain.record._observers import InputShapes, LossDerivatives
+from pkexplain.record._optimizer_steps import skips
 from pkexplain.record._plan import Plan
-from pkexplain.record._resume import checksum_optimizer, find_standpoint, restore_state
+from pkexplain.record._resume import checksum_optimizers, find_standpoint, restore_state
 from pkexplain.record._split_notes import SplitNotes
 from pkexplain.record._state import serialise
 from pkexplain.record._warnings import SegmentWarnings
@@ -41,11 +44,12 @@ from pkexplain.version import __version__
 
 @dataclass
 class _Step:
-    """The step being recorded: its batch, and how far the optimizer has come."""
+    """The step being recorded: its batch, and how far the optimizers have come."""
 
     batch: CapturedBatch
-    before: Tensor | None = None  # θ before the step; None if the optimizer skips it, or was not called yet
-    done: bool = False
+    before: Tensor | None = None  # θ before the step; None if the optimizers skip it, or were not called yet
+    begun: list[torch.optim.Optimizer] = field(default_factory=list)
+    done: bool = False  # whether all have stepped
 
 
 class Session:
@@ -84,16 +88,15 @@ class Session:
         except BaseException:
             self._writer.release()
             raise
-        self._handles = [
-            plan.optimizer.register_step_pre_hook(self._before_step),
-            plan.optimizer.register_step_post_hook(lambda *_: self._after_step()),
-            *self._sums.hooks(self._current_batch),
-        ]
+        self._handles = list(self._sums.hooks(self._current_batch))
+        for optimizer in plan.optimizers.all:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._after_step()))
 
     def _continue(self) -> None:
         """Continue a run from the point at which the model and the optimizer are."""
         plan, trajectory = self._plan, self._plan.store.trajectory()
-        optimizer = checksum_optimizer(plan.optimizer, plan.parameters)
+        optimizer = checksum_optimizers(plan.optimizers, plan.parameters)
         standpoint = find_standpoint(plan.store, trajectory, self._start, optimizer, plan.group)
         spec = plan.spec(trajectory.segment(0).audit_ids)
         lookahead, projector = Lookahead.of(plan.lookahead, plan.like), trajectory.projector(plan.like.device)
@@ -133,7 +136,7 @@ class Session:
         if not len(self._writer):
             return
         state = {"attributed": self._sums.apart, "accounts": self._accountant.state_dict()}
-        optimizer = checksum_optimizer(self._plan.optimizer, self._plan.parameters)
+        optimizer = checksum_optimizers(self._plan.optimizers, self._plan.parameters)
         self._writer.state(serialise(state), optimizer or "")
 
     @contextmanager
@@ -191,6 +194,8 @@ class Session:
 
     def _begin_backward(self) -> None:
         """Drop what earlier backward passes left, if their gradients were zeroed since."""
+        if self._step is not None and self._step.begun and not self._step.done:
+            raise not_all_stepped(self._step.begun, self._plan.optimizers.all)
         waiting = self._step is not None and (self._accumulated or self._step.batch.summed)
         if self._step is None or not waiting or not self._sums.dropped():
             return
@@ -216,13 +221,15 @@ class Session:
     def _check_contract(self, step: _Step, accumulate: bool) -> None:
         if not step.batch.summed:
             raise without_backward()
-        if accumulate and step.done:
+        if accumulate and step.begun:
             fix = "Leave accumulate out for the batch that the optimizer steps on"
             got = "optimizer.step() inside recorder.step(ids, accumulate=True)"
             raise broken("the optimizer stepped on a batch that should only accumulate", got, fix)
         if accumulate:
             step.batch.compact()  # before the next batch may write into its inputs
             self._accumulated.append(step.batch)
+        elif step.begun and not step.done:
+            raise not_all_stepped(step.begun, self._plan.optimizers.all)
         elif not step.done and not self._sums.finite():
             self._skip([*self._accumulated, step.batch])  # a loss scaler saw it too
         elif not step.done:
@@ -234,26 +241,35 @@ class Session:
         if step is None:
             got, fix = "a step without examples", "Call it inside 'with recorder.step(ids):'"
             raise broken("optimizer.step() was called outside a recorded step", got, fix)
-        if step.done:
+        if optimizer in step.begun:
             fix = "Record each step in its own block"
             raise broken("optimizer.step() was called a second time", "two steps in one", fix)
         self._plan.steps.refuse_closure(args, kwargs)
         if not step.batch.summed:
             raise without_backward()
+        if not step.begun:
+            self._begin_steps(step, skips(optimizer))
+        elif skips(optimizer) != (step.before is None):
+            raise not_all_skipped()
+        step.begun.append(optimizer)
+        if step.before is not None:
+            self._plan.steps.begin(optimizer)
+
+    def _begin_steps(self, step: _Step, skipped: bool) -> None:
+        """Check the gradient before the first of the optimizers steps."""
         self._sums.join()
-        if self._plan.steps.skips:
+        if skipped:
             return
         batches = [*self._accumulated, step.batch]
         if not torch.isfinite(self._sums.captured.sum()):
             raise not_finite(batches)
         self._accountant.note_capture_gap(self._sums.check(batches, self._split.names))
         step.batch.compact()  # before the step, as a layer's input may be a parameter
-        self._plan.steps.begin()
         step.before = self._plan.point()
 
     def _after_step(self) -> None:
         step = self._step
-        if step is None:
+        if step is None or len(step.begun) < len(self._plan.optimizers.all):
             return
         step.done = True
         batches = [*self._accumulated, step.batch]
@@ -307,7 +323,7 @@ class Session:
             num_examples=plan.num_examples,
             dtype="float64" if plan.like.dtype == torch.float64 else "float32",
             recording=RecordingEntry(segments=plan.segments, lookahead=plan.lookahead, unsplit=plan.unsplit),
-            optimizer=OptimizerEntry.of(plan.optimizer),
+            optimizer=OptimizerEntry.of(*plan.optimizers.all),
             projection=plan.projection.describe(),
             columns=projector.columns if projector else None,
             model=self._fingerprint,

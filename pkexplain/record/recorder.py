@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from pkexplain.distributed import find_process_group
 from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.layers import find_layers
-from pkexplain.optimizers.registry import rule_for, unwrapped
 from pkexplain.projection.kinds import Kronecker, Projection
 from pkexplain.record._contract import broken, check_arguments, not_between_steps
 from pkexplain.record._optimizer_steps import StepReader
+from pkexplain.record._optimizers import Optimizers
 from pkexplain.record._plan import Plan
 from pkexplain.record._resume import recorded_arguments
 from pkexplain.record._session import Session
@@ -35,8 +35,9 @@ class Recorder:
     Args:
         run: A directory that does not hold a run yet, or a `pkexplain.MemoryStore`.
         model: The model to be trained.
-        optimizer: Its optimizer: SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop or Adagrad of `torch.optim`, or one
-            whose rule was passed to `pkexplain.register_update_rule`.
+        optimizer: Its optimizer, one that has an update rule: those of `torch.optim` but Muon, SparseAdam and L-BFGS,
+            or one whose rule was passed to `pkexplain.register_update_rule`. Or a list, if several move the model;
+            then each steps once in a recorded step.
         num_examples: The number of training examples; ids run from 0 to ``num_examples - 1``.
         projection: How gradients are compressed; ``Kronecker()`` by default.
         segments: ``"epoch"`` for a checkpoint after every ``num_examples`` visits, or a number of optimizer steps.
@@ -65,7 +66,7 @@ class Recorder:
         self,
         run: str | os.PathLike[str] | Store,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         num_examples: int,
         projection: Projection | None = None,
@@ -78,9 +79,8 @@ class Recorder:
         given = {"num_examples": num_examples, "segments": segments, "lookahead": lookahead, "unsplit": unsplit}
         check_arguments(model, **given, dtype=dtype)
         model, group = find_process_group(model)
-        optimizer = unwrapped(optimizer)
-        rule = rule_for(optimizer)
-        in_group = {id(p): g for g, each in enumerate(optimizer.param_groups) for p in each["params"]}
+        optimizers = Optimizers(optimizer)
+        in_group = {id(p): g for g, each in enumerate(optimizers.groups) for p in each["params"]}
         named = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) in in_group}
         layers, found = find_layers(model, {name: in_group[id(p)] for name, p in named.items()})
         blocks = tuple(found)
@@ -88,8 +88,8 @@ class Recorder:
         self._plan = Plan(
             store=open_store(run),
             model=model,
-            optimizer=optimizer,
-            steps=StepReader(model, optimizer, rule, blocks, like),
+            optimizers=optimizers,
+            steps=StepReader(model, optimizers, blocks, like),
             blocks=blocks,
             capture=Capture(layers, blocks, dtype),
             group=group,
@@ -107,7 +107,7 @@ class Recorder:
         cls,
         run: str | os.PathLike[str] | Store,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         num_examples: int | None = None,
     ) -> Recorder:
@@ -120,7 +120,7 @@ class Recorder:
         Args:
             run: The run.
             model: The model, as it was at that point.
-            optimizer: Its optimizer, as it was at that point, or a new one.
+            optimizer: Its optimizer, or optimizers, as at that point, or new.
             num_examples: The number of training examples now, if there are more than before: new examples come after
                 the others.
 

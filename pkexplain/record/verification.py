@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -17,8 +17,8 @@ from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.layers import find_layers
 from pkexplain.gradients.split import Split
 from pkexplain.gradients.watch import Watch
-from pkexplain.optimizers.registry import rule_for
 from pkexplain.record._observers import InputShapes
+from pkexplain.record._optimizers import Optimizers
 
 __all__ = ["RecordingCheck", "SplitOfLayer", "verify_recording"]
 
@@ -122,7 +122,7 @@ def verify_recording(
     batch: Any,
     loss: Callable[[nn.Module, Any], Tensor],
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     examples: int | None = None,
 ) -> RecordingCheck:
     """Try one batch with and without recording, and compare everything that a training could notice.
@@ -133,7 +133,7 @@ def verify_recording(
         model: The model, in the mode in which it will be trained.
         batch: What ``loss`` needs: a tensor, a tuple, a mapping.
         loss: Called with the model and the batch; returns the loss.
-        optimizer: The optimizer, to check that its steps can be recorded.
+        optimizer: The optimizer, or several, to check that their steps can be recorded.
         examples: How many examples the batch holds; by default the leading size of its first tensor.
 
     Returns:
@@ -154,7 +154,7 @@ def verify_recording(
     why = ""
     if optimizer is not None:
         try:
-            rule_for(optimizer)
+            Optimizers(optimizer)
         except PkexplainError as error:
             why = str(error)
     with _left_alone(model) as begin:

@@ -69,22 +69,23 @@ class InputEntry(_Entry, frozen=True):
 
 
 class OptimizerEntry(_Entry, frozen=True):
-    """The optimizer's class, and its parameter groups' options without the parameters."""
+    """The classes of the optimizers, each once, and their parameter groups' options without the parameters."""
 
     kind: str
     groups: tuple[dict[str, bool | int | float | str], ...]
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> OptimizerEntry:
-        """Describe an optimizer; an option that is not a number or a string is kept as its repr."""
+    def of(cls, *optimizers: torch.optim.Optimizer) -> OptimizerEntry:
+        """Describe optimizers; an option that is not a number or a string is kept as its repr."""
         return cls(
-            kind=type(optimizer).__name__,
+            kind=" + ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)),
             groups=tuple(
                 {
                     name: value if isinstance(value, (bool, int, float, str)) else repr(value)
                     for name, value in group.items()
                     if name != "params"
                 }
+                for optimizer in optimizers
                 for group in optimizer.param_groups
             ),
         )
