@@ -11,6 +11,7 @@ from torch import Tensor
 from pkexplain.explain._completeness import CorrectedCovectors
 from pkexplain.explain.removal import FinalGradient
 from pkexplain.results.explanation import Check
+from pkexplain.store.manifest import SplitSummary
 from pkexplain.store.trajectory import Trajectory
 
 _TOLERANCES = {
@@ -58,12 +59,9 @@ _INTERACTING = (
 )
 
 
-def _split_gap(trajectory: Trajectory) -> float:
-    return max(summary.split.gap for summary in trajectory.summaries)
-
-
-def _split_tolerance(trajectory: Trajectory) -> float:
-    return max(summary.split.tolerance for summary in trajectory.summaries)
+def _split(trajectory: Trajectory) -> SplitSummary:
+    """The split of the segment that comes closest to its tolerance."""
+    return max((summary.split for summary in trajectory.summaries), key=lambda split: split.gap / split.tolerance)
 
 
 def checks_of(
@@ -90,7 +88,7 @@ def checks_of(
         "optimizer share": float(covectors.optimizer[row].sum()) / change,
         "displacement gap": max(summary.displacement_gap for summary in trajectory.summaries),
         "capture gap": max(summary.capture_gap for summary in trajectory.summaries),
-        "split gap": _split_gap(trajectory),
+        "split gap": _split(trajectory).gap,
         "projection gap": float((explained - corrected.uncorrected[row]).sum()) / change,
         "completeness gap": float((explained - corrected.corrected[row]).sum()) / change,
     }
@@ -103,7 +101,7 @@ def checks_of(
         "audited": 0 if audited is None else audited.shape[1],
         "interacting": _INTERACTING if any(s.split.interacting for s in trajectory.summaries) else "",
     }
-    tolerances = {"quadrature gap": tolerance, **_TOLERANCES, "split gap": _split_tolerance(trajectory)}
+    tolerances = {"quadrature gap": tolerance, **_TOLERANCES, "split gap": _split(trajectory).tolerance}
     return tuple(
         Check(name, abs(values[name]), tolerances[name], meaning.format(**facts))
         for name, meaning in _MEANINGS.items()
@@ -124,7 +122,7 @@ def removal_checks(trajectory: Trajectory, final: FinalGradient, row: int) -> tu
     values = {
         "displacement gap": max(summary.displacement_gap for summary in trajectory.summaries),
         "capture gap": max(summary.capture_gap for summary in trajectory.summaries),
-        "split gap": _split_gap(trajectory),
+        "split gap": _split(trajectory).gap,
     }
     audited = final.audit.shape[1]
     if audited:
@@ -133,5 +131,5 @@ def removal_checks(trajectory: Trajectory, final: FinalGradient, row: int) -> tu
     mixed = _INTERACTING if any(s.split.interacting for s in trajectory.summaries) else ""
     meanings = {**_MEANINGS, "audit error": _AUDITED_GRADIENT.format(audited=audited)}
     meanings["split gap"] = meanings["split gap"].format(interacting=mixed)
-    tolerances = {**_TOLERANCES, "split gap": _split_tolerance(trajectory)}
+    tolerances = {**_TOLERANCES, "split gap": _split(trajectory).tolerance}
     return tuple(Check(name, abs(value), tolerances[name], meanings[name]) for name, value in values.items())

@@ -150,9 +150,10 @@ class StepCapture:
         capture.known_splits[key] = capture.split = split
         capture.unsplit.update(split.unsplit)
         capture.interacting |= split.interacting
-        capture.tolerance = max(capture.tolerance, split.tolerance, *split.allowed.values())
+        if capture.gap == 0:
+            capture.tolerance = split.tolerance
         self._watch.learnt(split)
-        self._note(split.gaps)
+        self._note(split, split.gaps)
         return self._listen(graph, split)
 
     def _listen(self, graph: Graph, split: Split) -> list[Any]:
@@ -185,13 +186,15 @@ class StepCapture:
         self._totals = {}
         if any(not self._split.holds(position, gap) for position, gap in gaps.items()):
             self._capture.forget()
-        self._note(gaps)
+        self._note(self._split, gaps)
 
-    def _note(self, gaps: dict[int, float]) -> None:
+    def _note(self, split: Split, gaps: dict[int, float]) -> None:
         capture = self._capture
         for position, gap in gaps.items():
             capture.gaps[position] = max(capture.gaps.get(position, 0.0), gap)
-            capture.gap = max(capture.gap, gap)
+            allowed = split.allowance(position)
+            if gap / allowed > capture.gap / capture.tolerance:
+                capture.gap, capture.tolerance = gap, allowed
 
     def close(self) -> None:
         """Remove what is left of the hooks."""

@@ -57,13 +57,13 @@ class Capture:
     Attributes:
         rehearsing: Whether a pass of its own runs through the graph, which is not the user's.
         running: Whether a backward pass of the user's is running that adds to the parameters' ``.grad``.
-        gap: The largest split gap since `clear_gap`.
+        gap: The split gap, since `clear_gap`, of the block that comes closest to its tolerance.
         unsplit: Parameters that could not be split since then, and why.
         gaps: The largest split gap of each block.
         split: How the last graph was split; None before the first.
         known_splits: How graphs are split, by their keys.
         interacting: Whether examples were seen to act on one another.
-        tolerance: The largest gap that was allowed.
+        tolerance: The gap that was allowed there.
 
     Args:
         layers: The layers to watch (from `find_layers`).

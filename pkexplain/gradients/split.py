@@ -81,9 +81,13 @@ class Split:
         """The largest split gap of the blocks that are split."""
         return max(self.gaps.values(), default=0.0)
 
+    def allowance(self, position: int) -> float:
+        """The gap up to which a block counts as split."""
+        return max(self.tolerance, self.allowed.get(position, 0.0))
+
     def holds(self, position: int, gap: float) -> bool:
         """Whether a block with this gap counts as split."""
-        return gap <= max(self.tolerance, self.allowed.get(position, 0.0))
+        return gap <= self.allowance(position)
 
     @property
     def fixed(self) -> bool:

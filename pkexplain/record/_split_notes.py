@@ -72,7 +72,7 @@ class SplitNotes:
         capture, blocks = self._plan.capture, self._plan.blocks
         named = {blocks[at].name or "(the model itself)": gap for at, gap in capture.gaps.items()}
         found = SplitSummary(
-            gap=self._plan.group.all_reduce_max(capture.gap),
+            gap=self._plan.group.all_reduce_max(capture.gap / capture.tolerance) * capture.tolerance,
             tolerance=capture.tolerance,
             worst=dict(sorted(named.items(), key=lambda pair: -pair[1])[:_SHOWN]),
             unsplit={name: share for name, share in self._shares.items() if name in capture.unsplit},

@@ -57,7 +57,8 @@ class RecordingCheck:
             ``"buffer …"``, ``"random state"``. It must be empty.
         layers: How each block of parameters is split.
         examples: The batch size.
-        tolerance: The split gap that is allowed, by dtype and by the rounding of the gradients themselves.
+        gap: The split gap of the layer that comes closest to its tolerance.
+        tolerance: The split gap that is allowed there, by dtype and by the rounding of the gradients themselves.
         interacting: Whether examples act on one another, as in a BatchNorm.
         optimizer: Why the optimizer cannot be recorded; empty if it can, or was not given.
         plain_seconds: A forward and backward pass, the median of 5.
@@ -68,17 +69,13 @@ class RecordingCheck:
     changed: tuple[str, ...]
     layers: tuple[SplitOfLayer, ...]
     examples: int
+    gap: float
     tolerance: float
     interacting: bool
     optimizer: str
     plain_seconds: float
     recorded_seconds: float
     first_seconds: float
-
-    @property
-    def gap(self) -> float:
-        """The largest split gap of the layers that are split."""
-        return max((layer.gap for layer in self.layers if layer.how in ("rule", "graph")), default=0.0)
 
     @property
     def unsplit(self) -> float:
@@ -163,12 +160,13 @@ def verify_recording(
         tried = _Recorded(model, count)
         first = _Outcome.of(model, lambda: loss(model, batch), begin, tried)
         split, gaps = tried.split, dict(tried.capture.gaps)
-        tolerance, interacting = tried.capture.tolerance, tried.capture.interacting
+        gap, tolerance, interacting = tried.capture.gap, tried.capture.tolerance, tried.capture.interacting
         again = [_Outcome.of(model, lambda: loss(model, batch), begin, tried).seconds for _ in range(_REPEATS)]
     return RecordingCheck(
         changed=tuple(first.differences(plain)),
         layers=tuple(_layers(tried, split, gaps, plain.gradients)),
         examples=count,
+        gap=gap,
         tolerance=tolerance,
         interacting=interacting,
         optimizer=why,

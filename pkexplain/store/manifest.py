@@ -103,8 +103,9 @@ class SplitSummary(_Entry, frozen=True):
     """How well a segment's gradients were split among the examples.
 
     Attributes:
-        gap: The largest split gap of a block: ‖Σ_i c_i g_i − coded gradient‖ / ‖coded gradient‖ for random c_i.
-        tolerance: The gap that was allowed, by dtype and by the rounding of the gradients themselves.
+        gap: The split gap, ‖Σ_i c_i g_i − coded gradient‖ / ‖coded gradient‖ for random c_i, of the block that comes
+            closest to its tolerance.
+        tolerance: The gap that was allowed there, by dtype and by the rounding of the gradients themselves.
         worst: The largest gaps, by block.
         unsplit: Parameters whose gradients were not split, and their largest share of a step's gradient norm.
         reasons: Why, by parameter.

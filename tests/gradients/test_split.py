@@ -362,3 +362,15 @@ def test_layouts_are_found_under_autocast():
         [torch.cat([dict(zip(named, one, strict=True))[name].flatten() for name in order]) for one in truth]
     )
     assert ((found - true / 8).norm(dim=1) < 0.02 * (true / 8).norm(dim=1)).all()
+
+
+def test_what_is_allowed_for_one_block_is_not_allowed_for_another():
+    from pkexplain.gradients._step_capture import StepCapture
+    from pkexplain.gradients.split import Split
+    from pkexplain.gradients.watch import Watch
+
+    layers, blocks = find_layers(nn.Linear(2, 2), {"weight": 0, "bias": 0})
+    capture = Capture(layers, blocks)
+    split = Split(4, tolerance=1e-4, allowed={0: 0.1})
+    StepCapture(capture, 4, print, Watch())._note(split, {0: 0.02, 1: 0.001})
+    assert (capture.gap, capture.tolerance) == (0.001, 1e-4)
