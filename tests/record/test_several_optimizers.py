@@ -97,17 +97,21 @@ def test_both_must_step_after_the_backward_pass():
     optimizers = two(model)
     with (
         pk.Recorder(pk.MemoryStore(), model, optimizers, **SETTINGS) as recorder,
-        pytest.raises(RecordingError, match="1 of 2 optimizers stepped.*no step of AdamW"),
+        pytest.raises(RecordingError, match=r"1 of 2 optimizers stepped.*no step of AdamW"),
     ):
         train(model, optimizers[:1], recorder)
+
+    def in_turns(recorder):
+        with recorder.step(range(N)):
+            for optimizer in optimizers:
+                F.cross_entropy(model(X), torch.arange(N) % 3).backward()
+                optimizer.step()
+
     with (
         pk.Recorder(pk.MemoryStore(), model, optimizers, **SETTINGS) as recorder,
         pytest.raises(RecordingError, match="a backward pass before it"),
-        recorder.step(range(N)),
     ):
-        F.cross_entropy(model(X), torch.arange(N) % 3).backward()
-        optimizers[0].step()
-        F.cross_entropy(model(X), torch.arange(N) % 3).backward()
+        in_turns(recorder)
 
 
 def test_a_parameter_belongs_to_one_optimizer():
@@ -122,12 +126,9 @@ def test_a_parameter_belongs_to_one_optimizer():
 def test_a_scaler_that_skips_one_of_them_is_refused():
     model = network()
     optimizers = [torch.optim.SGD(model[at].parameters(), lr=0.1, fused=True) for at in (0, 2)]
+    optimizers[0].found_inf = torch.tensor(1.0)  # as a fused optimizer is told
     with (
         pk.Recorder(pk.MemoryStore(), model, optimizers, **SETTINGS) as recorder,
         pytest.raises(RecordingError, match="skipped the step of one optimizer and not that of another"),
-        recorder.step(range(N)),
     ):
-        F.cross_entropy(model(X), torch.arange(N) % 3).backward()
-        optimizers[0].found_inf = torch.tensor(1.0)  # as a fused optimizer is told
-        optimizers[0].step()
-        optimizers[1].step()
+        train(model, optimizers, recorder)
