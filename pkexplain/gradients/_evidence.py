@@ -82,6 +82,7 @@ def _passes(
     watched = {edge.node for noted in uses for edge in noted.edges}
     nodes = [node for node in below([edge.node for edge in edges]) if node not in graph.leaves]
     sketches: list[dict[Node, list[Tensor]]] = [{}, {}, {}]
+    places: dict[Node, tuple[torch.Size, list[Tensor]]] = {}
     dtypes: dict[Node, torch.dtype] = {}
     held: dict[Node, tuple[Tensor | None, ...]] = {}
 
@@ -89,7 +90,10 @@ def _passes(
         first = next((g for g in gradients if g is not None), None)
         if first is None:
             return
-        sketches[number][node], dtypes[node] = sketcher.sketch(first), first.dtype
+        if number == 0:
+            places[node], dtypes[node] = (first.shape, sketcher.places(first)), first.dtype
+        if node in places and places[node][0] == first.shape:
+            sketches[number][node] = sketcher.sketch(first, places[node][1])
         if number == 0 and node in watched:
             held[node] = tuple(None if g is None else g.detach() for g in gradients)
 

@@ -8,10 +8,12 @@ routed rows. Where no axis has such ratios the tensor is shared by the examples,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["Codes", "Layout", "Sketcher"]
@@ -118,42 +120,46 @@ class Codes:
 class Sketcher:
     """Compares a few entries of every row of a gradient, plain and coded.
 
+    Half of them are random, and half are each row's largest: where a loss depends on one token of each example, say,
+    random ones would miss it.
+
     Args:
         codes: The examples' codes.
-        generator: Chooses the entries.
+        generator: Chooses the random entries.
     """
 
     def __init__(self, codes: Codes, generator: torch.Generator) -> None:
         """Nothing is chosen yet."""
         self._codes, self._generator = codes, generator
-        self._chosen: dict[tuple[int, torch.Size, torch.device], list[Tensor | None]] = {}
+        self._random: dict[tuple[torch.Size, int], Tensor] = {}
 
-    def sketch(self, gradient: Tensor) -> list[Tensor]:
-        """Read 48 entries of every row along each of the first four axes, ``(rows, 48)`` each."""
-        gradient = gradient.detach()
-        if gradient.is_complex():
-            gradient = torch.view_as_real(gradient)
-        return [self._rows(gradient, axis) for axis in range(min(gradient.ndim, 4))]
+    def places(self, gradient: Tensor) -> list[Tensor]:
+        """Choose entries of every row along each of the first four axes: flat positions, ``(rows, entries)`` each."""
+        gradient = _real(gradient)
+        return [self._places(gradient, axis) for axis in range(min(gradient.ndim, 4))]
 
-    def _rows(self, gradient: Tensor, axis: int) -> Tensor:
+    def sketch(self, gradient: Tensor, places: Sequence[Tensor]) -> list[Tensor]:
+        """Read the entries at ``places``, in float64; zeros if there are none."""
+        flat = _real(gradient).reshape(-1)
+        empty = flat.new_zeros(1, dtype=torch.float64)
+        return [flat[at].double() if at.numel() else empty.expand(len(at), 1) for at in places]
+
+    def _places(self, gradient: Tensor, axis: int) -> Tensor:
+        rows = gradient.shape[axis]
         if gradient.numel() == 0:
-            return gradient.new_zeros(gradient.shape[axis], 1, dtype=torch.float64)
-        if gradient.ndim == 1:
-            return gradient[:, None].double()
-        key = (axis, gradient.shape, gradient.device)
-        if key not in self._chosen:
-            self._chosen[key] = [
-                None
-                if other == axis
-                else torch.randint(size, (_ENTRIES,), generator=self._generator).to(gradient.device)
-                for other, size in enumerate(gradient.shape)
-            ]
-        index = tuple(slice(None) if places is None else places for places in self._chosen[key])
-        found = gradient[index].double()  # the entries come first, unless all of the chosen axes follow the rows
-        return found if axis == 0 else found.T
-
-    def _entries(self, size: int) -> Tensor:
-        return torch.randint(size, (_ENTRIES,), generator=self._generator)
+            return torch.zeros(rows, 0, dtype=torch.long, device=gradient.device)
+        before, after = math.prod(gradient.shape[:axis]), math.prod(gradient.shape[axis + 1 :])
+        if before * after <= _ENTRIES:
+            inside = torch.arange(before * after, device=gradient.device).expand(rows, -1)
+        else:
+            key = (gradient.shape, axis)
+            if key not in self._random:
+                self._random[key] = torch.randint(before * after, (_ENTRIES // 2,), generator=self._generator)
+            shared = self._random[key].to(gradient.device).expand(rows, -1)
+            largest = _largest(gradient.reshape(before, rows, after), _ENTRIES // 2)
+            inside = torch.cat([shared, largest], dim=1)
+        row = torch.arange(rows, device=gradient.device)[:, None]
+        return inside.div(after, rounding_mode="floor") * (rows * after) + row * after + inside % after
 
     def layout(self, plain: Sequence[Tensor], coded: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Layout | None:
         """Find the layout of a tensor from its sketches; None if no axis belongs to examples."""
@@ -178,3 +184,31 @@ class Sketcher:
             if mixed is None and likely.fixed and miss < _INTERACTING * whole:
                 mixed = likely
         return mixed
+
+
+def _real(gradient: Tensor) -> Tensor:
+    gradient = gradient.detach()
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+
+
+def _largest(gradient: Tensor, count: int) -> Tensor:
+    """The places of the largest entries of parts of every row, ``(rows, parts)``, at most about ``count``.
+
+    Args:
+        gradient: ``(before, rows, after)``.
+        count: How many parts the entries of a row, ``(before, after)``, are cut into.
+    """
+    before, rows, after = gradient.shape
+    size = gradient.abs()
+    if after == 1:  # the last axis: parts of what comes before
+        wide = -(-before // count)
+        parts = F.pad(size[:, :, 0], (0, 0, 0, -before % wide)).reshape(-1, wide, rows)
+        best = parts.max(1).indices
+        return (best + wide * torch.arange(len(best), device=best.device)[:, None]).clamp_max(before - 1).T
+    each = max(1, count // before)
+    wide = -(-after // each)
+    largest, best = F.pad(size, (0, -after % wide)).reshape(before, rows, -1, wide).max(3)
+    best = (best + wide * torch.arange(best.shape[2], device=best.device)).clamp_max(after - 1)
+    places = best + after * torch.arange(before, device=best.device)[:, None, None]
+    largest, places = (x.transpose(0, 1).reshape(rows, -1) for x in (largest, places))
+    return places.gather(1, largest.topk(min(count, largest.shape[1]), dim=1).indices)
