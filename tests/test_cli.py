@@ -401,7 +401,7 @@ def test_inspect_and_verify_show_the_split(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="cannot be split"):
         record()
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "run")]).output
-    assert "largest split gaps: out " in shown
+    assert "largest split gaps, by layer: 'out' " in shown
     assert "Not split among examples" in shown
     assert "inner.weight" in shown
     assert CliRunner().invoke(app, ["verify", str(tmp_path / "run")]).exit_code == 0

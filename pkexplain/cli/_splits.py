@@ -20,7 +20,9 @@ def show_split(splits: Sequence[SplitSummary], console: Any) -> None:
         unsplit.update({name: max(share, unsplit.get(name, 0.0)) for name, share in split.unsplit.items()})
     if worst:
         shown = sorted(worst.items(), key=lambda pair: -pair[1])[:5]
-        console.print("largest split gaps: " + ", ".join(f"{name} {gap:.1e}" for name, gap in shown), markup=False)
+        console.print(
+            "largest split gaps, by layer: " + ", ".join(f"{name!r} {gap:.1e}" for name, gap in shown), markup=False
+        )
     if any(split.interacting for split in splits):
         console.print("examples act on one another in this model; a row is the example's at whose place it is")
     if unsplit:

@@ -44,6 +44,15 @@ def rule_for(optimizer: torch.optim.Optimizer) -> UpdateRule:
         for rule in _RULES:
             if rule.optimizer in (kind, _name_of(kind)) and _step_of(type(optimizer)) is _step_of(kind):
                 return rule
+    if isinstance(optimizer, getattr(torch.optim, "Muon", ())):
+        raise UnsupportedOptimizerError(
+            "recording an optimizer",
+            "it orthogonalises in bfloat16: a tenth of each step is rounding error, which belongs to no example",
+            got=_name_of(type(optimizer)),
+            expected="an optimizer whose step is linear in the gradient, with its state as recorded",
+            source="pkexplain.optimizers",
+            fix="Train with AdamW, or record a run of the same model that does",
+        )
     known = ", ".join(sorted({_name_of(rule.optimizer).rpartition(".")[2] for rule in _RULES}))
     raise UnsupportedOptimizerError(
         "recording an optimizer",

@@ -110,7 +110,9 @@ class RecordingCheck:
             f"A recorded pass takes {self.recorded_seconds / plain:.2f} times a plain one ({plain * 1e3:.1f} ms), "
             f"the first {self.first_seconds / plain:.1f} times; without projection."
         )
-        lines.append("passed" if self.passed else "NOT PASSED")
+        left = [layer.name or "(model)" for layer in self.layers if layer.how == "unsplit"]
+        but = f", but not split: {', '.join(left[:8])}" if left else ""
+        lines.append(f"passed{but}" if self.passed else f"NOT PASSED{but}")
         return "\n".join(lines)
 
 
