@@ -186,11 +186,21 @@ def not_finite(batches: Sequence[CapturedBatch]) -> NonFiniteGradientError:
     )
 
 
-def warn_of_missing(short: Mapping[str, float]) -> None:
-    """Warn that examples account for only a share of some parameters' gradients; given the missing share of each."""
+def warn_of_missing(short: Mapping[str, float], rounded: bool) -> None:
+    """Warn that examples account for only a share of some parameters' gradients.
+
+    Args:
+        short: The missing share of each.
+        rounded: Whether that is how far the training's own gradients are rounded.
+    """
     worst = max(short, key=lambda name: short[name])
+    why = (
+        "The training's own gradients are rounded by as much, as they are in half precision or before a BatchNorm."
+        if rounded
+        else "A penalty on the weights is better passed as weight_decay; a weight used outside its module's forward is "
+        "not seen."
+    )
     warn(
         f"pkexplain: the examples' gradients do not sum to the gradient of {len(short)} parameters, by up to "
-        f"{short[worst]:.1%} ({worst}). What is missing goes to the ledger's optimizer line. A penalty on the "
-        "weights is better passed as weight_decay; a weight used outside its module's forward is not seen."
+        f"{short[worst]:.1%} ({worst}). What is missing goes to the ledger's optimizer line. {why}"
     )

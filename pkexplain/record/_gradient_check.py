@@ -132,19 +132,26 @@ class GradientSums:
             if vector is not None:
                 vector.zero_()
 
-    def check(self, batches: Sequence[CapturedBatch], unsplit: Collection[str] = ()) -> float:
+    def check(
+        self, batches: Sequence[CapturedBatch], unsplit: Collection[str], allowed: Callable[[int], float]
+    ) -> float:
         """Check the sum of what was captured against every block's gradient, once, before the first step.
 
         If examples account for only a share of a gradient (a penalty in the loss), their sum is followed separately
         from now on, so that the rest goes to the ledger's ``optimizer`` line. Parameters in ``unsplit`` have a line of
         their own.
 
+        Args:
+            batches: The batches of the step.
+            unsplit: Parameters that are not split.
+            allowed: The split gap that rounding explains, for each block's position.
+
         Returns:
             The largest gap that is rounding error; larger gaps are on that line.
         """
         if self._checked:
             return 0.0
-        attributed, short, rounding = torch.zeros_like(self.captured), {}, 0.0
+        attributed, short, largest, rounded = torch.zeros_like(self.captured), {}, 0.0, True
         for position, block in enumerate(self._spec.blocks):
             whole, part = self.captured[block.span], attributed[block.span]
             pieces = [g for batch in batches for b, g in batch.pieces if b == position]
@@ -158,11 +165,13 @@ class GradientSums:
             gap = float(miss / whole.norm()) if whole.norm() > 0 else 0.0
             if not gap <= ROUNDING:  # also if it is nan
                 short.update(dict.fromkeys(block.parameters, gap))
-            else:
-                rounding = max(rounding, gap)
+            if gap <= min(CAPTURE_TOLERANCE, max(ROUNDING, allowed(position))):
+                largest = max(largest, gap)
+            elif gap > CAPTURE_TOLERANCE:
+                rounded &= gap <= allowed(position)
         self._checked = True
         if short or unsplit:
             self._attributed = attributed
         if max(short.values(), default=0.0) > CAPTURE_TOLERANCE:
-            warn_of_missing(short)
-        return rounding
+            warn_of_missing(short, rounded)
+        return largest

@@ -263,7 +263,7 @@ class Session:
         batches = [*self._accumulated, step.batch]
         if not torch.isfinite(self._sums.captured.sum()):
             raise not_finite(batches)
-        self._accountant.note_capture_gap(self._sums.check(batches, self._split.names))
+        self._accountant.note_capture_gap(self._sums.check(batches, self._split.names, self._split.allowed))
         step.batch.compact()  # before the step, as a layer's input may be a parameter
         step.before = self._plan.point()
 

@@ -55,6 +55,11 @@ class SplitNotes:
         self.names.update(split.unsplit)
         return bool(split.unsplit)
 
+    def allowed(self, position: int) -> float:
+        """The split gap of a block that rounding explains."""
+        split = self._plan.capture.split
+        return 0.0 if split is None else split.allowance(position)
+
     def share_of(self, sums: GradientSums) -> Tensor | None:
         """Return the gradient that was not split, ``(parameters,)``, and note its share; None if all of it was."""
         unsplit = sums.unsplit(self.names)
