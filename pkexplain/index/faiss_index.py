@@ -181,6 +181,9 @@ class CompressedSearch:
                 self._cells.cp.seed = 0
                 if hasattr(self._cells, "use_precomputed_table"):
                     self._cells.use_precomputed_table = -1  # of L2 distances, which are never asked for
+            for part in (self._core, getattr(self._core, "pq", None)):
+                if hasattr(part, "cp"):
+                    part.cp.min_points_per_centroid = 1  # no line on stderr for each of hundreds of clusterings
             chosen = _spread_evenly(len(rows), min(most, _sample_size(self._core.d)))
             step = max(1, _sample_size(rows.dimension) // 4)
             parts = [self._transformed(rows.read(ids).numpy()) for ids in chosen.split(step)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -444,3 +445,11 @@ def test_the_command_compares_indices(disk_run, monkeypatch):
     for word in ("recall@10", "captured mass", "bytes a row", "Flat", "PCA16,SQ4", "random rows of this run"):
         assert word in shown
     assert not (disk_run.store / "index").exists()
+
+
+@pytest.mark.parametrize("factory", ["PCA16,PQ8", "IVF256,SQ8", "PCA16,IVF256,PQ8"])
+def test_a_few_rows_are_trained_on_without_a_word(large, factory, capfd):
+    """faiss would print a line for every clustering of few points, hundreds of them with product quantizers."""
+    RowIndex(large, factory).propose(queries_of(matrix(large), 1), 1)
+    ctypes.CDLL(None).fflush(None)  # faiss prints through C's own buffer
+    assert "WARNING" not in "".join(capfd.readouterr())
