@@ -18,14 +18,17 @@ def check_alike(runs: Sequence[RunExplainer]) -> None:
         ConfigurationError: The runs differ.
     """
     first = runs[0].trajectory
+    fix = "Record the same model on the same data with the same segments, and different seeds"
+    withdraw = "Withdraw the same examples from all of them, with pkexplain.withdraw"
     for position, run in enumerate(runs[1:], start=1):
         other = run.trajectory
-        for what, mine, theirs in (
-            ("their data differ in size", first.num_examples, other.num_examples),
-            ("different examples were withdrawn from them", first.manifest.withdrawn, other.manifest.withdrawn),
-            ("their models take different inputs", dict(first.inputs), dict(other.inputs)),
-            ("they have different numbers of segments", len(first), len(other)),
-            ("they are the same run", "one run twice" if first.run_id == other.run_id else "", ""),
+        gone = first.manifest.withdrawn, other.manifest.withdrawn
+        for what, mine, theirs, do in (
+            ("their data differ in size", first.num_examples, other.num_examples, fix),
+            ("different examples were withdrawn from them", *gone, withdraw),
+            ("their models take different inputs", dict(first.inputs), dict(other.inputs), fix),
+            ("they have different numbers of segments", len(first), len(other), fix),
+            ("they are the same run", "one run twice" if first.run_id == other.run_id else "", "", fix),
         ):
             if mine != theirs:
                 raise ConfigurationError(
@@ -34,7 +37,7 @@ def check_alike(runs: Sequence[RunExplainer]) -> None:
                     got=theirs or mine,
                     expected=mine if theirs else "different runs",
                     source="the first run",
-                    fix="Record the same model on the same data with the same segments, and different seeds",
+                    fix=do,
                 )
 
 
