@@ -181,7 +181,8 @@ class CompressedSearch:
                 self._cells.cp.seed = 0
                 if hasattr(self._cells, "use_precomputed_table"):
                     self._cells.use_precomputed_table = -1  # of L2 distances, which are never asked for
-            for part in (self._core, getattr(self._core, "pq", None)):
+            clustered: list[Any] = [self._core, getattr(self._core, "pq", None)]
+            for part in clustered:
                 if hasattr(part, "cp"):
                     part.cp.min_points_per_centroid = 1  # no line on stderr for each of hundreds of clusterings
             chosen = _spread_evenly(len(rows), min(most, _sample_size(self._core.d)))
