@@ -36,9 +36,14 @@ class Evidence:
     def rounding(self, graph: Graph) -> dict[str, Tensor]:
         """How far the graph's own passes are from adding up: |G(c) + G(1 − c) − G(1)|, zero but for rounding."""
         found: dict[str, Tensor] = {}
-        for number, coded in self.coded.items():
-            given = [self.codes.code(g, at, number, rest=True) for g, at in zip(self.direct, self.known, strict=True)]
-            rest = graph.parameters_from(self.outputs, given)
+        for number in (0, 1):  # not the signs, which are rounded alike in both
+            coded, rest = (
+                graph.parameters_from(
+                    self.outputs,
+                    [self.codes.code(g, at, number, left) for g, at in zip(self.direct, self.known, strict=True)],
+                )
+                for left in (False, True)
+            )
             for name, whole in self.plain.items():
                 if name in coded and name in rest:
                     miss = (coded[name].double() + rest[name].double() - whole.double()).abs()

@@ -314,10 +314,9 @@ class _Check:
         gaps = [self.gap(a, b) for a, b in zip(totals, truth, strict=True)]
         gap = max(math.inf if math.isnan(gap) else gap for gap in gaps)
         if local and self.tolerance < gap <= self._excused:
-            number = next(iter(self.evidence.coded))
-            rest = self._locally(local, partial(codes.code, number=number, rest=True))
+            coded, rest = (self._locally(local, partial(codes.code, number=0, rest=left)) for left in (False, True))
             plain = self._locally(local, lambda g, _: g)
-            self._allow(position, self.gap(truth[0] + rest, plain), truth[0])
+            self._allow(position, self.gap(truth[0] + coded + rest - plain, truth[0]), truth[0])
         return gap
 
     def allow(self, position: int, gap: float) -> None:
