@@ -48,6 +48,7 @@ from pkexplain.results.explanation import Check, Contribution, Cost, Explanation
 from pkexplain.store.directory import DirectoryStore
 from pkexplain.store.editing import merge, withdraw
 from pkexplain.store.memory import MemoryStore
+from pkexplain.store.upkeep import Salvaged, copy_run, salvage
 from pkexplain.version import __version__
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ __all__ = [
     "Recorder",
     "Remainder",
     "Removal",
+    "Salvaged",
     "SparseSign",
     "SquaredError",
     "TokenLogProbability",
@@ -91,9 +93,11 @@ __all__ = [
     "Value",
     "__version__",
     "compare",
+    "copy_run",
     "evaluation",
     "merge",
     "register_update_rule",
+    "salvage",
     "verify_recording",
     "withdraw",
     "write_report",

@@ -45,6 +45,20 @@ class ProcessGroup:
         """Return the maximum over all processes."""
         return number
 
+    def open_channel(self) -> None:
+        """Open a channel beside that of the training, whose collectives never meet those of the training."""
+
+    def close_channel(self) -> None:
+        """Close it; a process that waits in `meet` gets an error."""
+
+    def meet(self, code: int, number: int) -> list[tuple[int, int]]:
+        """Exchange two numbers on the channel; return those of all processes, in rank order.
+
+        Raises:
+            RuntimeError: A process has closed the channel, or died.
+        """
+        return [(code, number)]
+
     def all_gather(self, value: _T) -> list[_T]:
         """Return the values of all processes, in rank order."""
         return [value]
@@ -77,9 +91,30 @@ class TorchProcessGroup(ProcessGroup):
     def __init__(self, group: Any = None) -> None:
         """Ask the group for its size."""
         self._group = group
+        self._channel: Any = None
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         gpu = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+    def open_channel(self) -> None:
+        """Open a group of the same processes, on the CPU."""
+        if dist.is_gloo_available():
+            ranks = dist.get_process_group_ranks(self._group or dist.group.WORLD)
+            self._channel = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+    def close_channel(self) -> None:
+        """Close it; a process that waits in `meet` gets an error."""
+        channel, self._channel = self._channel, None
+        if channel is not None and dist.is_initialized():
+            dist.destroy_process_group(channel)
+
+    def meet(self, code: int, number: int) -> list[tuple[int, int]]:
+        """Exchange two numbers on the channel; return those of all processes, in rank order."""
+        on = torch.device("cpu") if self._channel is not None else self._device
+        mine = torch.tensor([code, number], device=on)
+        found = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(found, mine, self._group if self._channel is None else self._channel)
+        return [(int(c), int(n)) for c, n in found]
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place, and return it."""
@@ -87,7 +122,7 @@ class TorchProcessGroup(ProcessGroup):
 
     def all_reduce_int(self, number: int) -> int:
         """Sum an integer over all processes."""
-        return int(self._reduce(torch.tensor([number]), dist.ReduceOp.SUM))
+        return int(self._reduce(torch.tensor([number], device="cpu"), dist.ReduceOp.SUM))
 
     def all_reduce_max(self, number: float) -> float:
         """Return the maximum over all processes."""

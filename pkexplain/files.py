@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["checksum", "checksum_file", "checksum_json", "write_atomically"]
+__all__ = ["TEMPORARY_END", "checksum", "checksum_file", "checksum_json", "write_atomically"]
+
+TEMPORARY_END = re.compile(r"\.[0-9a-f]{32}\.tmp")
+"""How the names of temporary files end; a name that ends otherwise is somebody else's."""
 
 
 def checksum(*parts: str | bytes | Tensor) -> str:
@@ -43,20 +48,31 @@ def checksum_json(content: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def write_atomically(target: Path) -> Iterator[Path]:
+def write_atomically(target: Path, mode: int | None = None) -> Iterator[Path]:
     """Give a temporary path to write to; afterwards it replaces ``target`` in one step that survives a crash.
 
     The temporary file's name is its own, so several processes may write the same target: the last one wins. After an
-    error it is removed, and ``target`` is as it was.
+    error it is removed, and ``target`` is as it was; only if the error came after that step, while the folder was
+    flushed, ``target`` may be the new one already.
+
+    Args:
+        target: The file to write.
+        mode: Its permissions, from its first byte on; None for those that the user's umask leaves.
     """
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
+        if mode is not None:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
         yield temporary
+        if mode is not None:
+            os.chmod(temporary, mode)  # not reduced by the umask, and whatever a library made of it
         _flush(temporary, os.O_RDWR)
         os.replace(temporary, target)
         _flush(target.parent, os.O_RDONLY)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _flush(path: Path, flags: int) -> None:

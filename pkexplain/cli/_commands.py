@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pkexplain.cli._app import RunArgument, app, complain, console
 from pkexplain.cli._arguments import call_function, parse_numbers, parse_output, read_query
-from pkexplain.cli._splits import show_split
-from pkexplain.errors import PkexplainError, RunDamagedError
-
-app = typer.Typer(
-    name="pkexplain",
-    help="Which training examples made this model say this, by how much, and does it add up?",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a recorded run.")]
-
-
-def _console(error: bool = False) -> Any:
-    from rich.console import Console
-
-    return Console(stderr=error, highlight=False)
-
-
-def _complain(word: str, text: str) -> None:
-    """Print an error; brackets in its text, as in ``pkexplain[demo]``, are not markup."""
-    from rich.markup import escape
-
-    _console(error=True).print(f"[bold red]{word}[/bold red] {escape(text)}", soft_wrap=True)
 
 
 @app.command()
@@ -46,144 +20,17 @@ def demo(
     from pkexplain.demo import run_demo
     from pkexplain.progress import ProgressBar
 
-    console = _console()
-    console.print(f"Training a small CNN on 4,500 MNIST digits for {epochs} epochs, recording every step …")
+    screen = console()
+    screen.print(f"Training a small CNN on 4,500 MNIST digits for {epochs} epochs, recording every step …")
     result = run_demo(out, epochs=epochs, progress=ProgressBar())
-    console.print(f"Test accuracy {result.accuracy:.1%} on 500 digits.")
+    screen.print(f"Test accuracy {result.accuracy:.1%} on 500 digits.")
     for question, explanation in zip(result.questions, result.explanations, strict=True):
-        console.print(f"\n[bold]{question}[/bold]\n", soft_wrap=True)
-        console.out(str(explanation))
+        screen.print(f"\n[bold]{question}[/bold]\n", soft_wrap=True)
+        screen.out(str(explanation))
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
-    console.out(f"Time: {spent}")
-    console.out(f"The run:    {result.run}")
-    console.out(f"The report: {result.report.resolve().as_uri()}")
-
-
-@app.command()
-def inspect(run: RunArgument) -> None:
-    """Show the contents of a run in a table."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from pkexplain.store.directory import DirectoryStore
-
-    store = DirectoryStore(run)
-    manifest = store.manifest()
-    size = sum(file.bytes for file in manifest.files.values())
-    parameters = sum(block.numel for block in manifest.model.blocks)
-    about, gone = Table.grid(padding=(0, 2)), len(manifest.withdrawn)
-    projection = ", ".join(f"{name} {value}" for name, value in manifest.projection.items() if name != "kind")
-    rows = [
-        ("run", str(run)),
-        ("id", manifest.run_id),
-        ("training", manifest.ended),
-        ("made with", f"pkexplain {manifest.pkexplain}, torch {manifest.torch}"),
-        ("optimizer", f"{manifest.optimizer.kind}, {len(manifest.optimizer.groups)} parameter group(s)"),
-        ("training examples", f"{manifest.num_examples:,}" + (f", {gone} of them withdrawn" if gone else "")),
-        ("parameters", f"{parameters:,} recorded, {len(manifest.model.frozen)} tensors frozen"),
-        ("projection", f"{manifest.projection['kind']} ({projection}), {manifest.columns} numbers a row"),
-        ("on disk", f"{size / 2**20:,.1f} MiB in {len(manifest.files)} files"),
-    ]
-    for name, value in rows:
-        about.add_row(name, Text(value))  # a path may contain brackets
-    console = _console()
-    console.print(about)
-    table = Table(title="Segments", title_justify="left")
-    columns = (
-        "segment",
-        "last step",
-        "visits",
-        "Σ learning rate",
-        "displacement gap",
-        "optimizer ‖share‖",
-        "split gap",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
-    for t, segment in enumerate(entry.summary for entry in manifest.segments):
-        rate = ", ".join(f"{value:.4g}" for value in segment.learning_rate_sum)
-        gaps = (f"{segment.displacement_gap:.1e}", f"{segment.optimizer_share:.1e}", f"{segment.split.gap:.1e}")
-        table.add_row(str(t), f"{segment.last_step:,}", f"{segment.visits:,}", rate, *gaps)
-    console.print(table)
-    show_split([entry.summary.split for entry in manifest.segments], console)
-
-
-@app.command()
-def verify(
-    run: RunArgument,
-    tolerance: Annotated[float, typer.Option(help="Largest displacement gap that passes.")] = 0.01,
-) -> None:
-    """Check every file's checksum and contents and every segment's displacement gap; exit status 1 on damage."""
-    from pkexplain.progress import ProgressBar
-    from pkexplain.store.directory import DirectoryStore
-
-    store = DirectoryStore(run)
-    manifest = store.manifest()
-    read = store.trajectory().read if manifest.segments else store.read
-    console, bar, wrong = _console(), ProgressBar(), 0
-    for done, name in enumerate(manifest.files, start=1):
-        try:
-            read(name)
-        except RunDamagedError as error:
-            wrong += 1
-            _complain("damaged", str(error))
-        bar("verifying", done, len(manifest.files))
-    for t, segment in enumerate(entry.summary for entry in manifest.segments):
-        if not segment.displacement_gap <= tolerance:
-            wrong += 1
-            _complain("gap", f"segment {t}: {segment.displacement_gap:.2g} is above {tolerance:g}")
-        if not segment.split.gap <= segment.split.tolerance:
-            wrong += 1
-            layer = next(iter(segment.split.worst), "?")
-            gap = f"{segment.split.gap:.2g} is above {segment.split.tolerance:g}, in layer {layer!r}"
-            _complain("split gap", f"segment {t}: {gap}")
-    files, segments = len(manifest.files), len(manifest.segments)
-    if wrong:
-        console.print(f"{wrong} problem(s) in {files} files and {segments} segments.")
-        raise typer.Exit(1)
-    largest = max((entry.summary.displacement_gap for entry in manifest.segments), default=0.0)
-    console.print(f"{files} files whole, {segments} segments; largest displacement gap {largest:.1e}.")
-
-
-@app.command("verify-recording")
-def verify_recording(
-    build: Annotated[
-        str, typer.Argument(help="package.module:build, a function that returns model, batch, loss[, optimizer].")
-    ],
-) -> None:
-    """Try one batch with and without recording: what changes, how each layer is split, what it costs; exit status 1."""
-    from pkexplain.record.verification import verify_recording as compare
-
-    model, batch, loss, *optimizer = call_function(build, "BUILD")
-    found = compare(model, batch, loss, optimizer=next(iter(optimizer), None))
-    typer.echo(str(found))
-    if not found.passed:
-        raise typer.Exit(1)
-
-
-@app.command()
-def merge(
-    run: RunArgument, shards: Annotated[int, typer.Option(min=1, help="Files of rows for each segment.")] = 1
-) -> None:
-    """Store the rows of a run in a different number of files; no number changes."""
-    from pkexplain.progress import ProgressBar
-    from pkexplain.store.editing import merge as lay_out
-
-    lay_out(run, shards=shards, progress=ProgressBar())
-    _console().print(f"Each segment's rows are now in {shards} file(s).")
-
-
-@app.command()
-def withdraw(
-    run: RunArgument, ids: Annotated[str, typer.Option(help="Row numbers of the examples, for example 3,17,1204.")]
-) -> None:
-    """Delete the rows of examples from a run for good; their sum stays on the ledger."""
-    from pkexplain.progress import ProgressBar
-    from pkexplain.store.editing import withdraw as take_out
-
-    numbers = parse_numbers(ids, "--ids")
-    take_out(run, numbers, progress=ProgressBar())
-    _console().print(f"{len(numbers)} example(s) withdrawn; the ledger of an explanation keeps their sum.")
+    screen.out(f"Time: {spent}")
+    screen.out(f"The run:    {result.run}")
+    screen.out(f"The report: {result.report.resolve().as_uri()}")
 
 
 @app.command()
@@ -315,22 +162,13 @@ def _compare(trajectory: Any, count: int, factory: str) -> None:
         shares = f"{found.recall:.3f}", f"{found.captured_mass:.4f}"
         times = f"{found.build_seconds:.2f} s", f"{found.query_seconds * 1e3:.2f} ms"
         table.add_row(found.factory, *shares, f"{found.bytes_per_row:,.0f}", *times, f"{found.rounding:.2%}")
-    console = _console()
-    console.print(table)
-    console.print(
+    screen = console()
+    screen.print(table)
+    screen.print(
         "Queries: sums of 16 random rows of this run, each scaled to length one, with Gaussian weights (seed 0); real "
         "queries are covectors of a model. Candidates are ranked by the stored rows. Captured mass: sum of the "
         "best 100 found over the sum of the true 100 largest. Rounding: relative error of the ten largest inner "
         "products when computed from the index's own rows, median."
     )
     for text in refused:
-        _complain("left out:", text)
-
-
-def main() -> None:
-    """Run the command line; an error of ours is shown as its message, with exit status 1."""
-    try:
-        app()
-    except PkexplainError as error:
-        _complain("error:", str(error))
-        sys.exit(1)
+        complain("left out:", text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,13 @@ import torch
 from torch import Tensor
 
 from pkexplain.distributed import ProcessGroup
+from pkexplain.explain._torch_state import own_torch_state
 from pkexplain.index.exact import ExactSearch, RunRows
 from pkexplain.index.row_index import RowIndex
 from pkexplain.results.explanation import Contribution, Remainder
+from pkexplain.store.base import Store
+from pkexplain.store.directory import DirectoryStore
+from pkexplain.store.index_files import INDEX_FOLDER
 from pkexplain.store.trajectory import Trajectory
 
 _BOUNDS_AT_ONCE = 1 << 16
@@ -52,13 +55,13 @@ class Ranking:
     Args:
         trajectory: The run.
         factory: A faiss factory string, or ``"auto"``.
-        directory: Where a compressed index is kept, or None.
+        store: Where the run is kept, and a compressed index with it.
         device: Where to search.
         group: The processes among which the rows are divided.
     """
 
     def __init__(
-        self, trajectory: Trajectory, factory: str, directory: Path | None, device: torch.device, group: ProcessGroup
+        self, trajectory: Trajectory, factory: str, store: Store, device: torch.device, group: ProcessGroup
     ) -> None:
         """Open the segments, without building anything."""
         self.num_examples = trajectory.num_examples - len(trajectory.manifest.withdrawn)
@@ -69,9 +72,10 @@ class Ranking:
         self._segments = [self._trajectory.segment(t) for t in range(len(trajectory))]
         self._rows = ExactSearch(RunRows(self._trajectory), device)
         self._index: RowIndex | None = None
+        directory = store.path / INDEX_FOLDER if isinstance(store, DirectoryStore) else None
         if directory is not None and group.world_size > 1:
             directory = directory / f"part-{group.rank}-of-{group.world_size}"
-        self._make = lambda: RowIndex(self._trajectory, factory, directory, device)
+        self._make = lambda: RowIndex(self._trajectory, factory, directory, device, store)
         self._norms: Tensor | None = None
 
     @property
@@ -230,7 +234,8 @@ class _Batch:
 
     def row(self, query: int) -> np.ndarray:
         if self._scores is None:
-            self._scores = mean_scan(self._whole, self._projected).numpy()
+            with own_torch_state():  # it may be anybody who looks at an explanation
+                self._scores = mean_scan(self._whole, self._projected).numpy()
         return self._scores[query]
 
 

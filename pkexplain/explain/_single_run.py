@@ -26,7 +26,6 @@ from pkexplain.gradients.model_copy import copy_model
 from pkexplain.progress import Progress
 from pkexplain.results.explanation import Check, Cost, Ledger
 from pkexplain.store.base import Store, damaged
-from pkexplain.store.directory import DirectoryStore
 
 
 @dataclass(frozen=True)
@@ -50,36 +49,43 @@ class Account:
     costs: tuple[Cost, ...]
 
 
-class RunExplainer:
-    """Answers queries from one recorded run.
+@dataclass(frozen=True)
+class Setting:
+    """How runs are explained.
 
-    Args:
-        store: The run.
-        model: The model; it is copied.
+    Attributes:
         index: A faiss factory string, or ``"auto"``.
         tolerance: Allowed quadrature gap, relative to |f_T − f_0|.
         quadrature: The rule of integration over a segment, and its budget.
         device: Where to compute; None for the model's device.
         progress: Told the progress of long work.
         group: A `torch.distributed` process group among whose processes the rows are divided, or None.
+        segments: Only so many of a run's first segments; None for all.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        model: nn.Module,
-        index: str,
-        tolerance: float,
-        quadrature: Quadrature,
-        device: str | torch.device | None,
-        progress: Progress,
-        group: Any,
-    ) -> None:
+    index: str
+    tolerance: float
+    quadrature: Quadrature
+    device: str | torch.device | None
+    progress: Progress
+    group: Any
+    segments: int | None
+
+
+class RunExplainer:
+    """Answers queries from one recorded run.
+
+    Args:
+        store: The run.
+        model: The model; it is copied.
+        setting: How it is explained.
+    """
+
+    def __init__(self, store: Store, model: nn.Module, setting: Setting) -> None:
         """Read the run and check the model against it."""
-        self.trajectory = store.trajectory()
+        self.trajectory = store.trajectory(setting.segments)
         self.trajectory.fingerprint.check(model)
-        device = torch.device(device) if device else next(model.parameters()).device
-        directory = store.path / "index" if isinstance(store, DirectoryStore) else None
+        device = torch.device(setting.device) if setting.device else next(model.parameters()).device
         self.model = copy_model(model).to(device).eval()
         groups = {name: block.group for block in self.trajectory.fingerprint.blocks for name in block.parameters}
         for name, parameter in self.model.named_parameters():
@@ -92,13 +98,13 @@ class RunExplainer:
         self.segments = [self.trajectory.segment(t) for t in range(len(self.trajectory))]
         self._row_sums = torch.stack([segment.row_sum for segment in self.segments])
         self._withdrawn = torch.stack([segment.withdrawn for segment in self.segments])
-        self._tolerance, self.quadrature, self._progress = tolerance, quadrature, progress
+        self._tolerance, self.quadrature, self._progress = setting.tolerance, setting.quadrature, setting.progress
         self._curvatures: dict[LossCurvature | None, Curvature] = {}
-        self.whole = Ranking(self.trajectory, index, directory, device, ProcessGroup())
-        group = ProcessGroup() if group is None else TorchProcessGroup(group)
-        self.ranking = (
-            self.whole if group.world_size == 1 else Ranking(self.trajectory, index, directory, device, group)
-        )
+        rows = self.trajectory, setting.index, store, device
+        self.whole = self.ranking = Ranking(*rows, ProcessGroup())
+        group = ProcessGroup() if setting.group is None else TorchProcessGroup(setting.group)
+        if group.world_size > 1:
+            self.ranking = Ranking(*rows, group)
 
     def prepare(self) -> None:
         """Build the index, if there is none yet."""

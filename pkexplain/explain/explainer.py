@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.errors import ConfigurationError, ExampleIdError
-from pkexplain.explain._ensemble import check_alike, mean_checks, mean_cost, mean_ledger
+from pkexplain.explain._ensemble import mean_checks, mean_cost, mean_ledger
+from pkexplain.explain._failed_checks import FailedChecks
+from pkexplain.explain._open_runs import OpenRuns, asked_alone
 from pkexplain.explain._ranking import mean_scan, rank
-from pkexplain.explain._single_run import RunExplainer
-from pkexplain.explain._torch_state import in_own_torch_state
+from pkexplain.explain._single_run import RunExplainer, Setting
+from pkexplain.explain._torch_state import own_torch_state
 from pkexplain.explain.outputs import Output, settle_output
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.queries import QueryBatch, as_queries
@@ -37,6 +39,11 @@ _NUMBERS_AT_ONCE = 1 << 27
 class Explainer:
     """Explain predictions of a recorded model by its training examples.
 
+    Threads may share an explainer: questions are answered one after the other, as each would be alone. If examples
+    are withdrawn from the run while it is open, or its files are merged, the next question is answered from the run as
+    it is then; until that question, rows that it has read stay in this process's memory. Segments that are added while
+    it is open are not seen.
+
     Args:
         run: The directory of a run, or the `pkexplain.MemoryStore` it was recorded into; or a list of runs of one
             training with different seeds, which are averaged.
@@ -49,6 +56,8 @@ class Explainer:
         progress: Receives the progress of long work, for example `pkexplain.ProgressBar`.
         group: A `torch.distributed` process group among whose processes the rows are divided: each makes an explainer,
             asks the same questions and searches its own share, and all get the same answers.
+        segments: Explain only so many of the run's first segments: the model as it was at their end. A run of which
+            later files are damaged can be read this way.
 
     Raises:
         RunNotFoundError: There is no run, or it holds no finished segment.
@@ -57,7 +66,6 @@ class Explainer:
         ConfigurationError: An argument is invalid, or the runs cannot be averaged.
     """
 
-    @in_own_torch_state
     def __init__(
         self,
         run: str | os.PathLike[str] | Store | Sequence[str | os.PathLike[str] | Store],
@@ -69,6 +77,7 @@ class Explainer:
         device: str | torch.device | None = None,
         progress: Progress | None = None,
         group: Any = None,
+        segments: int | None = None,
     ) -> None:
         """Read the run and check the model against it; the index is built on first use."""
         if not tolerance > 0:
@@ -84,21 +93,30 @@ class Explainer:
             )
         report = progress or no_progress
         index = "Flat" if len(runs) > 1 else index  # an index only has the rows of one run
-        setting = (index, tolerance, quadrature or Quadrature(), device, report, group)
-        self._runs = [RunExplainer(open_store(each), model, *setting) for each in runs]
-        check_alike(self._runs)
-        self._first = self._runs[0]
+        setting = Setting(index, tolerance, quadrature or Quadrature(), device, report, group, segments)
+        with own_torch_state():
+            self._open_runs = OpenRuns([open_store(each) for each in runs], model, setting)
+
+    @property
+    def _runs(self) -> list[RunExplainer]:
+        return self._open_runs.all
+
+    @property
+    def _first(self) -> RunExplainer:
+        return self._runs[0]
 
     @property
     def trajectory(self) -> Trajectory:
         """The explained run; of several, the first."""
         return self._first.trajectory
 
+    @asked_alone
     def copy_model(self) -> nn.Module:
         """Return a copy of the model in evaluation mode, with the weights of any point of the run."""
         return copy_model(self._first.model)
 
     @property
+    @asked_alone
     def index(self) -> RowIndex:
         """The index over the rows that this process searches, built on first use; of several runs, the first's.
 
@@ -109,7 +127,7 @@ class Explainer:
         self._first.prepare()
         return self._first.ranking.index
 
-    @in_own_torch_state
+    @asked_alone
     def prepare(self, reading: str | Removal = "path") -> None:
         """Do one-time work now: build the index and, for a removal reading, compute the curvature of every segment.
 
@@ -126,7 +144,7 @@ class Explainer:
             if removal is not None:
                 run.curvature(removal.loss)
 
-    @in_own_torch_state
+    @asked_alone
     def explain(
         self,
         x: Any,
@@ -188,7 +206,7 @@ class Explainer:
             ]
         return explanations[0] if queries.single else explanations
 
-    @in_own_torch_state
+    @asked_alone
     def contributions(
         self,
         x: Any,
@@ -204,22 +222,25 @@ class Explainer:
             reading: ``"path"``, ``"removal"`` or a `pkexplain.Removal`, as for `explain`.
 
         Returns:
-            c_i(x), in output units, ``(queries, num_examples)``.
+            c_i(x), in output units, ``(queries, num_examples)``. If a check of one of the queries fails, a warning
+            names it; `explain` returns the checks themselves.
 
         Raises:
             QueryError: The query or the output does not fit the model.
             ConfigurationError: ``reading`` is invalid.
         """
         removal = _removal(reading)
-        queries = self._queries(x)
+        queries, failed = self._queries(x), FailedChecks("contributions()")
         parts = []
         for some, settled, _ in self._chunks(queries, output):
-            projected = [run.account(some, settled, removal).projected for run in self._runs]
-            mine = mean_scan([run.ranking for run in self._runs], projected).numpy()
+            accounts = [run.account(some, settled, removal) for run in self._runs]
+            failed.note(mean_checks(each) for each in zip(*(account.checks for account in accounts), strict=True))
+            mine = mean_scan([run.ranking for run in self._runs], [account.projected for account in accounts]).numpy()
             parts.append(np.concatenate(self._first.ranking.group.all_gather(mine), axis=1))
+        failed.warn()
         return np.concatenate(parts)
 
-    @in_own_torch_state
+    @asked_alone
     def self_contributions(
         self,
         x: Any,
@@ -240,7 +261,7 @@ class Explainer:
             reading: As for `explain`.
 
         Returns:
-            c_i(x_i), in output units, ``(examples,)``.
+            c_i(x_i), in output units, ``(examples,)``; a failed check is a warning, as for `contributions`.
 
         Raises:
             QueryError: The examples or the output do not fit the model.
@@ -256,12 +277,15 @@ class Explainer:
             raise ExampleIdError(
                 "self_contributions(ids)", wrong, got=got, expected=expected, source="the batch", fix=fix
             )
-        parts, start = [], 0
+        parts, start, failed = [], 0, FailedChecks("self_contributions()")
         for some, settled, _ in self._chunks(queries, output):
             mine = known[start : start + len(some)]
-            found = [run.own(run.account(some, settled, removal).projected, mine) for run in self._runs]
+            accounts = [run.account(some, settled, removal) for run in self._runs]
+            failed.note(mean_checks(each) for each in zip(*(account.checks for account in accounts), strict=True))
+            found = [run.own(a.projected, mine) for run, a in zip(self._runs, accounts, strict=True)]
             parts.append(np.mean(found, axis=0))
             start += len(some)
+        failed.warn()
         return np.concatenate(parts)
 
     def _queries(self, x: Any) -> QueryBatch:

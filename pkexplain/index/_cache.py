@@ -23,8 +23,13 @@ import numpy as np
 
 from pkexplain.files import checksum_file, write_atomically
 from pkexplain.index.faiss_index import CompressedSearch
+from pkexplain.store.base import Store
+from pkexplain.store.index_files import rows_name
+from pkexplain.store.manifest import Manifest
 
 _KEY_BYTES = 32
+_PATIENCE = 5.0
+"""Seconds to wait for another writer of the run; if it takes longer, the index is kept in memory only."""
 
 
 class KeptIndex:
@@ -33,11 +38,14 @@ class KeptIndex:
     Args:
         directory: Where they are.
         state: SHA-256 of the rows' identity and the factory string, in hexadecimal.
+        run: The run whose rows these are, and its manifest when they were read; None for rows of no run.
     """
 
-    def __init__(self, directory: Path, state: str) -> None:
+    def __init__(self, directory: Path, state: str, run: tuple[Store, Manifest] | None = None) -> None:
         """Name the files, without touching them."""
-        self._file, self._state = directory / f"{state[:16]}.faiss", state
+        self._run, self._state = run, state
+        self._rows = rows_name(run[1]) + "-" if run else ""
+        self._file = directory / f"{self._rows}{state[:16]}.faiss"
 
     @property
     def size(self) -> int:
@@ -65,14 +73,26 @@ class KeptIndex:
     def save(self, search: CompressedSearch) -> None:
         """Keep an index; if it cannot be written, it stays in memory only.
 
-        The description is written last: until it is there, nothing is read.
+        So does one of rows that the run does not consist of any more: examples may have been withdrawn since they were
+        read. While the run is locked, that cannot happen.
         """
-        description = self._file.with_suffix(".json")
         with contextlib.suppress(OSError, RuntimeError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            key = _read_key() or _make_key()
-            with write_atomically(self._file) as temporary:
+            if self._run is None:
+                self._write(search, None)
+                return
+            store = self._run[0]
+            with store.lock(wait=_PATIENCE):
+                store.sweep()
+                if rows_name(store.manifest()) + "-" == self._rows:
+                    self._write(search, getattr(store, "mode", None))
+
+    def _write(self, search: CompressedSearch, mode: int | None) -> None:
+        """Write the index, and its description last: until that is there, nothing is read."""
+        description = self._file.with_suffix(".json")
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        key = _read_key() or _make_key()
+        try:
+            with write_atomically(self._file, mode) as temporary:
                 search.write(str(temporary))
                 described: dict[str, Any] = {
                     "state": self._state,
@@ -82,15 +102,13 @@ class KeptIndex:
                     "radii": search.radii.tolist(),
                 }
                 description.unlink(missing_ok=True)
-            with write_atomically(description) as temporary:
+            with write_atomically(description, mode) as temporary:
                 signed = {**described, "hmac": _sign(described, key)}
                 temporary.write_text(json.dumps(signed), encoding="utf-8")
-
-    def _remove_leftovers(self) -> None:
-        """Remove what a killed build left: temporary files, and indices without a description."""
-        for file in [*self._file.parent.glob("*.tmp"), *self._file.parent.glob("*.faiss")]:
-            if file.suffix == ".tmp" or not file.with_suffix(".json").exists():
-                file.unlink(missing_ok=True)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)  # nobody reads it without its description
+            raise
 
 
 def _sign(described: Mapping[str, Any], key: bytes) -> str:
@@ -124,8 +142,7 @@ def _make_key() -> bytes:
     """Make a key that only this user can read."""
     directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with write_atomically(directory / "index.key") as temporary:
-        temporary.touch(mode=0o600, exist_ok=False)  # readable by its owner only, before it has content
+    with write_atomically(directory / "index.key", 0o600) as temporary:  # readable by its owner only
         temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
     key = _read_key()  # if two processes start at once, the last one's
     if key is None:

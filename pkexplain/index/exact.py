@@ -6,6 +6,7 @@ the contribution. Nothing is built: the stored rows are multiplied block by bloc
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -94,6 +95,7 @@ class ExactSearch:
         """Read nothing yet."""
         self._rows, self._device = rows, torch.device(device)
         self._cached: list[Tensor] = []
+        self._lock = threading.RLock()  # explanations that are still to be scanned share what is cached
 
     def scan(self, queries: Sequence[Tensor]) -> Tensor:
         """Compute the inner product of every query with every row, reading each row once.
@@ -105,9 +107,10 @@ class ExactSearch:
         Returns:
             ``(queries, num_examples)``, in float64, on the CPU.
         """
-        scores = torch.empty(len(queries[0]), len(self._rows), dtype=torch.float64)
-        for block, products in self._products(queries):
-            scores[:, block] = products.cpu()
+        scores = torch.empty(len(queries[0]), len(self._rows), dtype=torch.float64, device="cpu")
+        with self._lock:
+            for block, products in self._products(queries):
+                scores[:, block] = products.cpu()
         return scores
 
     def search(self, queries: np.ndarray, k: int, *, both_ends: bool = False) -> np.ndarray:
@@ -124,7 +127,7 @@ class ExactSearch:
         """
         asked = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).split(self._rows.widths, dim=1)
         ends = [(True, torch.empty(0), torch.empty(0))] + [(False, torch.empty(0), torch.empty(0))] * both_ends
-        for block, products in self._products(asked):
+        for block, products in self._locked(asked):
             ids = torch.arange(block.start, block.stop, device=products.device).expand_as(products)
             for at, (largest, best, best_ids) in enumerate(ends):
                 scores = torch.cat([best, products], 1) if len(best) else products
@@ -135,9 +138,15 @@ class ExactSearch:
 
     def read(self, ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
         """Read some rows of every segment, ``(ids, k)`` each, from memory if they are cached."""
-        if self._cached and self._cached[0].dtype == dtype:
-            return [rows[ids.to(rows.device)].cpu() for rows in self._cached]
+        with self._lock:
+            cached = self._cached
+        if cached and cached[0].dtype == dtype:
+            return [rows[ids.to(rows.device)].cpu() for rows in cached]
         return [segment.read_rows(ids, dtype) for segment in self._rows.segments]
+
+    def _locked(self, queries: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        with self._lock:
+            yield from self._products(queries)
 
     def _products(self, queries: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """Yield blocks of examples and their ⟨q, row⟩ for every query, ``(queries, block)``."""

@@ -15,6 +15,7 @@ from pkexplain.index._cache import KeptIndex
 from pkexplain.index.exact import ExactSearch, RunRows
 from pkexplain.index.faiss_index import CompressedSearch, faiss_or_none
 from pkexplain.progress import Progress, no_progress
+from pkexplain.store.base import Store
 from pkexplain.store.trajectory import Trajectory
 
 __all__ = ["RowIndex", "choose_factory"]
@@ -63,6 +64,7 @@ class RowIndex:
             string, for example ``"SQ8"``, ``"PCA256,IVF1024,SQ8"``.
         directory: Where a compressed index is kept; None for memory only.
         device: Where to search.
+        store: Where the run is kept, so that nothing is kept of rows that have been withdrawn since.
 
     Raises:
         MissingDependencyError: A compressed index needs faiss, which is not installed.
@@ -75,6 +77,7 @@ class RowIndex:
         factory: str = "auto",
         directory: Path | None = None,
         device: torch.device | str = "cpu",
+        store: Store | None = None,
     ) -> None:
         """Check the factory string, without building anything."""
         self._rows, self._device = RunRows(trajectory), torch.device(device)
@@ -84,7 +87,8 @@ class RowIndex:
         self._exactly = ExactSearch(self._rows, self._device)
         self._compressed = None if self.exact else self._empty()
         state = checksum(f"{trajectory.rows_id} {factory}", *self._rows.row_sums)
-        self._kept = KeptIndex(directory, state) if directory and not self.exact else None
+        of = (store, trajectory.manifest) if store is not None else None
+        self._kept = KeptIndex(directory, state, of) if directory and not self.exact else None
         self._ready = self.exact
 
     def _empty(self) -> CompressedSearch:

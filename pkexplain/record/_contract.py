@@ -119,6 +119,32 @@ def not_between_steps(recording: bool) -> RecordingError:
     return broken("recorder.save() was called where a run cannot be saved", got, fix)
 
 
+def not_by_a_child() -> RecordingError:
+    """Make the error for a forked process that goes on with its parent's recorder."""
+    return broken(
+        "this process was forked from the one that records",
+        "a step or a save of a copy of the recorder",
+        "Record in the process that opened the recorder; to train in several, use DistributedDataParallel",
+    )
+
+
+def not_after_a_torn_step() -> RecordingError:
+    """Make the error for going on after an error in the middle of a step's accounts."""
+    return broken(
+        "an earlier step was not recorded as a whole",
+        "a step after an error inside the recording of another",
+        "Leave the 'with' block; Recorder.resume continues from the last recorder.save()",
+    )
+
+
+def warn_of_torn_step(steps: int) -> None:
+    """Warn that an unfinished segment is dropped."""
+    warn(
+        f"pkexplain: an error came in the middle of recording a step; the {steps} steps since the last segment was "
+        "finished are not part of the run."
+    )
+
+
 def unknown_parameter(name: str) -> RecordingError:
     """Make the error for a parameter that was missing or frozen when the recorder was made."""
     return RecordingError(

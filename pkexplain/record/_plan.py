@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pkexplain.distributed import ProcessGroup
@@ -11,10 +12,14 @@ from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.layers import Block, flatten_blocks
 from pkexplain.optimizers.base import RecordingSpec
 from pkexplain.projection.kinds import Projection
+from pkexplain.projection.maps import Projector
 from pkexplain.record._optimizer_steps import StepReader
 from pkexplain.record._optimizers import Optimizers
 from pkexplain.store.base import Store
 from pkexplain.store.directory import DirectoryStore
+from pkexplain.store.fingerprint import ModelFingerprint
+from pkexplain.store.manifest import FORMAT_VERSION, InputEntry, Manifest, OptimizerEntry, RecordingEntry
+from pkexplain.version import __version__
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Plan:
     Attributes:
         store: Where the run goes.
         model: The model, without a wrapper.
+        wrapped: The model as it was passed.
         optimizers: Its optimizers.
         steps: Reads their steps.
         blocks: The recorded parameters.
@@ -40,6 +46,7 @@ class Plan:
 
     store: Store
     model: nn.Module
+    wrapped: nn.Module
     optimizers: Optimizers
     steps: StepReader
     blocks: tuple[Block, ...]
@@ -68,6 +75,45 @@ class Plan:
         """Return what accumulators need to know."""
         scratch = self.store.path if isinstance(self.store, DirectoryStore) else None
         return RecordingSpec(self.blocks, self.projection, self.num_examples, self.like, self.group, audited, scratch)
+
+    def describe(
+        self,
+        ended: str,
+        fingerprint: ModelFingerprint,
+        inputs: dict[str, InputEntry],
+        output: str | None,
+        projector: Projector | None,
+    ) -> Manifest:
+        """Describe the run; the writer adds what it has written.
+
+        Args:
+            ended: How recording ended, in words.
+            fingerprint: What the model must be.
+            inputs: The inputs that were seen.
+            output: Which tensor of its output is the prediction.
+            projector: The projection, once it is fixed.
+        """
+        return Manifest(
+            run_id="",
+            pkexplain=__version__,
+            torch=str(torch.__version__),
+            ended=ended,
+            num_examples=self.num_examples,
+            dtype="float64" if self.like.dtype == torch.float64 else "float32",
+            recording=RecordingEntry(segments=self.segments, lookahead=self.lookahead, unsplit=self.unsplit),
+            optimizer=OptimizerEntry.of(*self.optimizers.all),
+            projection=self.projection.describe(),
+            columns=projector.columns if projector else None,
+            model=fingerprint,
+            inputs=inputs,
+            output=output,
+            segments=(),
+            states=(),
+            revision=0,
+            withdrawn=(),
+            files={},
+            format_version=FORMAT_VERSION,
+        )
 
     def point(self) -> Tensor:
         """Return the model's current θ, ``(parameters,)``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkexplain.errors import ExampleIdError
+from pkexplain.errors import ExampleIdError, RecordingError
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.split import Split
 from pkexplain.gradients.watch import Watch
@@ -21,9 +22,11 @@ from pkexplain.optimizers.base import CapturedBatch
 from pkexplain.optimizers.segment_accountant import AppliedStep, SegmentAccountant
 from pkexplain.record._contract import (
     broken,
+    not_after_a_torn_step,
     not_all_skipped,
     not_all_stepped,
     not_between_steps,
+    not_by_a_child,
     not_finite,
     without_backward,
 )
@@ -32,14 +35,13 @@ from pkexplain.record._observers import InputShapes, LossDerivatives
 from pkexplain.record._optimizer_steps import skips
 from pkexplain.record._plan import Plan
 from pkexplain.record._resume import checksum_optimizers, find_standpoint, restore_state
+from pkexplain.record._roll_call import ACCUMULATE, END, REFUSED, SAVE, STEP, RollCall
+from pkexplain.record._segment_ends import SegmentEnds
 from pkexplain.record._split_notes import SplitNotes
 from pkexplain.record._state import serialise
-from pkexplain.record._warnings import SegmentWarnings
 from pkexplain.store.fingerprint import ModelFingerprint
-from pkexplain.store.manifest import FORMAT_VERSION, Manifest, OptimizerEntry, RecordingEntry
-from pkexplain.store.trajectory import Checkpoint
+from pkexplain.store.manifest import Manifest, OptimizerEntry
 from pkexplain.store.writer import RunWriter
-from pkexplain.version import __version__
 
 
 @dataclass
@@ -67,10 +69,9 @@ class Session:
     def __init__(self, plan: Plan) -> None:
         """Start or continue the run, and hook into the optimizer."""
         parameters = plan.parameters
-        self._plan, self._start = plan, plan.point()
+        self._plan, self._process = plan, os.getpid()
         self._inputs, self._derivatives = InputShapes(plan.model), LossDerivatives(plan.model, plan.capture)
         self._fingerprint = ModelFingerprint.of(plan.model, plan.blocks)
-        self._warnings = SegmentWarnings(plan.names, [p.numel() for p in parameters])
         self._ended = "still recording, or killed"
         self._deleted: Sequence[int] = ()
         self._step: _Step | None = None
@@ -79,25 +80,30 @@ class Session:
         self._accountant = SegmentAccountant(plan.spec(), Lookahead.of(plan.lookahead, plan.like))
         self._sums = GradientSums(plan.spec(), parameters)
         self._writer = RunWriter(plan.store, plan.group)
+        self._ends = SegmentEnds(plan, self._writer, self._manifest)
+        self._handles: list[Any] = []
+        self._roll_call = RollCall(plan.group, plan.wrapped)
         self._writer.lock()
         try:
             if plan.resumes:
                 self._continue()
             else:
-                self._writer.start(self._manifest(), self._checkpoint())
+                self._writer.start(self._manifest(), self._ends.checkpoint())
+            self._handles.extend(self._sums.hooks(self._current_batch))
+            for optimizer in plan.optimizers.all:
+                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+                self._handles.append(optimizer.register_step_post_hook(lambda *_: self._after_step()))
         except BaseException:
+            self._remove_hooks()
+            self._roll_call.close()
             self._writer.release()
             raise
-        self._handles = list(self._sums.hooks(self._current_batch))
-        for optimizer in plan.optimizers.all:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._after_step()))
 
     def _continue(self) -> None:
         """Continue a run from the point at which the model and the optimizer are."""
         plan, trajectory = self._plan, self._plan.store.trajectory()
         optimizer = checksum_optimizers(plan.optimizers, plan.parameters)
-        standpoint = find_standpoint(plan.store, trajectory, self._start, optimizer, plan.group)
+        standpoint = find_standpoint(plan.store, trajectory, self._ends.start, optimizer, plan.group)
         spec = plan.spec(trajectory.segment(0).audit_ids)
         lookahead, projector = Lookahead.of(plan.lookahead, plan.like), trajectory.projector(plan.like.device)
         steps = trajectory.boundaries[standpoint.segments]
@@ -111,16 +117,40 @@ class Session:
         self._writer.resume(trajectory.manifest, self._ended, standpoint.segments)  # last: a refusal drops nothing
 
     def close(self, error: type[BaseException] | None) -> None:
-        """Finish the last segment and remove the hooks, also after an error."""
-        for handle in self._handles:
-            handle.remove()
+        """Finish the last segment and remove the hooks, also after an error.
+
+        A process that was forked from the one that records comes here, too, if it exits by itself; the run is not its.
+        """
+        if os.getpid() != self._process:
+            return
+        self._remove_hooks()
         self._ended = "finished" if error is None else f"interrupted by {error.__name__}"
         try:
+            if error is None:
+                self._meet(END)
             if error is None or self._plan.group.world_size == 1:  # other processes may not have come here
-                self._end_segment()
-                self._writer.close(self._manifest())
+                self._finish()
         finally:
+            self._roll_call.close()
             self._writer.release()
+
+    def _finish(self) -> None:
+        self._end_segment()
+        self._writer.close(self._manifest())
+
+    def _meet(self, doing: int, examples: int = 0) -> int:
+        """Wait for all processes; if they do different things, end the run in all of them."""
+        try:
+            return self._roll_call.meet(doing, examples)
+        except RecordingError as error:
+            if self._roll_call.uneven:
+                self._ended = f"interrupted by {type(error).__name__}"
+                self._finish()
+            raise
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def save(self) -> None:
         """End the segment here and save the momentum buffers.
@@ -129,25 +159,34 @@ class Session:
             RecordingError: There are gradients that the optimizer has not applied yet.
             RunError: The state cannot be written.
         """
+        self._refuse_to_go_on()
         if self._step is not None or self._accumulated:
             raise not_between_steps(recording=True)
+        self._meet(SAVE)
         self._end_segment()
         self._plan.capture.forget()  # as a resumed run does not know the split
         if not len(self._writer):
             return
         state = {"attributed": self._sums.apart, "accounts": self._accountant.state_dict()}
         optimizer = checksum_optimizers(self._plan.optimizers, self._plan.parameters)
-        self._writer.state(serialise(state), optimizer or "")
+        self._writer.state(serialise(state), optimizer or "", OptimizerEntry.of(*self._plan.optimizers.all))
+
+    def _refuse_to_go_on(self) -> None:
+        if os.getpid() != self._process:
+            raise not_by_a_child()
+        if self._ends.torn:
+            raise not_after_a_torn_step()
 
     @contextmanager
     def step(self, ids: Sequence[int] | Tensor, accumulate: bool) -> Iterator[None]:
         """Record one batch; see `Recorder.step`."""
+        self._refuse_to_go_on()
         if self._step is not None:
             raise broken("it is nested in another step", "a step inside a step", "End the outer 'with' block first")
         plan = self._plan
         plan.steps.refuse_unknown_parameters()
         plan.steps.refuse_movement_of_others()
-        batch = self._batch(ids)
+        batch = self._batch(ids, accumulate)
         visits = self._accountant.visits + batch.everywhere  # a sampler may repeat some examples
         if plan.segments == "epoch" and visits >= plan.num_examples + plan.group.world_size:
             self._end_segment()  # the loader dropped its last, smaller batch
@@ -169,17 +208,15 @@ class Session:
         if self._segment_is_full():
             self._end_segment()
 
-    def _batch(self, ids: Sequence[int] | Tensor) -> CapturedBatch:
+    def _batch(self, ids: Sequence[int] | Tensor, accumulate: bool) -> CapturedBatch:
         """Check the ids; if another process refuses its ids, none continues without it."""
         plan = self._plan
         try:
             batch = CapturedBatch(check_ids(ids, plan.num_examples, gone=self._deleted).to(plan.like.device))
         except ExampleIdError:
-            plan.group.all_reduce_int(-(1 << 40))  # so low that the sum is negative
+            self._roll_call.meet(REFUSED)
             raise
-        batch.everywhere = plan.group.all_reduce_int(len(batch.ids))
-        if batch.everywhere < 0:
-            raise broken("another process refused its batch", "wrong ids there", "Read that process's own error")
+        batch.everywhere = self._meet(ACCUMULATE if accumulate else STEP, len(batch.ids))
         return batch
 
     def _watch(self) -> Watch:
@@ -279,16 +316,17 @@ class Session:
         steps, sums = self._plan.steps, self._sums
         unsplit = self._split.share_of(sums)
         applied, numbers = steps.applied, steps.numbers()
-        self._accountant.step(
-            AppliedStep(batches, sums.captured, sums.attributed, applied, numbers, step.before, unsplit)
-        )
+        with self._ends.as_a_whole():
+            self._accountant.step(
+                AppliedStep(batches, sums.captured, sums.attributed, applied, numbers, step.before, unsplit)
+            )
         if self._accountant.capture_gap > ROUNDING:
             sums.follow()
         self._forget()
 
     def _skip(self, batches: Sequence[CapturedBatch]) -> None:
         """Count a step that was skipped."""
-        self._warnings.of_skipped(batches)
+        self._ends.warnings.of_skipped(batches)
         self._accountant.skip(batches)
         self._forget()
 
@@ -299,40 +337,9 @@ class Session:
         self._sums.clear()
 
     def _end_segment(self) -> None:
-        if not self._accountant.steps:
-            return
-        end = self._plan.point()
-        before, self._start = self._start, end
-        segment, summary = self._accountant.close(end - before, self._split.summary())
-        t = len(self._writer)
-        self._writer.segment(segment, summary, self._checkpoint(), self._accountant.projector, self._manifest())
-        self._warnings.of(t, summary, segment.optimizer, end - before, self._sums.apart)
-
-    def _checkpoint(self) -> Checkpoint:
-        buffers = self._plan.model.named_buffers()
-        return Checkpoint(self._start, {name: value.detach() for name, value in buffers})
+        self._ends.end(self._accountant, self._split.summary(), self._sums.apart)
 
     def _manifest(self) -> Manifest:
         """Describe the run; the writer adds what it has written."""
-        plan, projector = self._plan, self._accountant.projector
-        return Manifest(
-            run_id="",
-            pkexplain=__version__,
-            torch=str(torch.__version__),
-            ended=self._ended,
-            num_examples=plan.num_examples,
-            dtype="float64" if plan.like.dtype == torch.float64 else "float32",
-            recording=RecordingEntry(segments=plan.segments, lookahead=plan.lookahead, unsplit=plan.unsplit),
-            optimizer=OptimizerEntry.of(*plan.optimizers.all),
-            projection=plan.projection.describe(),
-            columns=projector.columns if projector else None,
-            model=self._fingerprint,
-            inputs=dict(self._inputs.seen),
-            output=self._derivatives.output,
-            segments=(),
-            states=(),
-            revision=0,
-            withdrawn=(),
-            files={},
-            format_version=FORMAT_VERSION,
-        )
+        seen = dict(self._inputs.seen), self._derivatives.output
+        return self._plan.describe(self._ended, self._fingerprint, *seen, self._accountant.projector)

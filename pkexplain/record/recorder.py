@@ -78,7 +78,7 @@ class Recorder:
         """Check that everything can be recorded, without writing anything."""
         given = {"num_examples": num_examples, "segments": segments, "lookahead": lookahead, "unsplit": unsplit}
         check_arguments(model, **given, dtype=dtype)
-        model, group = find_process_group(model)
+        wrapped, (model, group) = model, find_process_group(model)
         optimizers = Optimizers(optimizer)
         in_group = {id(p): g for g, each in enumerate(optimizers.groups) for p in each["params"]}
         named = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) in in_group}
@@ -88,6 +88,7 @@ class Recorder:
         self._plan = Plan(
             store=open_store(run),
             model=model,
+            wrapped=wrapped,
             optimizers=optimizers,
             steps=StepReader(model, optimizers, blocks, like),
             blocks=blocks,

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkexplain.store.trajectory import FIRST_CHECKPOINT, Trajectory
+from pkexplain.store.manifest import FIRST_CHECKPOINT, PROJECTION
+from pkexplain.store.trajectory import Trajectory
 
-_PROJECTION = "projection.safetensors"
 _MOST_AUDITED = 1 << 16
 
 Format = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
@@ -59,7 +59,7 @@ class Layout:
         manifest, roles = trajectory.manifest, {}
         parameters = sum(block.numel for block in manifest.model.blocks)
         layout = cls(trajectory, parameters, manifest.columns or 0, roles)
-        roles[FIRST_CHECKPOINT], roles[_PROJECTION] = layout._check_checkpoint, layout._check_projection
+        roles[FIRST_CHECKPOINT], roles[PROJECTION] = layout._check_checkpoint, layout._check_projection
         for files in trajectory.files:
             roles[files.checkpoint] = layout._check_checkpoint
             roles[files.vectors] = layout._check_vectors

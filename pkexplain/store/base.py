@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from pkexplain.errors import RunBusyError, RunDamagedError, RunExistsError, RunNotFoundError
+from pkexplain.errors import ConfigurationError, RunBusyError, RunDamagedError, RunExistsError, RunNotFoundError
 from pkexplain.store._validation import Layout, MisfitError
 from pkexplain.store.manifest import FileEntry, Manifest
 from pkexplain.store.trajectory import Trajectory
@@ -46,16 +46,15 @@ class Store(ABC):
         """List a file that another process has written in the next manifest."""
 
     @abstractmethod
-    def drop(self, names: Iterable[str]) -> None:
-        """Leave files out of the next manifest; they are deleted once it is written."""
-
-    @abstractmethod
     def reopen(self) -> Manifest:
         """Open an existing run for writing; return its manifest."""
 
     @abstractmethod
-    def lock(self) -> AbstractContextManager[object]:
+    def lock(self, wait: float = 0.0) -> AbstractContextManager[object]:
         """Keep every other writer out until the context exits.
+
+        Args:
+            wait: How many seconds to wait for another writer.
 
         Raises:
             RunBusyError: There is one already.
@@ -63,7 +62,33 @@ class Store(ABC):
 
     @abstractmethod
     def commit(self, manifest: Manifest) -> None:
-        """Replace the manifest, in one step; the store fills in its files."""
+        """Replace the manifest, in one step; the store fills in its files.
+
+        Files that the manifest does not name any more are deleted after that, or by the next writer.
+        """
+
+    def identity(self) -> tuple[str, int]:
+        """The run's id and revision: the latter changes when files are replaced, not when the run grows.
+
+        Raises:
+            RunNotFoundError: There is no run.
+            RunDamagedError: The manifest was altered.
+        """
+        manifest = self.manifest()
+        return manifest.run_id, manifest.revision
+
+    def sweep(self) -> list[str]:
+        """Delete what the run does not consist of: files of killed writers, and indices of other rows.
+
+        Call it with the run locked.
+
+        Returns:
+            The names of the deleted files.
+
+        Raises:
+            RunError: One could not be deleted.
+        """
+        return []
 
     @abstractmethod
     def manifest(self) -> Manifest:
@@ -82,10 +107,14 @@ class Store(ABC):
             RunDamagedError: The file is missing, truncated or altered.
         """
 
-    def trajectory(self) -> Trajectory:
+    def trajectory(self, segments: int | None = None) -> Trajectory:
         """Read the run.
 
+        Args:
+            segments: Only so many of its first segments.
+
         Raises:
+            ConfigurationError: There are not so many.
             RunNotFoundError: There is no run, or it holds no finished segment.
             RunDamagedError: The manifest is not a run's; files are checked against it when they are read.
         """
@@ -97,8 +126,21 @@ class Store(ABC):
                 got="0 segments",
                 expected="at least 1",
                 source="the run's manifest",
-                fix="Let the training loop finish one segment (an epoch, by default)",
+                fix="Let the training loop finish one segment (an epoch, by default); if it was interrupted before, "
+                "begin again: Recorder(…) replaces a run without segments",
             )
+        if segments is not None:
+            known = isinstance(segments, int) and not isinstance(segments, bool)
+            if not known or not 1 <= segments <= len(manifest.segments):
+                raise ConfigurationError(
+                    f"reading {segments} segments of the run in {self}",
+                    "it does not have so many",
+                    got=repr(segments),
+                    expected=f"1 to {len(manifest.segments)}",
+                    source="the run's manifest",
+                    fix="Leave segments out for all",
+                )
+            manifest = manifest.first(segments)
         try:
             trajectory = Trajectory.of(manifest, self.read)
         except (TypeError, ValueError, OverflowError) as error:
@@ -126,7 +168,9 @@ def damaged(store: Store, name: str, wrong: str, got: Any, expected: Any) -> Run
         got=got,
         expected=expected,
         source="the run's manifest",
-        fix="Restore the file from a copy, or record the run again",
+        fix="Restore the file from a copy, or record the run again"
+        if name == "manifest.json"
+        else "Restore the file from a copy, or keep the whole segments before it with `pkexplain salvage`",
     )
 
 
@@ -142,15 +186,17 @@ def busy(store: Store) -> RunBusyError:
     )
 
 
-def exists(store: Store) -> RunExistsError:
-    """Make the error for a directory that already holds a run."""
+def exists(store: Store, wrong: str = "it already holds a run") -> RunExistsError:
+    """Make the error for a directory that already holds a run, or files that a run would replace."""
     return RunExistsError(
         f"recording into {store}",
-        "it already holds a run",
-        got="a manifest",
+        wrong,
+        got="a manifest" if wrong.endswith("run") else "a file of somebody else",
         expected="an empty directory",
-        source="manifest.json",
-        fix="Choose another directory, continue this run with Recorder.resume, or delete it first",
+        source="manifest.json" if wrong.endswith("run") else "the directory",
+        fix="Choose another directory, continue this run with Recorder.resume, or delete it first"
+        if wrong.endswith("run")
+        else "Choose another directory",
     )
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,70 +22,99 @@ from torch import Tensor
 
 from pkexplain.errors import RunError
 from pkexplain.files import checksum_file, checksum_json, write_atomically
+from pkexplain.store._ownership import MARK, claims, is_temporary, was_written_by_us
 from pkexplain.store.base import Store, busy, damaged, exists, not_found
+from pkexplain.store.index_files import find_obsolete
 from pkexplain.store.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manifest
 
 __all__ = ["DirectoryStore", "open_store"]
 
 _LARGEST_MANIFEST = 1 << 26
 """Bytes, enough for some 80,000 segments; parsed JSON can take twenty times its size."""
+_FOLDERS = ("checkpoints", "segments", "rows", "states", ".")
 
 
 class DirectoryStore(Store):
     """A run in a directory.
 
     Args:
-        path: The directory; it is created when a run starts.
+        path: The directory; it is created when a run starts. It may hold other files; they are left alone.
+        mode: Permissions of the run's files, for example ``0o600`` for their owner only (and its folders can be entered
+            by the same users); None for those that the umask leaves, or that the run has already.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], mode: int | None = None) -> None:
         """Name a directory, without touching it."""
         self.path = Path(path)
+        self._given_mode = mode
         self._files: dict[str, FileEntry] = {}
         self._dropped: set[str] = set()
-        self._read: dict[str, Mapping[str, Tensor]] = {}
+        self._read: dict[str, tuple[FileEntry, Mapping[str, Tensor]]] = {}
         self._known: Manifest | None = None
+        self._seen: tuple[tuple[int, int, int], tuple[str, int]] | None = None
 
     def __str__(self) -> str:
         """Return the path."""
         return str(self.path)
 
-    def create(self, manifest: Manifest) -> None:
-        """Start a run."""
+    @property
+    def mode(self) -> int | None:
+        """The permissions of the run's files; None before it is created, if they were not given."""
+        if self._given_mode is not None:
+            return self._given_mode
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            return stat.S_IMODE((self.path / "manifest.json").stat().st_mode)
+        except OSError:
+            return None
+
+    def create(self, manifest: Manifest) -> None:
+        """Start a run; one that was interrupted before its first segment was finished is replaced."""
+        try:
+            self._make_folder(self.path)
         except OSError as error:
             raise self._unwritable("manifest.json", error) from error
-        if (self.path / "manifest.json").exists():
+        before = self.manifest() if (self.path / "manifest.json").exists() else None
+        if before is not None and before.segments:
             raise exists(self)
         self._files, self._read, self._dropped = {}, {}, set()  # of a run that was here before
-        self._sweep()
+        self.sweep()
+        for name in claims(self.path, _FOLDERS):
+            if before is None or name not in before.files:
+                self._refuse_other(name)
         self.commit(manifest)
 
     def reopen(self) -> Manifest:
         """Open the existing run for writing, and remove what a killed writer left."""
         manifest = self.manifest()
         self._files, self._dropped = dict(manifest.files), set()
-        self._sweep()
+        self.sweep()
         return manifest
 
-    def _sweep(self) -> None:
-        """Remove files of a run that the manifest does not list: a killed writer left them."""
-        for folder in ("checkpoints", "segments", "rows", "states", "."):
+    def sweep(self) -> list[str]:
+        """Delete what the run does not consist of: files of killed writers, and indices of other rows."""
+        manifest = self.manifest() if (self.path / "manifest.json").exists() else None
+        listed, found = manifest.files if manifest else {}, []
+        for folder in _FOLDERS:
             self._keep_inside(folder)
-            for file in (self.path / folder).glob("*"):
+            for file in sorted((self.path / folder).glob("*")):
                 name = file.relative_to(self.path).as_posix()
-                ours = FILE_NAME.fullmatch(name) and name not in self._files
-                if ours or (file.suffix == ".tmp" and not file.is_dir()):
-                    file.unlink(missing_ok=True)
+                if is_temporary(name) or (FILE_NAME.fullmatch(name) and name not in listed and was_written_by_us(file)):
+                    found.append(name)
+        if manifest is not None:
+            self._keep_inside("index")
+            obsolete = find_obsolete(self.path, manifest, unfinished=True)
+            found += [file.relative_to(self.path).as_posix() for file in obsolete]
+        for name in found:
+            self._delete(name)
+        return found
 
     @contextmanager
-    def lock(self) -> Iterator[object]:
+    def lock(self, wait: float = 0.0) -> Iterator[object]:
         """Keep every other writer out, with a lock that the system releases if the process dies."""
         self._keep_inside("lock")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / "lock", timeout=0, thread_local=False)
+            self._make_folder(self.path)
+            lock = FileLock(self.path / "lock", timeout=wait, thread_local=False)
             lock.acquire()
         except Timeout as error:
             raise busy(self) from error
@@ -103,46 +133,44 @@ class DirectoryStore(Store):
         target = self.path / name
         self._keep_inside(name)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with write_atomically(target) as temporary:
-                safetensors.torch.save_file(content, temporary)
-                with contextlib.suppress(FileNotFoundError):  # on a machine other than the first process's
-                    mode = (self.path / "manifest.json").stat().st_mode
-                    temporary.chmod(mode)  # safetensors makes files that only the owner can read
-                self._read.pop(name, None)
-                self._dropped.discard(name)
-                self._files[name] = FileEntry(bytes=temporary.stat().st_size, sha256=checksum_file(temporary))
+            self._make_folder(target.parent)
+            if name not in self._files:
+                self._refuse_other(name)
+            with write_atomically(target, self.mode) as temporary:
+                safetensors.torch.save_file(content, temporary, metadata=MARK)
+                entry = FileEntry(bytes=temporary.stat().st_size, sha256=checksum_file(temporary))
         except (OSError, safetensors.SafetensorError) as error:
             raise self._unwritable(name, error) from error
-        return self._files[name]
+        self.note(name, entry)  # now that it is there
+        return entry
 
     def note(self, name: str, entry: FileEntry) -> None:
         """List a file that another process has written in the next manifest."""
+        self._read.pop(name, None)
+        self._dropped.discard(name)
         self._files[name] = entry
-
-    def drop(self, names: Iterable[str]) -> None:
-        """Leave files out of the next manifest; they are deleted once it is written."""
-        for name in names:
-            self._files.pop(name, None)
-            self._read.pop(name, None)
-            self._dropped.add(name)
 
     def commit(self, manifest: Manifest) -> None:
         """Replace the manifest, in one step."""
-        content = msgspec.to_builtins(msgspec.structs.replace(manifest, files=self._files))
+        files = {name: entry for name, entry in self._files.items() if name in manifest.names}
+        content = msgspec.to_builtins(msgspec.structs.replace(manifest, files=files))
         content["sha256"] = checksum_json(content)
         try:
             text = json.dumps(content)
             if len(text) > _LARGEST_MANIFEST:
                 raise OSError(f"{len(text)} bytes, more than a reader accepts: record fewer, longer segments")
-            with write_atomically(self.path / "manifest.json") as temporary:
+            with write_atomically(self.path / "manifest.json", self.mode) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-            self._known = None
         except OSError as error:
             raise self._unwritable("manifest.json", error) from error
-        for name in self._dropped:
-            (self.path / name).unlink(missing_ok=True)
-        self._dropped = set()
+        finally:
+            self._known = None
+        self._dropped |= self._files.keys() - files.keys()
+        self._files = files
+        for name in sorted(self._dropped):
+            with contextlib.suppress(RunError):  # the next writer tries again
+                self._delete(name)
+                self._dropped.discard(name)
 
     def manifest(self) -> Manifest:
         """Read the manifest and check it against its own checksum."""
@@ -169,24 +197,40 @@ class DirectoryStore(Store):
                 self, "manifest.json", "this version of pkexplain does not know its format", version, FORMAT_VERSION
             )
         try:
-            self._known = msgspec.convert(content, Manifest)
+            known = self._known = msgspec.convert(content, Manifest)
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
             raise damaged(
                 self, "manifest.json", "it is not a run's manifest", error, "a manifest that a recorder wrote"
             ) from error
-        return self._known
+        for name in [name for name, (entry, _) in list(self._read.items()) if known.files.get(name) != entry]:
+            self._read.pop(name, None)  # withdrawn, perhaps: it must not stay in memory
+        return known
+
+    def identity(self) -> tuple[str, int]:
+        """The run's id and revision; the manifest is only read if it was replaced since the last time."""
+        try:
+            about = (self.path / "manifest.json").stat()
+        except OSError as error:
+            raise not_found(self) from error
+        stamp, seen = (about.st_ino, about.st_mtime_ns, about.st_size), self._seen
+        if seen is None or seen[0] != stamp:
+            seen = self._seen = stamp, super().identity()
+        return seen[1]
 
     def read(self, name: str) -> Mapping[str, Tensor]:
         """Read a file of tensors, mapped into memory, after one check of its size and checksum."""
-        if name not in self._read:
-            self.verify(name)
-            import safetensors.torch
+        kept = self._read.get(name)
+        if kept is not None:
+            return kept[1]
+        entry = self._check(name)
+        import safetensors.torch
 
-            try:
-                self._read[name] = safetensors.torch.load_file(self.path / name)
-            except (OSError, safetensors.SafetensorError) as error:
-                raise damaged(self, name, "it cannot be read", f"{error}", "a safetensors file") from error
-        return self._read[name]
+        try:
+            tensors = safetensors.torch.load_file(self.path / name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise damaged(self, name, "it cannot be read", f"{error}", "a safetensors file") from error
+        self._read[name] = entry, tensors
+        return tensors
 
     def verify(self, name: str) -> None:
         """Check one file's size and checksum against the manifest.
@@ -194,20 +238,60 @@ class DirectoryStore(Store):
         Raises:
             RunDamagedError: The file is missing, truncated or altered.
         """
+        self._check(name)
+
+    def _check(self, name: str) -> FileEntry:
         stated = (self._known or self.manifest()).files.get(name)
         if stated is None:
             raise damaged(self, name, "the manifest does not list it", "no entry", "an entry")
         file = self.path / name
         self._keep_inside(name)
-        if not file.is_file():
-            raise damaged(self, name, "it is missing", "no file", f"sha256 {stated.sha256}")
-        size, found = file.stat().st_size, checksum_file(file)
+        try:
+            about = file.stat()
+            if not stat.S_ISREG(about.st_mode):  # a device may have no end
+                raise FileNotFoundError(name)
+            size, found = about.st_size, checksum_file(file)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise damaged(self, name, "it is missing", "no file", f"sha256 {stated.sha256}") from error
         if size != stated.bytes:
             wrong = "it was truncated" if size < stated.bytes else "it has grown"
             got = f"{size} bytes, sha256 {found}"
             raise damaged(self, name, wrong, got, f"{stated.bytes} bytes, sha256 {stated.sha256}")
         if found != stated.sha256:
             raise damaged(self, name, "it was altered", f"sha256 {found}", f"sha256 {stated.sha256}")
+        return stated
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder, with permissions that go with those given for files: who may read may enter."""
+        if folder.is_dir():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._given_mode is not None:
+            kept = folder.stat().st_mode & stat.S_ISGID  # new files stay with the folder's group
+            folder.chmod(kept | self._given_mode | (self._given_mode & 0o444) >> 2 | 0o300)
+
+    def _delete(self, name: str) -> None:
+        try:
+            (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"deleting {name} of the run in {self}",
+                "the file could not be deleted; the run does not use it any more, but what it holds is still there",
+                got=str(error),
+                expected="a directory that can be written to",
+                source="the operating system",
+                fix="Delete the file by hand, or run `pkexplain verify` as a user who may",
+            ) from error
+
+    def _refuse_other(self, name: str) -> None:
+        """Refuse to replace or delete a file that this package did not write.
+
+        Raises:
+            RunExistsError: There is one of this name.
+        """
+        file = self.path / name
+        if file.exists() and not was_written_by_us(file):
+            raise exists(self, f"a file that pkexplain did not write has the name of one of a run's: {name}")
 
     def _keep_inside(self, name: str) -> None:
         """Refuse a link that leads out of the run: nothing outside it may be read, written or deleted."""

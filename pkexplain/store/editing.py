@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from msgspec import structs
@@ -65,7 +63,7 @@ def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Pro
         parts = [_copy(store, segment.subset(slice(a, b)).shards) for a, b in itertools.pairwise(edges)]
         return replace(segment, shards=tuple(parts))
 
-    _rewrite(store, "merging", dealt, None, progress)
+    _rewrite(store, "merging", dealt, (), progress)
 
 
 def withdraw(
@@ -87,11 +85,11 @@ def withdraw(
         ExampleIdError: The ids are out of range, repeated or not integers.
         RunBusyError: The run is being written to.
         RunDamagedError: A file of the run is missing, truncated or altered.
+        RunError: A file cannot be written or deleted. After an error, the run holds these examples or it does not; call
+            it again until it returns, so that nothing of them is left in the directory.
     """
     store = open_store(run)
-    trajectory = store.trajectory()
-    chosen = check_ids(ids, trajectory.num_examples, "withdraw(ids)")
-    before = trajectory.manifest.withdrawn
+    chosen = check_ids(ids, store.trajectory().num_examples, "withdraw(ids)")
 
     def without(segment: Segment) -> Segment:
         known = chosen[chosen < sum(map(len, segment.shards))]
@@ -110,7 +108,7 @@ def withdraw(
             audit_rows=segment.audit_rows[kept],
         )
 
-    _rewrite(store, "withdrawing", without, tuple(sorted({*before, *chosen.tolist()})), progress)
+    _rewrite(store, "withdrawing", without, chosen.tolist(), progress)
 
 
 def _without(rows: Rows, places: Tensor) -> Rows:
@@ -139,7 +137,7 @@ def _rewrite(
     store: Store,
     what: str,
     change: Callable[[Segment], Segment],
-    withdrawn: tuple[int, ...] | None,
+    withdrawn: Sequence[int],
     progress: Progress,
 ) -> None:
     """Write every segment again under new names, and change over in one step."""
@@ -157,14 +155,12 @@ def _rewrite(
                 else:
                     store.put(names[index], shard.tensors())
             store.put(new.vectors, changed.tensors())
-            store.drop([old.vectors, *(name for name in old.rows if name not in names)])
             files = structs.replace(new, rows=tuple(names), checkpoint=old.checkpoint)
             entries.append(SegmentEntry(summary=trajectory.summaries[t], files=files))
             progress(what, t + 1, total)
         new = structs.replace(manifest, segments=tuple(entries), revision=revision)
-        if withdrawn is not None:
-            store.drop(name for state in manifest.states for name in state.files)  # they hold gradients, too
-            if isinstance(store, DirectoryStore):
-                shutil.rmtree(Path(store.path) / "index", ignore_errors=True)  # it holds the rows, too
-            new = structs.replace(new, states=(), withdrawn=withdrawn)
+        if len(withdrawn):
+            gone = tuple(sorted({*manifest.withdrawn, *withdrawn}))
+            new = structs.replace(new, states=(), withdrawn=gone)  # states hold gradients, too
         store.commit(new)
+        store.sweep()  # what could not be deleted, and indices, which hold the rows, too

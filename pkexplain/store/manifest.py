@@ -19,7 +19,9 @@ from pkexplain.store.fingerprint import ModelFingerprint
 
 __all__ = [
     "FILE_NAME",
+    "FIRST_CHECKPOINT",
     "FORMAT_VERSION",
+    "PROJECTION",
     "FileEntry",
     "InputEntry",
     "Manifest",
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 6
+FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
+PROJECTION = "projection.safetensors"
 FILE_NAME = re.compile(
     r"(?:(?:checkpoints|segments|rows|states)/[0-9]{5,9}(?:\.[0-9]{3,6})?(?:-[0-9]{1,9})?|projection)\.safetensors"
 )
@@ -196,11 +200,19 @@ class SegmentEntry(_Entry, frozen=True):
 
 
 class StateEntry(_Entry, frozen=True):
-    """What a resumed recording needs, after so many segments: a file of each process, and the optimizer's checksum."""
+    """What a resumed recording needs, after so many segments.
+
+    Attributes:
+        segments: How many.
+        files: A file of each process.
+        optimizer: Checksum of the optimizer's state.
+        settings: The optimizer's class and options; None in runs of older versions.
+    """
 
     segments: Annotated[int, msgspec.Meta(ge=1)]
     files: tuple[str, ...]
     optimizer: str
+    settings: OptimizerEntry | None = None
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -251,6 +263,25 @@ class Manifest(_Entry, frozen=True):
     withdrawn: tuple[Count, ...]
     files: dict[str, FileEntry]
     format_version: int
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all files of tensors that the run consists of."""
+        segments = (name for segment in self.segments for name in segment.files.names)
+        states = (name for state in self.states for name in state.files)
+        return {FIRST_CHECKPOINT, PROJECTION, *segments, *states}
+
+    def first(self, segments: int) -> Manifest:
+        """Return the manifest of the run as it was after its first segments."""
+        kept = self.segments[:segments]
+        examples = max((sum(segment.files.counts) for segment in kept), default=self.num_examples)
+        return msgspec.structs.replace(
+            self,
+            num_examples=examples,
+            segments=kept,
+            states=tuple(state for state in self.states if state.segments <= len(kept)),
+            withdrawn=tuple(example for example in self.withdrawn if example < examples),
+        )
 
     def __post_init__(self) -> None:
         """Check that its parts agree."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import msgspec
@@ -31,8 +31,9 @@ class MemoryStore(Store):
 
     def create(self, manifest: Manifest) -> None:
         """Start a run."""
-        if self._manifest is not None:
+        if self._manifest is not None and self._manifest.segments:
             raise exists(self)
+        self._tensors = {}  # of a run that was interrupted before its first segment was finished
         self.commit(manifest)
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
@@ -52,19 +53,14 @@ class MemoryStore(Store):
             fix=fix,
         )
 
-    def drop(self, names: Iterable[str]) -> None:
-        """Forget tensors."""
-        for name in names:
-            self._tensors.pop(name, None)
-
     def reopen(self) -> Manifest:
         """Open the existing run for writing."""
         return self.manifest()
 
     @contextmanager
-    def lock(self) -> Iterator[object]:
+    def lock(self, wait: float = 0.0) -> Iterator[object]:
         """Keep every other writer out until the context exits."""
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=wait > 0, timeout=wait if wait > 0 else -1):
             raise busy(self)
         try:
             yield
@@ -73,12 +69,13 @@ class MemoryStore(Store):
 
     def commit(self, manifest: Manifest) -> None:
         """Replace the manifest."""
+        kept = {name: tensors for name, tensors in self._tensors.items() if name in manifest.names}
         files = {
-            name: FileEntry(bytes=sum(t.nbytes for t in kept.values()), sha256="")
-            for name, kept in self._tensors.items()
+            name: FileEntry(bytes=sum(t.nbytes for t in tensors.values()), sha256="") for name, tensors in kept.items()
         }
         content = msgspec.to_builtins(msgspec.structs.replace(manifest, files=files))
         self._manifest = msgspec.convert(content, Manifest)  # checked as one that is read from a disk
+        self._tensors = kept
 
     def manifest(self) -> Manifest:
         """Read the manifest."""

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from pkexplain.errors import RunError
 
-__all__ = ["MEMORY_BYTES", "empty_on_disk", "zeros_on_disk"]
+__all__ = ["MEMORY_BYTES", "SCRATCH", "empty_on_disk", "zeros_on_disk"]
 
 MEMORY_BYTES = 1 << 30
 """A larger array is a file mapped into memory, deleted when it is no longer used."""
+SCRATCH = "pkexplain-"
+"""How the names of such files begin."""
 
 
 def zeros_on_disk(*shape: int, like: Tensor, directory: Path | None = None) -> Tensor:
@@ -51,7 +53,7 @@ def empty_on_disk(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | 
 def _reserve(size: int, directory: Path | None) -> str:
     """Make a file with its space reserved: if the disk filled up later, writing would kill the process."""
     try:
-        handle, name = tempfile.mkstemp(suffix=".tmp", dir=directory)
+        handle, name = tempfile.mkstemp(prefix=SCRATCH, suffix=".tmp", dir=directory)
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle, 0, size)

@@ -12,13 +12,12 @@ from torch import Tensor
 from pkexplain.projection.kinds import Projection, projection_from_description
 from pkexplain.projection.maps import Projector
 from pkexplain.store.fingerprint import ModelFingerprint
-from pkexplain.store.manifest import InputEntry, Manifest, SegmentFiles, SegmentSummary
+from pkexplain.store.manifest import FIRST_CHECKPOINT, PROJECTION, InputEntry, Manifest, SegmentFiles, SegmentSummary
 from pkexplain.store.rows import Rows
 
-__all__ = ["FIRST_CHECKPOINT", "Checkpoint", "Segment", "Trajectory"]
+__all__ = ["Checkpoint", "Segment", "Trajectory"]
 
 _VECTORS = ("row_sum", "weight_decay", "unsplit", "optimizer", "audit_ids", "audit_rows", "withdrawn", "rate_sums")
-FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ class Trajectory:
     def projector(self, device: torch.device) -> Projector:
         """Rebuild the run's projection as it was recorded."""
         self.checkpoint(0)  # shows that θ, and so P's tables, may be as large as the manifest says
-        kept = self.read("projection.safetensors")
+        kept = self.read(PROJECTION)
         return self.projection.restore(self.fingerprint.blocks, torch.empty(0, dtype=self.dtype, device=device), kept)
 
     @classmethod

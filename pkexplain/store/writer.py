@@ -17,8 +17,17 @@ from pkexplain.distributed import ProcessGroup
 from pkexplain.errors import RunError
 from pkexplain.projection.maps import Projector
 from pkexplain.store.base import Store
-from pkexplain.store.manifest import Manifest, SegmentEntry, SegmentFiles, SegmentSummary, StateEntry
-from pkexplain.store.trajectory import FIRST_CHECKPOINT, Checkpoint, Segment
+from pkexplain.store.manifest import (
+    FIRST_CHECKPOINT,
+    PROJECTION,
+    Manifest,
+    OptimizerEntry,
+    SegmentEntry,
+    SegmentFiles,
+    SegmentSummary,
+    StateEntry,
+)
+from pkexplain.store.trajectory import Checkpoint, Segment
 
 __all__ = ["RunWriter"]
 
@@ -83,8 +92,6 @@ class RunWriter:
             ended: How it ended, in words, from now on.
             segments: The number of segments that stay.
         """
-        lost = [state for state in manifest.states if state.segments > segments]
-        gone = manifest.segments[segments:]
         self._now = replace(
             manifest,
             segments=manifest.segments[:segments],
@@ -96,8 +103,6 @@ class RunWriter:
         def write() -> None:
             if self._first:
                 self._store.reopen()
-                self._store.drop(name for segment in gone for name in segment.files.names)
-                self._store.drop(name for state in lost for name in state.files)
                 self._store.commit(self._manifest)
 
         self._together(write)
@@ -110,7 +115,7 @@ class RunWriter:
         projector: Projector | None,
         manifest: Manifest,
     ) -> None:
-        """Write a finished segment.
+        """Write a finished segment; after an error it can be written again.
 
         Args:
             segment: The segment, with the rows of this process.
@@ -124,48 +129,48 @@ class RunWriter:
         self._put_each(files.rows[self._group.rank], segment.shards[0].tensors())
         entries = (*self._manifest.segments, SegmentEntry(summary=summary, files=files))
 
-        def write() -> None:
+        def write() -> Manifest:
+            after = self._counted(manifest, segments=entries)
             if self._first:
                 if first and projector is not None:
-                    self._store.put("projection.safetensors", projector.tensors())
+                    self._store.put(PROJECTION, projector.tensors())
                 self._store.put(files.vectors, segment.tensors())
                 self._store.put(files.checkpoint, checkpoint.tensors())
-            self._now = self._counted(manifest, segments=entries)
-            if self._first:
-                self._store.commit(self._now)
+                self._store.commit(after)
+            return after
 
-        self._together(write)
+        self._now = self._together(write)
 
-    def state(self, tensors: Mapping[str, Tensor], optimizer: str) -> None:
-        """Write the state after the last segment, each process its own.
+    def state(self, tensors: Mapping[str, Tensor], optimizer: str, settings: OptimizerEntry) -> None:
+        """Write the state after the last segment, each process its own, unless it is there already.
 
         Args:
             tensors: This process's state.
             optimizer: Checksum of the optimizer's state.
+            settings: The optimizer's class and options.
         """
-        after, revision = len(self), self._manifest.revision
+        after, revision, optimizer = len(self), self._manifest.revision, self._group.all_gather(optimizer)[0]
+        here = [state for state in self._manifest.states if state.segments == after]
+        if any(state.optimizer == optimizer for state in here):
+            return
+        if here:
+            revision += 1  # a reader may be reading the files of that name
         end = f"-{revision}" if revision else ""
         names = tuple(f"states/{after:05d}.{rank:03d}{end}.safetensors" for rank in range(self._group.world_size))
         self._put_each(names[self._group.rank], tensors)
         before = self._manifest.states
         kept = [state for state in before if state.segments != after][1 - _STATES_KEPT :]
-        gone = [state for state in before if state not in kept and state.files != names]
-        new = StateEntry(segments=after, files=names, optimizer=optimizer)
-        self._now = replace(self._manifest, states=(*kept, new))
-
-        def write() -> None:
-            if self._first:
-                self._store.drop(name for state in gone for name in state.files)
-                self._store.commit(self._manifest)
-
-        self._together(write)
+        new = StateEntry(segments=after, files=names, optimizer=optimizer, settings=settings)
+        then = replace(self._manifest, states=(*kept, new), revision=revision)
+        self._together(lambda: self._store.commit(then) if self._first else None)
+        self._now = then
 
     def close(self, manifest: Manifest) -> None:
         """Write the last manifest and release the lock; new examples count once a segment holds their rows."""
         now = self._manifest
-        self._now = self._counted(manifest, num_examples=now.num_examples if now.segments else manifest.num_examples)
+        last = self._counted(manifest, num_examples=now.num_examples if now.segments else manifest.num_examples)
         try:
-            self._together(lambda: self._store.commit(self._manifest) if self._first else None)
+            self._together(lambda: self._store.commit(last) if self._first else None)
         finally:
             self.release()
 

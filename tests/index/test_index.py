@@ -317,7 +317,8 @@ def test_whatever_the_key_did_not_sign_is_built_again(disk_run, damage):
 def test_what_a_killed_build_left_is_removed_at_the_next(disk_run):
     directory = disk_run.store / "index"
     directory.mkdir()
-    left = [directory / "0123456789abcdef.77.faiss.tmp", directory / "0123456789abcdef.faiss"]
+    half = "0123456789abcdef-0123456789abcdef.faiss"
+    left = [directory / f"{half}.{'7' * 32}.tmp", directory / half, directory / "0123456789abcdef.faiss"]
     for file in left:
         file.write_bytes(b"half an index")
     prepare(disk_run)

@@ -1,0 +1,130 @@
+"""The runs that an explainer has open: one thread asks at a time, and always of the run as it is now."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from pkexplain.errors import RunBusyError, RunDamagedError, RunError, RunNotFoundError
+from pkexplain.explain._ensemble import check_alike
+from pkexplain.explain._single_run import RunExplainer, Setting
+from pkexplain.explain._torch_state import own_torch_state
+from pkexplain.store.base import Store
+from pkexplain.store.directory import DirectoryStore
+from pkexplain.store.index_files import find_obsolete
+
+__all__ = ["OpenRuns", "asked_alone"]
+
+_ATTEMPTS = 5
+_Answer = TypeVar("_Answer")
+_Method = TypeVar("_Method", bound=Callable[..., object])
+
+
+class OpenRuns:
+    """One or several runs, opened again when examples were withdrawn from them or their files were replaced.
+
+    A run that only grew is not opened again: its explainer keeps seeing the segments that it saw.
+
+    Attributes:
+        all: Each run's explainer.
+
+    Args:
+        stores: The runs.
+        model: The model; it is copied.
+        setting: How they are explained.
+
+    Raises:
+        RunNotFoundError: There is no run, or it holds no finished segment.
+        RunDamagedError: A file of a run is missing, truncated or altered.
+        ModelMismatchError: The model is not the one that was recorded.
+        ConfigurationError: The runs cannot be averaged.
+    """
+
+    def __init__(self, stores: Sequence[Store], model: nn.Module, setting: Setting) -> None:
+        """Open them."""
+        self._stores, self._setting, self._lock = stores, setting, threading.RLock()
+        self._opened: list[tuple[str, int]] = []
+        self.all: list[RunExplainer] = []
+        self._open(model)
+
+    def ask(self, question: Callable[[], _Answer]) -> _Answer:
+        """Answer a question of one thread after the other, in a torch state of its own.
+
+        The runs are explained on private copies of the model, whose parameters every answer moves.
+        """
+        with self._lock, own_torch_state():
+            self._refresh()
+            try:
+                return question()
+            except RunDamagedError:
+                if not self._refresh():  # somebody replaced the run's files while they were read
+                    raise
+                return question()
+
+    def _open(self, model: nn.Module) -> None:
+        for _ in range(_ATTEMPTS):
+            before = [store.identity() for store in self._stores]
+            try:
+                runs = [RunExplainer(store, model, self._setting) for store in self._stores]
+            except RunDamagedError:
+                if before == [store.identity() for store in self._stores]:
+                    raise
+                continue
+            if before == [store.identity() for store in self._stores]:
+                check_alike(runs)
+                self.all, self._opened = runs, before
+                for store in self._stores:
+                    _sweep_obsolete(store)
+                return
+        raise RunBusyError(
+            f"reading the run in {self._stores[0]}",
+            "its files are replaced again and again",
+            got=f"{_ATTEMPTS} attempts",
+            expected="a run that stands still for a moment",
+            source="the run's revision",
+            fix="Wait until the merge or withdrawal is done",
+        )
+
+    def _refresh(self) -> bool:
+        """Open the runs again if they changed since; say whether they did, in any process that shares the rows."""
+        changed = False
+        for store, opened in zip(self._stores, self._opened, strict=True):
+            now = store.identity()
+            changed = changed or now != opened
+            if now[0] != opened[0]:
+                raise RunNotFoundError(
+                    f"reading the run in {store}",
+                    "it was replaced by another run since the explainer was made",
+                    got=f"run {now[0]}",
+                    expected=f"run {opened[0]}",
+                    source="the run's manifest",
+                    fix="Make a new Explainer",
+                )
+        group = self.all[0].ranking.group
+        if any(group.all_gather(changed)):
+            self._open(self.all[0].model)
+            return True
+        return False
+
+
+def _sweep_obsolete(store: Store) -> None:
+    """Delete kept indices of other rows than the run's, which may hold examples that were withdrawn."""
+    if isinstance(store, DirectoryStore):
+        with contextlib.suppress(OSError, RunError):  # a reader may not delete; the next writer does
+            for file in find_obsolete(store.path, store.manifest(), unfinished=False):
+                file.unlink(missing_ok=True)
+
+
+def asked_alone(method: _Method) -> _Method:
+    """Let a method of an object with ``_open_runs`` be called by one thread at a time; see `OpenRuns.ask`."""
+
+    @functools.wraps(method)
+    def ask(self: Any, *args: object, **kwargs: object) -> object:
+        return self._open_runs.ask(lambda: method(self, *args, **kwargs))
+
+    return ask  # pyright: ignore[reportReturnType] - the same signature

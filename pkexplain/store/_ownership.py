@@ -1,0 +1,50 @@
+"""Which files of a directory this package has written: nothing else in it is deleted or replaced."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pkexplain.files import TEMPORARY_END
+from pkexplain.store.manifest import FILE_NAME
+from pkexplain.store.scratch import SCRATCH
+
+__all__ = ["MARK", "claims", "is_temporary", "was_written_by_us"]
+
+MARK = {"written_by": "pkexplain"}
+"""What the header of each of a run's files says."""
+_LONGEST_HEADER = 1 << 22
+_SCRATCH_NAME = re.compile(re.escape(SCRATCH) + r"[a-z0-9_]+\.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a path within a run is that of a temporary file of this package."""
+    end = TEMPORARY_END.search(name)
+    if end is None or end.end() != len(name):
+        return _SCRATCH_NAME.fullmatch(name) is not None
+    whole = name[: end.start()]
+    return whole == "manifest.json" or FILE_NAME.fullmatch(whole) is not None
+
+
+def was_written_by_us(file: Path) -> bool:
+    """Whether a file bears this package's mark."""
+    try:
+        if file.is_symlink() or not file.is_file():
+            return False
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length)) if length <= _LONGEST_HEADER else {}
+        return MARK.items() <= header.get("__metadata__", {}).items()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def claims(directory: Path, folders: Sequence[str]) -> Iterator[str]:
+    """The names of files in a directory that a run would have, too."""
+    for folder in folders:
+        for file in sorted((directory / folder).glob("*.safetensors")):
+            name = file.relative_to(directory).as_posix()
+            if FILE_NAME.fullmatch(name):
+                yield name
