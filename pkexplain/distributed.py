@@ -97,10 +97,12 @@ class TorchProcessGroup(ProcessGroup):
         self._device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
     def open_channel(self) -> None:
-        """Open a group of the same processes, on the CPU."""
-        if dist.is_gloo_available():
-            ranks = dist.get_process_group_ranks(self._group or dist.group.WORLD)
-            self._channel = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        """Open a group of the same processes, on the CPU, if they are all there are.
+
+        Of some of all processes, torch opens a second group under the name of the first; they meet in their own group.
+        """
+        if dist.is_gloo_available() and self.world_size == dist.get_world_size():
+            self._channel = dist.new_group(backend="gloo")
 
     def close_channel(self) -> None:
         """Close it; a process that waits in `meet` gets an error."""

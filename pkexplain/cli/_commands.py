@@ -125,13 +125,14 @@ def index(
     from pkexplain.index.row_index import RowIndex
     from pkexplain.progress import ProgressBar
     from pkexplain.store.directory import DirectoryStore
+    from pkexplain.store.index_files import INDEX_FOLDER
 
     store = DirectoryStore(run)
-    trajectory, directory = store.trajectory(), store.path / "index"
+    trajectory, directory = store.trajectory(), store.path / INDEX_FOLDER
     if benchmark:
         _compare(trajectory, queries, factory)
         return
-    built = RowIndex(trajectory, factory, directory)
+    built = RowIndex(trajectory, factory, directory, store=store)
     built.prepare(ProgressBar())
     size = f"{trajectory.num_examples:,} rows of {built.rows.dimension:,} numbers"
     if built.exact:

@@ -59,7 +59,7 @@ class RollCall:
         except RuntimeError as error:
             raise broken(
                 "another process has stopped",
-                str(error).strip().splitlines()[0][:160],
+                "a closed connection",
                 "Read that process's own error; what was finished is kept",
             ) from error
         others = {rank: code for rank, (code, _) in enumerate(everyone) if code != doing}

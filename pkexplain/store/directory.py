@@ -20,7 +20,7 @@ import msgspec
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from pkexplain.errors import RunError
+from pkexplain.errors import RunDamagedError, RunError
 from pkexplain.files import checksum_file, checksum_json, write_atomically
 from pkexplain.store._ownership import MARK, claims, is_temporary, was_written_by_us
 from pkexplain.store.base import Store, busy, damaged, exists, not_found
@@ -73,7 +73,10 @@ class DirectoryStore(Store):
             self._make_folder(self.path)
         except OSError as error:
             raise self._unwritable("manifest.json", error) from error
-        before = self.manifest() if (self.path / "manifest.json").exists() else None
+        try:
+            before = self.manifest() if (self.path / "manifest.json").exists() else None
+        except RunDamagedError as error:
+            raise exists(self) from error
         if before is not None and before.segments:
             raise exists(self)
         self._files, self._read, self._dropped = {}, {}, set()  # of a run that was here before

@@ -236,7 +236,7 @@ def kept(run) -> tuple[Path, Path]:
 
 def prepare(run, factory="IVF4,SQ8") -> RowIndex:
     store = DirectoryStore(run.store)
-    index = RowIndex(store.trajectory(), factory, store.path / "index")
+    index = RowIndex(store.trajectory(), factory, store.path / "index", store=store)
     index.prepare()
     return index
 
@@ -346,8 +346,8 @@ from pkexplain.store.directory import DirectoryStore
 store = DirectoryStore(sys.argv[1])
 print("ready", flush=True)
 while True:
-    RowIndex(store.trajectory(), "IVF4,SQ8", store.path / "index").prepare()
-    for file in (store.path / "index").glob("*.json"):
+    RowIndex(store.trajectory(), "IVF4,SQ8", store.path / "index", store=store).prepare()
+    for file in (store.path / "index", store=store).glob("*.json"):
         file.unlink()
 """
 
