@@ -59,11 +59,14 @@ def load_digits(seed: int = 0) -> tuple[TensorDataset, TensorDataset]:
             fix="Install it: pip install 'pkexplain[demo]'",
         ) from error
     pixels, labels = mnist_data()
-    images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 255
+    images = (
+        torch.as_tensor(pixels, dtype=torch.float32, device=getattr(pixels, "device", "cpu")).reshape(-1, 1, 28, 28)
+        / 255
+    )
     images = (images - _PIXEL_MEAN) / _PIXEL_DEVIATION
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
     train, test = order[:4500], order[4500:]
-    targets = torch.as_tensor(labels, dtype=torch.int64)
+    targets = torch.as_tensor(labels, dtype=torch.int64, device=getattr(labels, "device", "cpu"))
     return TensorDataset(images[train], targets[train]), TensorDataset(images[test], targets[test])
 
 
@@ -122,7 +125,7 @@ def train_cnn(
     done, total = 0, epochs * -(-len(train) // BATCH)
     with recorder or contextlib.nullcontext():
         for _ in range(epochs):
-            for ids in torch.randperm(len(train), generator=generator).split(BATCH):
+            for ids in torch.randperm(len(train), generator=generator, device="cpu").split(BATCH):
                 with recorder.step(ids) if recorder else contextlib.nullcontext():
                     optimizer.zero_grad()
                     nn.functional.cross_entropy(model(images[ids]), labels[ids]).backward()

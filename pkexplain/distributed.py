@@ -128,7 +128,7 @@ class TorchProcessGroup(ProcessGroup):
 
     def all_reduce_max(self, number: float) -> float:
         """Return the maximum over all processes."""
-        return float(self._reduce(torch.tensor([number], dtype=torch.float64), dist.ReduceOp.MAX))
+        return float(self._reduce(torch.tensor([number], dtype=torch.float64, device="cpu"), dist.ReduceOp.MAX))
 
     def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
         here = tensor.to(self._device)

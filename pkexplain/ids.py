@@ -33,7 +33,7 @@ def check_ids(
         return ExampleIdError(asked, wrong, got=got, expected=expected, source=f"{num_examples=}", fix=fix)
 
     try:
-        tensor = torch.as_tensor(ids if isinstance(ids, Tensor) or hasattr(ids, "dtype") else list(ids))
+        tensor = torch.as_tensor(ids if isinstance(ids, Tensor) or hasattr(ids, "dtype") else list(ids), device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise bad("the ids are not numbers", repr(ids)[:80], "Let the data loader return each row number") from error
     if tensor.ndim != 1 or len(tensor) == 0:
@@ -46,7 +46,7 @@ def check_ids(
     if len(outside):
         fix = "Count rows of the training set from 0, and pass num_examples=len(train)"
         raise bad("ids are out of range", outside[:5].tolist(), fix)
-    withdrawn = tensor[torch.isin(tensor, torch.tensor(gone, dtype=torch.long))] if len(gone) else ()
+    withdrawn = tensor[torch.isin(tensor, torch.tensor(gone, dtype=torch.long, device="cpu"))] if len(gone) else ()
     if len(withdrawn):
         raise bad("these examples were withdrawn from the run", list(map(int, withdrawn[:5])), "Train without them")
     values, counts = tensor.unique(return_counts=True)

@@ -105,7 +105,7 @@ def queries_at_once(setting: Setting, name: str) -> int:
         ConfigurationError: Not even one does.
     """
     numbers = setting.parameters * len(setting.trajectory)
-    each = numbers * torch.empty((), dtype=setting.trajectory.dtype).element_size()
+    each = numbers * torch.empty((), dtype=setting.trajectory.dtype, device="cpu").element_size()
     room = available_bytes(setting.device)
     if 2 * each > room:
         raise ConfigurationError(

@@ -44,12 +44,15 @@ class TupleDataset(Dataset[tuple[Tensor, ...]]):
         values, target = self._split(position)
         named = values.items() if isinstance(values, Mapping) else ((str(at), value) for at, value in enumerate(values))
         try:
-            return (*(self._tensor(name, value) for name, value in named), torch.as_tensor(target))
+            return (
+                *(self._tensor(name, value) for name, value in named),
+                torch.as_tensor(target, device=getattr(target, "device", "cpu")),
+            )
         except (TypeError, ValueError, RuntimeError) as error:
             raise self._bad(f"row {position} does not hold numbers ({error})", type(target).__name__) from error
 
     def _tensor(self, name: str, value: Any) -> Tensor:
-        tensor = torch.as_tensor(value)
+        tensor = torch.as_tensor(value, device=getattr(value, "device", "cpu"))
         kind = self._inputs[name].torch_dtype if name in self._inputs else tensor.dtype
         return tensor.to(kind) if tensor.is_floating_point() and kind.is_floating_point else tensor
 

@@ -82,7 +82,7 @@ class Setting:
         model, trajectory = explainer.copy_model(), explainer.trajectory
         device = next(model.parameters()).device
         queries = as_queries(x, trajectory.inputs, device, trajectory.manifest.output)
-        wanted = torch.as_tensor(targets).to(device)
+        wanted = torch.as_tensor(targets, device=getattr(targets, "device", "cpu")).to(device)
         wanted = wanted[None] if queries.single and (wanted.ndim == 0 or len(wanted) != 1) else wanted
         if wanted.ndim == 0 or len(wanted) != len(queries):
             got, expected = f"shape {tuple(wanted.shape)}", f"{len(queries)} targets"

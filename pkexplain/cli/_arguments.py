@@ -112,7 +112,7 @@ def read_query(file: Path, inputs: Collection[str]) -> Any:
         if file.suffix == ".npy":
             return torch.from_numpy(np.load(file, allow_pickle=False))
         if file.suffix == ".json":
-            return torch.tensor(json.loads(file.read_text(encoding="utf-8")))
+            return torch.tensor(json.loads(file.read_text(encoding="utf-8")), device="cpu")
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 

@@ -223,7 +223,7 @@ def _describe(value: Any) -> str:
         return repr(value)
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
-    return _checksum(torch.as_tensor(value))
+    return _checksum(torch.as_tensor(value, device=getattr(value, "device", "cpu")))
 
 
 def _checksum(value: Tensor) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from pkexplain.errors import RunBusyError, RunDamagedError, RunError, RunNotFoundError
 from pkexplain.explain._ensemble import check_alike
 from pkexplain.explain._single_run import RunExplainer, Setting
-from pkexplain.explain._torch_state import own_torch_state
+from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.store.base import Store
 from pkexplain.store.directory import DirectoryStore
 from pkexplain.store.index_files import find_obsolete

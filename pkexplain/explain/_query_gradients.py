@@ -100,7 +100,7 @@ def integrate(
     while wanted:
         planned += len(wanted)
         for interval in sorted(wanted):
-            members = torch.tensor(wanted[interval])
+            members = torch.tensor(wanted[interval], device="cpu")
             some, some_output = queries.select(members), output.select(members)
             middle = interval.middle(pieces[interval.segment])
             known = _values_at(model, interval, middle, some, some_output, wanted[interval], values, states)
@@ -213,7 +213,7 @@ def _gather(model: TrajectoryModel, states: list[_State], outputs: Tensor, buffe
         optimizer=whole.optimizer.double().cpu(),
         audit=whole.audit.double().cpu(),
         outputs=outputs,
-        forward_passes=torch.tensor([state.forward_passes for state in states]),
-        backward_passes=torch.tensor([state.backward_passes for state in states]),
-        settled=torch.tensor([state.settled for state in states]),
+        forward_passes=torch.tensor([state.forward_passes for state in states], device="cpu"),
+        backward_passes=torch.tensor([state.backward_passes for state in states], device="cpu"),
+        settled=torch.tensor([state.settled for state in states], device="cpu"),
     )

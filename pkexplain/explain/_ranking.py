@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pkexplain.distributed import ProcessGroup
-from pkexplain.explain._torch_state import own_torch_state
+from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.index.exact import ExactSearch, RunRows
 from pkexplain.index.row_index import RowIndex
 from pkexplain.results.explanation import Contribution, Remainder
@@ -104,7 +104,7 @@ class Ranking:
         if self._norms is None:
             self._norms = torch.stack([segment.norms for segment in self._segments], dim=1)
         sizes = torch.linalg.vector_norm(projected.cpu().to(self._norms.dtype), dim=2)
-        largest = torch.zeros(len(ids), dtype=self._norms.dtype)
+        largest = torch.zeros(len(ids), dtype=self._norms.dtype, device="cpu")
         for start in range(0, len(self._norms), _BOUNDS_AT_ONCE):
             bounds = sizes @ self._norms[start : start + _BOUNDS_AT_ONCE].T
             for row, known in zip(bounds, ids, strict=True):

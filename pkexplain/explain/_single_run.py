@@ -123,7 +123,7 @@ class RunExplainer:
             ConfigurationError: The model draws random numbers in evaluation mode.
         """
         self.trajectory_model.move_to_checkpoint(len(self.trajectory))
-        pieces = torch.arange(len(queries)).split(at_once)
+        pieces = torch.arange(len(queries), device="cpu").split(at_once)
         prediction = torch.cat([self.trajectory_model.prediction(queries.select(piece)) for piece in pieces])
         if prediction.isnan().any():
             raise QueryError(
@@ -193,7 +193,7 @@ class RunExplainer:
         ids = self.segments[0].audit_ids
         if not len(ids):
             return None
-        total = torch.zeros(len(corrected.projected), len(ids), dtype=torch.float64)
+        total = torch.zeros(len(corrected.projected), len(ids), dtype=torch.float64, device="cpu")
         for t, segment in enumerate(self.segments):
             covector = corrected.projected[:, t].cpu()
             total += covector @ segment.read_rows(ids, covector.dtype).T
@@ -206,7 +206,7 @@ class RunExplainer:
             projected: The covectors that multiply the rows, ``(queries, segments, k)``.
             ids: The example of each query, ``(queries,)``.
         """
-        total = torch.zeros(len(ids), dtype=torch.float64)
+        total = torch.zeros(len(ids), dtype=torch.float64, device="cpu")
         for t, segment in enumerate(self.segments):
             covector = projected[:, t].cpu()
             total += (covector * segment.read_rows(ids, covector.dtype)).double().sum(1)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.errors import ConfigurationError
-from pkexplain.explain._torch_state import in_own_torch_state
 from pkexplain.explain.outputs import Output, settle_output
 from pkexplain.explain.quadrature import BUFFER_PIECES
 from pkexplain.explain.queries import as_queries
+from pkexplain.gradients.model_copy import copy_model
+from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.projection.kinds import Identity
 from pkexplain.store.base import Store
 from pkexplain.store.directory import open_store
@@ -62,7 +63,7 @@ class ExactAccount:
         return self.final - self.initial - self.contributions.sum(1) - named
 
 
-@in_own_torch_state
+@own_torch_state()
 def path_kernel(
     run: str | os.PathLike[str] | Store,
     model: nn.Module,
@@ -93,15 +94,17 @@ def path_kernel(
     trajectory = open_store(run).trajectory()
     _refuse_what_is_not_exact(trajectory)
     trajectory.fingerprint.check(model)
+    model = copy_model(model).eval()  # it is moved along the run, and another thread may be using the user's
     queries = as_queries(x, trajectory.inputs, next(model.parameters()).device, trajectory.manifest.output)
     field = _Field(model, trajectory)
     final = field.at_checkpoint(len(trajectory), lambda: queries.run(model).detach())
     settled = settle_output(output, final)
-    contributions = torch.zeros(len(queries), trajectory.num_examples, dtype=torch.float64)
-    kernels, remainders = torch.zeros_like(contributions), torch.zeros(4, len(queries), dtype=torch.float64)
-    ends = torch.zeros(len(queries), 2, dtype=torch.float64)
+    contributions = torch.zeros(len(queries), trajectory.num_examples, dtype=torch.float64, device="cpu")
+    kernels = torch.zeros_like(contributions)
+    remainders = torch.zeros(4, len(queries), dtype=torch.float64, device="cpu")
+    ends = torch.zeros(len(queries), 2, dtype=torch.float64, device="cpu")
     for q in range(len(queries)):
-        here = torch.tensor([q])
+        here = torch.tensor([q], device="cpu")
         query, wanted = queries.select(here), settled.select(here)
         value = lambda query=query, wanted=wanted: wanted(query.run(model))[0]  # noqa: E731 - bound per query
         outputs = torch.stack([field.at_checkpoint(t, value).detach().double() for t in range(len(trajectory) + 1)])
@@ -133,12 +136,14 @@ def _refuse_what_is_not_exact(trajectory: Trajectory) -> None:
 
 
 class _Field:
-    """The model at any point of the trajectory, restored after each use."""
+    """A model at any point of the trajectory."""
 
     def __init__(self, model: nn.Module, trajectory: Trajectory) -> None:
         self._model, self._trajectory = model, trajectory
         named = dict(model.named_parameters())
         self._parameters = [named[name] for block in trajectory.fingerprint.blocks for name in block.parameters]
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
 
     def at(self, segment: int, tau: float, piece: int, look: Callable[[], Tensor]) -> Tensor:
         """Look at the model at θ_t + τ Δθ_t, with the buffers in the middle of a piece of the line."""
@@ -159,24 +164,13 @@ class _Field:
     def _look(self, point: Tensor, buffers: Mapping[str, Tensor], look: Callable[[], Tensor]) -> Tensor:
         held = dict(self._model.named_buffers())
         tensors = [*self._parameters, *held.values()]
-        kept = [tensor.detach().clone() for tensor in tensors]
-        training, wanted = self._model.training, [p.requires_grad for p in self._parameters]
-        self._model.eval()
-        try:
-            self._set(tensors, [*point.split([p.numel() for p in self._parameters]), *(buffers[n] for n in held)])
-            for p in self._parameters:
-                p.requires_grad_(True)
-            return look()
-        finally:
-            self._set(tensors, kept)
-            self._model.train(training)
-            for p, flag in zip(self._parameters, wanted, strict=True):
-                p.requires_grad_(flag)
+        self._set(tensors, [*point.split([p.numel() for p in self._parameters]), *(buffers[n] for n in held)])
+        return look()
 
     def covector(self, segment: int, value: Callable[[], Tensor], nodes: int, pieces: int) -> Tensor:
         """Integrate the gradient over a segment with a Gauss–Legendre rule on equal pieces, ``(parameters,)``."""
         roots, weights = np.polynomial.legendre.leggauss(nodes)
-        total = torch.zeros(sum(p.numel() for p in self._parameters), dtype=torch.float64)
+        total = torch.zeros(sum(p.numel() for p in self._parameters), dtype=torch.float64, device="cpu")
         within = -(-pieces // BUFFER_PIECES)
         count = within * BUFFER_PIECES
         for part in range(count):
@@ -188,7 +182,7 @@ class _Field:
 
     def along(self, segment: int, value: Callable[[], Tensor]) -> Tensor:
         """How much the output changes while the parameters move and the buffers stand still."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for piece in range(BUFFER_PIECES):
             start, end = (self.at(segment, (piece + e) / BUFFER_PIECES, piece, value).detach() for e in (0, 1))
             total += end.double() - start.double()

@@ -16,12 +16,12 @@ from pkexplain.explain._failed_checks import FailedChecks
 from pkexplain.explain._open_runs import OpenRuns, asked_alone
 from pkexplain.explain._ranking import mean_scan, rank
 from pkexplain.explain._single_run import RunExplainer, Setting
-from pkexplain.explain._torch_state import own_torch_state
 from pkexplain.explain.outputs import Output, settle_output
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.queries import QueryBatch, as_queries
 from pkexplain.explain.removal import Removal
 from pkexplain.gradients.model_copy import copy_model
+from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.ids import check_ids
 from pkexplain.index.row_index import RowIndex
 from pkexplain.progress import Progress, no_progress
@@ -301,7 +301,7 @@ class Explainer:
         numbers = max(kept, self.trajectory.num_examples)
         size = max(1, min(_MOST_QUERIES_AT_ONCE, _NUMBERS_AT_ONCE // numbers))
         for start in range(0, len(queries), size):
-            positions = torch.arange(start, min(start + size, len(queries)))
+            positions = torch.arange(start, min(start + size, len(queries)), device="cpu")
             chosen = [names[int(p)] for p in positions]
             yield queries.select(positions), settled.select(positions), chosen
 

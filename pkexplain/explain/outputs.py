@@ -64,7 +64,8 @@ class Output(ABC):
     def select(self, positions: Tensor) -> Output:
         """Keep the queries at ``positions``."""
         output: Any = self
-        values = {name: torch.as_tensor(getattr(output, name)) for name in self.per_query}
+        given = {name: getattr(output, name) for name in self.per_query}
+        values = {n: torch.as_tensor(value, device=getattr(value, "device", "cpu")) for n, value in given.items()}
         return replace(output, **{name: value[positions.to(value.device)] for name, value in values.items()})
 
 
@@ -179,7 +180,7 @@ class Loss(Output):
         return settled
 
     def _tensor(self, queries: int) -> Tensor:
-        return for_each(torch.as_tensor(self.target), queries)
+        return for_each(torch.as_tensor(self.target, device=getattr(self.target, "device", "cpu")), queries)
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ def integers(numbers: Any, what: str) -> Tensor:
     Raises:
         TypeError: They are not integers.
     """
-    tensor = torch.as_tensor(numbers)
+    tensor = torch.as_tensor(numbers, device=getattr(numbers, "device", "cpu"))
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{what} is an integer")
     return tensor.long()

@@ -111,7 +111,7 @@ def as_queries(x: Any, shapes: Mapping[str, InputEntry], device: torch.device, p
     singles = set()
     for name, value in list(named.items()):
         try:
-            tensor = torch.as_tensor(value)
+            tensor = torch.as_tensor(value, device=getattr(value, "device", "cpu"))
         except (TypeError, ValueError, RuntimeError) as error:
             raise _bad_query(name, "it is not a tensor", type(value).__name__, shapes) from error
         tensor = tensor.to(device)

@@ -103,7 +103,7 @@ def final_gradient(
     last = range(len(segments))[-(checkpoints or len(segments)) :]
     ids = segments[0].audit_ids
     total = torch.zeros((), dtype=model.dtype, device=model.device)
-    audit = stored = torch.zeros(len(queries), len(ids), dtype=torch.float64)
+    audit = stored = torch.zeros(len(queries), len(ids), dtype=torch.float64, device="cpu")
     for t in last:
         model.move_to_checkpoint(t + 1)
         products = model.products(queries, output, t)
@@ -158,7 +158,11 @@ class Curvature:
         examples = trajectory.num_examples
         chosen: Tensor | slice = slice(0, examples)
         if examples > _MOST_ROWS:
-            chosen = torch.randperm(examples, generator=torch.Generator().manual_seed(0))[:_MOST_ROWS].sort().values
+            chosen = (
+                torch.randperm(examples, generator=torch.Generator().manual_seed(0), device="cpu")[:_MOST_ROWS]
+                .sort()
+                .values
+            )
         derivatives = torch.stack([s.loss_derivatives for s in segments])
         sizes, unseen = derivatives.nan_to_num(0.0), derivatives.isnan()
         loss = loss or loss_curvature_of(sizes)
@@ -195,12 +199,12 @@ class Curvature:
         device, dtype = self._projector.device, self._projector.dtype
         scale = self._rates(segment).sqrt().to(device, dtype)
         factor = curved.to(dtype).sqrt()[:, None]
-        ids = torch.arange(self._trajectory.num_examples) if isinstance(chosen, slice) else chosen
+        ids = torch.arange(self._trajectory.num_examples, device="cpu") if isinstance(chosen, slice) else chosen
 
         def scaled(some: Tensor) -> Tensor:
             return (segment.read_rows(ids[some], dtype) * factor[some]).to(device) / scale
 
-        places = torch.arange(len(ids))
+        places = torch.arange(len(ids), device="cpu")
         if len(ids) < len(scale):
             rows = scaled(places)
             curvatures, turned = torch.linalg.eigh(rows @ rows.T)
@@ -222,7 +226,7 @@ class Curvature:
 
     def _rates(self, segment: Segment) -> Tensor:
         """Assign every column of a row the rate of its block; if blocks share columns, their mean."""
-        rates = torch.zeros(self._projector.columns, dtype=torch.float64)
+        rates = torch.zeros(self._projector.columns, dtype=torch.float64, device="cpu")
         blocks = torch.zeros_like(rates)
         for rate, part in zip(segment.rate_sums, self._projector.maps, strict=True):
             rates[part.columns] += rate

@@ -85,5 +85,5 @@ class TokenLogProbability(Output):
 
     def _starts(self, queries: int, positions: int) -> Tensor:
         if self.start is None:
-            return torch.full((queries,), positions - self._tokens(queries).shape[1])
+            return torch.full((queries,), positions - self._tokens(queries).shape[1], dtype=torch.int64, device="cpu")
         return for_each(integers(self.start, "a start"), queries)

@@ -57,7 +57,7 @@ def relative_gap(
 
 def flat_block(block: Block, named: Mapping[str, Tensor]) -> Tensor:
     """One block's gradient in float64, zero where a parameter has none, ``(numel,)``."""
-    some = next(iter(named.values()), torch.empty(0))
+    some = next(iter(named.values()), torch.empty(0, dtype=torch.float32, device="cpu"))
     return torch.cat(
         [
             named[name].detach().flatten().double()

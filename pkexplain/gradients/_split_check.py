@@ -130,7 +130,7 @@ class SplitCheck:
         """Code the layers' own output gradients, or those of the norms after them, and take them to a block."""
         block = self.blocks[parts[0].position]
         names = [n for n in block.parameters if n in self.graph.edges]
-        total = torch.zeros(block.numel, dtype=torch.float64)
+        total = torch.zeros(block.numel, dtype=torch.float64, device="cpu")
         for noted, layouts, _, norms in parts:
             pairs = [
                 (noted.edges[at], code(g, layout))

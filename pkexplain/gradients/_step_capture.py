@@ -16,6 +16,7 @@ from pkexplain.gradients._uses import NotedUse, standard_layouts
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.graph import Graph, random_state_kept
 from pkexplain.gradients.split import Split, learn_split, verify_split
+from pkexplain.gradients.torch_state import without_autocast
 from pkexplain.gradients.watch import Watch
 
 if TYPE_CHECKING:
@@ -59,10 +60,14 @@ class StepCapture:
         layouts = split.layouts.get(noted.key)
         if layouts is None:  # a use of a checkpointed part, which runs again inside the backward pass
             layouts = standard_layouts(noted)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast():
             self._capture.deliver(noted, layouts, self._examples, self._pass_on, split.rules)
 
     def _pass_on(self, position: int, gradients: ExampleGradients) -> None:
+        with without_autocast():
+            self._take(position, gradients)
+
+    def _take(self, position: int, gradients: ExampleGradients) -> None:
         if self._coded is not None:
             total = gradients.weighted(self._coded[0])
             known = self._totals.get(position)
@@ -79,7 +84,7 @@ class StepCapture:
         handles: list[Any] = []
         roots, gradients = _roots(arguments)
         if roots:
-            with random_state_kept():
+            with random_state_kept(), without_autocast():
                 handles = self._prepare(roots, gradients)
         self._depth = 1
         self._capture.running = True
@@ -95,7 +100,8 @@ class StepCapture:
                 handle.remove()
             for noted in self._uses:
                 noted.arrived.clear()
-        self._compare()
+        with without_autocast():
+            self._compare()
         return result
 
     def _accumulates(self, inputs: Any) -> bool:
@@ -166,8 +172,9 @@ class StepCapture:
                     return
                 self._capture.rehearsing = True  # reading may run the node again
                 try:
-                    for name, values in read_junction(junction, graph, gradients, self._examples):
-                        self._pass_on(*self._capture.placed(name, values))
+                    with without_autocast():
+                        for name, values in read_junction(junction, graph, gradients, self._examples):
+                            self._pass_on(*self._capture.placed(name, values))
                 finally:
                     self._capture.rehearsing = False
 

@@ -45,7 +45,7 @@ class Layout:
     def of(cls, axis: int, owners: Tensor, examples: int, mixed: bool = False) -> Layout:
         """Describe the owners of a tensor's rows, ``(rows,)``, by a pattern if there is one."""
         rows, dead = len(owners), owners < 0  # rows without a gradient fit any pattern
-        everyone = torch.arange(examples)
+        everyone = torch.arange(examples, device="cpu")
         if rows % examples == 0:
             for name, made in (
                 ("contiguous", everyone.repeat_interleave(rows // examples)),
@@ -73,7 +73,7 @@ class Layout:
         """Return the example of each row, ``(rows,)``."""
         if isinstance(self.pattern, Tensor):
             return self.pattern
-        everyone = torch.arange(examples)
+        everyone = torch.arange(examples, device="cpu")
         return (
             everyone.repeat_interleave(rows // examples)
             if self.pattern == "contiguous"
@@ -98,7 +98,7 @@ class Codes:
 
     def __init__(self, examples: int, generator: torch.Generator) -> None:
         """Draw them, away from 0."""
-        values = torch.randn(3, examples, generator=generator, dtype=torch.float64)
+        values = torch.randn(3, examples, generator=generator, dtype=torch.float64, device="cpu")
         self.values = values + values.sign() * 0.3
         self.values[2] = values[2].sign()
 
@@ -154,7 +154,9 @@ class Sketcher:
         else:
             key = (gradient.shape, axis)
             if key not in self._random:
-                self._random[key] = torch.randint(before * after, (_ENTRIES // 2,), generator=self._generator)
+                self._random[key] = torch.randint(
+                    before * after, (_ENTRIES // 2,), generator=self._generator, device="cpu"
+                )
             shared = self._random[key].to(gradient.device).expand(rows, -1)
             largest = _largest(gradient.reshape(before, rows, after), _ENTRIES // 2)
             inside = torch.cat([shared, largest], dim=1)

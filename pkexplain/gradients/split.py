@@ -210,7 +210,8 @@ def _by_graph(check: SplitCheck, split: Split, names: set[str]) -> None:
         if name not in evidence.plain:
             continue  # it has no gradient from examples in this graph
         truth = [c.get(name) for c in evidence.coded.values()] + [evidence.plain[name]]
-        zeros = [torch.zeros((), dtype=torch.float64)] * len(truth)  # a gradient of rounding error is split with them
+        none = torch.zeros((), dtype=torch.float64, device="cpu")
+        zeros = [none] * len(truth)  # a gradient of rounding error is split with them
         pairs = [(a, b) for a, b in zip(totals.get(name, zeros), truth, strict=True) if b is not None]
         pairs = pairs[-1:] if name in mixed else pairs
         gaps = [check.gap(a.to(b.device), b.flatten()) for a, b in pairs]

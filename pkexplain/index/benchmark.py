@@ -71,10 +71,12 @@ def combine_rows(trajectory: Trajectory, count: int, seed: int = 0, terms: int =
         ``(count, dimension)``.
     """
     rows, generator = RunRows(trajectory), torch.Generator().manual_seed(seed)
-    made = torch.zeros(count, rows.dimension)
+    made = torch.zeros(count, rows.dimension, dtype=torch.float32, device="cpu")
     for _ in range(terms):
-        chosen = rows.read(torch.randint(len(rows), (count,), generator=generator))
-        made += torch.randn(count, 1, generator=generator) * torch.nn.functional.normalize(chosen, dim=1)
+        chosen = rows.read(torch.randint(len(rows), (count,), generator=generator, device="cpu"))
+        made += torch.randn(
+            count, 1, generator=generator, dtype=torch.float32, device="cpu"
+        ) * torch.nn.functional.normalize(chosen, dim=1)
     return made.numpy()
 
 

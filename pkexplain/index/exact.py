@@ -126,7 +126,8 @@ class ExactSearch:
             followed by as many again, the smallest first.
         """
         asked = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).split(self._rows.widths, dim=1)
-        ends = [(True, torch.empty(0), torch.empty(0))] + [(False, torch.empty(0), torch.empty(0))] * both_ends
+        none = torch.empty(0, dtype=torch.float32, device="cpu")
+        ends = [(largest, none, none) for largest in ((True, False) if both_ends else (True,))]
         for block, products in self._locked(asked):
             ids = torch.arange(block.start, block.stop, device=products.device).expand_as(products)
             for at, (largest, best, best_ids) in enumerate(ends):

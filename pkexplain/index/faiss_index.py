@@ -277,13 +277,15 @@ def _sample_size(dimension: int) -> int:
 
 
 def _spread_evenly(total: int, count: int) -> Tensor:
-    return (torch.arange(count, dtype=torch.float64) * (total / count)).long()
+    return (torch.arange(count, dtype=torch.float64, device="cpu") * (total / count)).long()
 
 
 def _principal_directions(sample: Tensor, count: int) -> Tensor:
     """Find the directions of the largest second moments, by subspace iteration, ``(dimension, count)``."""
     wide = min(sample.shape[1], count + _OVERSAMPLING)
-    found = torch.randn(sample.shape[1], wide, generator=torch.Generator().manual_seed(0))
+    found = torch.randn(
+        sample.shape[1], wide, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    )
     for _ in range(_ITERATIONS):
         found = torch.linalg.qr(sample.T @ (sample @ found)).Q
     moments = sample @ found

@@ -50,7 +50,7 @@ class RateSums:
             value = buffer[block]
             shape = (span.stop - span.start,)
             fits = value.shape == shape if isinstance(value, Tensor) else isinstance(value, float)
-            if not fits or not torch.as_tensor(value).isfinite().all():
+            if not fits or not torch.as_tensor(value, device=getattr(value, "device", "cpu")).isfinite().all():
                 raise ValueError(f"no buffer of block {block}")
             self._buffer[block] = value
 
@@ -83,13 +83,13 @@ class RateSums:
         for block in sorted(self._spans):
             moved = self._moved[block]
             if isinstance(moved, Tensor):
-                energy = torch.as_tensor(self._energy[block]).double()
+                energy = torch.as_tensor(self._energy[block], device="cpu").double()
                 scale = 1.0 if preconditioner is None else preconditioner[self._spans[block]].double().square()
                 size = float((energy * scale).sum())
                 moved = float((energy * moved.double()).sum()) / size if size > 0 else 0.0
             sums.append(moved)
         self._begin()
-        return torch.tensor(sums, dtype=torch.float64)
+        return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
 
 def _add(total: Number, factor: Number, number: Number) -> Number:

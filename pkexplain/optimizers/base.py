@@ -151,7 +151,7 @@ class Audit:
         chosen = min(_AUDIT_EXAMPLES, count, _AUDIT_NUMBERS // spec.size)
         evenly = torch.arange(chosen, device=device) * count // max(chosen, 1)
         self.ids = evenly if spec.audited is None else spec.audited.to(device)
-        self._place = torch.full((count,), -1, device=device)
+        self._place = torch.full((count,), -1, device=device, dtype=torch.int64)
         self._place[self.ids] = torch.arange(len(self.ids), device=device)
         self.rows = RowAccumulator(len(self.ids), spec.spans, spec.size, spec.like)
 

@@ -40,7 +40,7 @@ class ASGD:
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
         """Read one parameter's numbers."""
-        start = torch.as_tensor(float(group["lr"]), dtype=state["eta"].dtype)
+        start = torch.as_tensor(float(group["lr"]), dtype=state["eta"].dtype, device="cpu")
         rate = float(start if first else state["before.eta"])
         decay = _signed(group) * float(group["weight_decay"])
         shrink = float(group["lambd"]) * rate

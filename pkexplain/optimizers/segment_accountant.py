@@ -217,7 +217,7 @@ class SegmentAccountant:
             optimizer=remainder,
             audit_ids=accumulator.audit_ids,
             audit_rows=totals.audit_rows,
-            withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64),
+            withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64, device="cpu"),
             rate_sums=self._rate_sums.close(projector.preconditioner if projector else None),
         )
         both = torch.stack([displacement, displacement - named - remainder])

@@ -45,7 +45,11 @@ class _Side:
         gram = gram.double().cpu()
         energies, vectors = _leading(gram, seed) if len(gram) > 2 * _LEADING else torch.linalg.eigh(gram)
         energies, total = energies.flip(0).clamp_min(0), gram.trace()
-        shares = energies.cumsum(0) / total if total > 0 else torch.arange(1, len(energies) + 1) / len(energies)
+        shares = (
+            energies.cumsum(0) / total
+            if total > 0
+            else torch.arange(1, len(energies) + 1, device="cpu") / len(energies)
+        )
         return cls(vectors.flip(1).T.contiguous(), shares.tolist())
 
     @classmethod
@@ -56,7 +60,7 @@ class _Side:
     def first(self, n: int) -> Tensor:
         """Return the first n directions; for all of them the identity, which costs nothing and is as good."""
         side = self.basis.shape[1]
-        return torch.eye(side, dtype=self.basis.dtype) if n == side else self.basis[:n]
+        return torch.eye(side, dtype=self.basis.dtype, device="cpu") if n == side else self.basis[:n]
 
 
 def _leading(gram: Tensor, seed: int) -> tuple[Tensor, Tensor]:

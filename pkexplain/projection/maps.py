@@ -117,7 +117,7 @@ def hashed(columns: slice, numel: int, nonzeros: int, seed: int, stream: int) ->
     k = columns.stop - columns.start
     nonzeros = min(nonzeros, k)
     words = torch.from_numpy(random_words(seed, stream, nonzeros * numel).astype(np.int64)).reshape(nonzeros, numel)
-    edges = torch.linspace(0, k, nonzeros + 1).long()
+    edges = torch.linspace(0, k, nonzeros + 1, dtype=torch.float32, device="cpu").long()
     width = (edges[1:] - edges[:-1])[:, None]
     sign = (words & 1).double() * 2 - 1
     return HashedMap(columns, edges[:-1, None] + ((words >> 1) & (2**40 - 1)) % width, sign / math.sqrt(nonzeros))

@@ -15,6 +15,7 @@ from torch import Tensor
 from pkexplain.errors import ExampleIdError, RecordingError
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.split import Split
+from pkexplain.gradients.torch_state import without_autocast
 from pkexplain.gradients.watch import Watch
 from pkexplain.ids import check_ids
 from pkexplain.optimizers.adaptive import Lookahead
@@ -273,6 +274,7 @@ class Session:
             fix = "Call optimizer.step() inside the block, or pass accumulate=True where a later batch steps"
             raise broken("the optimizer did not step", "a backward pass without optimizer.step()", fix)
 
+    @without_autocast()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         step = self._step
         if step is None:
@@ -304,6 +306,7 @@ class Session:
         step.batch.compact()  # before the step, as a layer's input may be a parameter
         step.before = self._plan.point()
 
+    @without_autocast()
     def _after_step(self) -> None:
         step = self._step
         if step is None or len(step.begun) < len(self._plan.optimizers.all):
@@ -336,6 +339,7 @@ class Session:
         self._split.clear()
         self._sums.clear()
 
+    @without_autocast()
     def _end_segment(self) -> None:
         self._ends.end(self._accountant, self._split.summary(), self._sums.apart)
 

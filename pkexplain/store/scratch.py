@@ -41,7 +41,7 @@ def empty_on_disk(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | 
     """
     numbers = math.prod(shape)
     if numbers * dtype.itemsize <= MEMORY_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     name = _reserve(numbers * dtype.itemsize, directory)
     try:
         return torch.from_file(name, shared=True, size=numbers, dtype=dtype).view(shape)

@@ -133,7 +133,7 @@ class Segment:
             start += len(shard)
         later = max(0, stop - max(first, start))
         if later or not parts:
-            parts.append(torch.zeros(later, self.shards[0].rows.shape[1], dtype=dtype))
+            parts.append(torch.zeros(later, self.shards[0].rows.shape[1], dtype=dtype, device="cpu"))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def tensors(self) -> dict[str, Tensor]:
