@@ -33,14 +33,18 @@ def check_ids(
         return ExampleIdError(asked, wrong, got=got, expected=expected, source=f"{num_examples=}", fix=fix)
 
     try:
-        tensor = torch.as_tensor(ids if isinstance(ids, Tensor) or hasattr(ids, "dtype") else list(ids), device="cpu")
+        known = isinstance(ids, Tensor) or hasattr(ids, "dtype")
+        tensor = torch.as_tensor(ids if known else list(ids), device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise bad("the ids are not numbers", repr(ids)[:80], "Let the data loader return each row number") from error
     if tensor.ndim != 1 or len(tensor) == 0:
         got = f"shape {tuple(tensor.shape)}"
         raise bad("the ids must be a list with one id per example", got, "Pass one id for each row of the batch")
-    if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise bad("the ids are not integers", tensor.dtype, "Convert them to integers")
+    if torch.iinfo(tensor.dtype).max < num_examples - 1:
+        largest = f"{tensor.dtype}, whose largest number is {torch.iinfo(tensor.dtype).max}"
+        raise bad("ids of this type cannot number all examples, and wrap round", largest, "Make them of int64")
     tensor = tensor.long()
     outside = tensor[(tensor < 0) | (tensor >= num_examples)]
     if len(outside):

@@ -25,6 +25,7 @@ from pkexplain.baselines._measuring import Measurement
 from pkexplain.errors import ConfigurationError
 from pkexplain.explain.explainer import Explainer
 from pkexplain.explain.outputs import Loss
+from pkexplain.gradients.torch_state import defaults_of, own_torch_state
 from pkexplain.results.comparison import Comparison, LeftOut, Method, rank_correlation, top_overlap
 from pkexplain.results.explanation import Explanation
 
@@ -44,6 +45,7 @@ BASELINES: tuple[Baseline, ...] = (
 """What `compare` runs by default."""
 
 
+@own_torch_state()
 def compare(
     explainer: Explainer,
     x: Any,
@@ -147,9 +149,9 @@ def _reading(
 
 
 def _run(baseline: Baseline, setting: Setting) -> tuple[str, np.ndarray, Measurement, Measurement]:
-    with Measurement(setting.device) as once:
+    with Measurement(setting.device) as once, defaults_of(setting.like):
         ask = baseline.prepare(setting)
-    with Measurement(setting.device) as asked:
+    with Measurement(setting.device) as asked, defaults_of(setting.like):
         scores = np.asarray(ask(), np.float64)
     expected = len(setting.queries), len(setting.rows)
     if scores.shape != expected or not np.isfinite(scores).all():

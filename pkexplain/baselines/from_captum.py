@@ -30,6 +30,7 @@ from pkexplain.baselines._captum_inputs import (
 from pkexplain.baselines.baseline import Baseline
 from pkexplain.baselines.setting import Setting
 from pkexplain.errors import ConfigurationError, PkexplainError
+from pkexplain.gradients.torch_state import defaults_of
 
 __all__ = [
     "ArnoldiInfluenceFunction",
@@ -41,11 +42,10 @@ __all__ = [
 
 
 @contextmanager
-def _running(name: str) -> Iterator[None]:
+def _running(name: str, setting: Setting) -> Iterator[None]:
     """Run Captum: silently, without changing the global random state, and with one type of error."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
+        with warnings.catch_warnings(), defaults_of(setting.like):
             warnings.simplefilter("ignore")
             yield
     except PkexplainError:
@@ -74,14 +74,14 @@ class _Captum(Baseline):
 
     def prepare(self, setting: Setting) -> Callable[[], np.ndarray]:
         """Make Captum's object, which does its one-time work when it is made."""
-        with _running(self.name):
+        with _running(self.name, setting):
             method = self._build(setting)
 
         def scores() -> np.ndarray:
             size, queries = self._queries_at_once(setting), (*setting.query_values, setting.targets)
             starts = range(0, len(setting.queries), size)
             parts = [tuple(value[start : start + size] for value in queries) for start in starts]
-            with _running(self.name):
+            with _running(self.name, setting):
                 return np.concatenate([self._influence(method, part) for part in parts])
 
         return scores
@@ -106,7 +106,7 @@ class _ForItself(_Captum):
         Raises:
             ConfigurationError: Captum could not run.
         """
-        with _running(self.name):
+        with _running(self.name, setting):
             return self._build(setting).self_influence().detach().double().cpu().numpy()
 
 

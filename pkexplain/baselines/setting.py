@@ -99,6 +99,11 @@ class Setting:
         )
 
     @property
+    def like(self) -> Tensor:
+        """An empty tensor of the run's dtype, where the model is."""
+        return torch.empty(0, dtype=self.trajectory.dtype, device=self.device)
+
+    @property
     def device(self) -> torch.device:
         """The model's device."""
         return self.targets.device

@@ -17,6 +17,7 @@ from pkexplain.evaluation._kept_answers import Answers, KeptAnswers, key_of
 from pkexplain.explain.outputs import Logit, LogProbability, Margin, Output, as_output
 from pkexplain.explain.queries import QueryBatch, as_queries
 from pkexplain.files import checksum
+from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.progress import Progress, no_progress
 
 __all__ = ["Job", "Retrain", "Retraining"]
@@ -160,6 +161,7 @@ class Retraining:
                 )
             self._uses_ids = True
 
+    @own_torch_state()
     def _train(self, ids: np.ndarray, seed: int) -> Answers:
         model = self._retrain(ids.copy(), seed)
         asked = f"retrain(ids, {seed=}) on {len(ids)} examples"

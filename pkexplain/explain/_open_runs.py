@@ -52,6 +52,12 @@ class OpenRuns:
         self.all: list[RunExplainer] = []
         self._open(model)
 
+    @property
+    def mode(self) -> int | None:
+        """Permissions that all of the runs' files have; None if none is on disk."""
+        modes = [m for store in self._stores if isinstance(store, DirectoryStore) and (m := store.mode) is not None]
+        return functools.reduce(lambda one, other: one & other, modes) if modes else None
+
     def ask(self, question: Callable[[], _Answer]) -> _Answer:
         """Answer a question of one thread after the other, in a torch state of its own.
 

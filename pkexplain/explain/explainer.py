@@ -170,10 +170,8 @@ class Explainer:
             QueryError: The query or the output does not fit the model.
             ConfigurationError: ``k`` or ``reading`` is invalid.
         """
-        if not isinstance(k, int) or k < 1:
-            got, expected, wrong = repr(k), "an integer from 1 up", "this many examples cannot be shown"
-            raise ConfigurationError("Explainer.explain", wrong, got, expected, "its signature", "Leave k out")
         removal = _removal(reading)
+        _check_count(k)
         queries, explanations = self._queries(x), []
         self._first.prepare()
         for some, settled, names in self._chunks(queries, output):
@@ -201,6 +199,7 @@ class Explainer:
                     checkpoint_outputs=_mean([account.outputs[q] for account in accounts]),
                     query=some.row(q),
                     all_contributions=ranked[q].contributions,
+                    mode=self._open_runs.mode,
                 )
                 for q in range(len(some))
             ]
@@ -304,6 +303,12 @@ class Explainer:
             positions = torch.arange(start, min(start + size, len(queries)), device="cpu")
             chosen = [names[int(p)] for p in positions]
             yield queries.select(positions), settled.select(positions), chosen
+
+
+def _check_count(k: int) -> None:
+    if not isinstance(k, int) or k < 1:
+        got, expected, wrong = repr(k), "an integer from 1 up", "this many examples cannot be shown"
+        raise ConfigurationError("Explainer.explain", wrong, got, expected, "its signature", "Leave k out")
 
 
 def _removal(reading: str | Removal) -> Removal | None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-__all__ = ["own_torch_state", "without_autocast"]
+__all__ = ["defaults_of", "own_torch_state", "without_autocast"]
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -24,6 +24,22 @@ def without_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextmanager
+def defaults_of(like: torch.Tensor) -> Iterator[None]:
+    """Let libraries that rely on torch's defaults use a tensor's dtype and device; random numbers are restored, too.
+
+    The default dtype belongs to all threads, so this is not for what a service does.
+    """
+    devices = [like.device.index or 0] if like.device.type == "cuda" else []
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=devices), torch.device(like.device):
+        torch.set_default_dtype(like.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pkexplain.baselines.dataset import TupleDataset
 from pkexplain.errors import ConfigurationError
 from pkexplain.explain.explainer import Explainer
 from pkexplain.explain.outputs import Loss
+from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.store.base import Store
 
 __all__ = ["PathKernelInfluence"]
@@ -70,6 +71,7 @@ class PathKernelInfluence(DataInfluence):
             asked = "PathKernelInfluence(train_dataset)"
             raise ConfigurationError(asked, wrong, got=got, expected=examples, source=source, fix=fix)
 
+    @own_torch_state()
     def influence(  # pyright: ignore[reportIncompatibleMethodOverride] - Captum's own subclasses narrow it, too
         self,
         inputs: tuple[Any, ...] | DataLoader[Any],
@@ -102,6 +104,7 @@ class PathKernelInfluence(DataInfluence):
         found = scores.topk(min(k, scores.shape[1]), dim=1, largest=proponents)
         return KMostInfluentialResults(found.indices, found.values)
 
+    @own_torch_state()
     def self_influence(self, inputs: None = None, show_progress: bool = False) -> Tensor:
         """Compute each training example's contribution to minus its own loss: high if it is mislabelled or rare.
 

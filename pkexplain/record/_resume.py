@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.distributed import ProcessGroup
-from pkexplain.errors import ConfigurationError, ModelMismatchError, RunDamagedError
+from pkexplain.errors import ConfigurationError, ModelMismatchError, RunDamagedError, warn
 from pkexplain.files import checksum
 from pkexplain.gradients.capture import GRADIENT_CLASSES
 from pkexplain.gradients.factors import MatrixGradient
@@ -23,6 +23,7 @@ from pkexplain.optimizers.segment_accountant import SegmentAccountant
 from pkexplain.record._optimizers import Optimizers
 from pkexplain.record._state import deserialise
 from pkexplain.store.base import Store, damaged
+from pkexplain.store.manifest import OptimizerEntry, StateEntry
 from pkexplain.store.trajectory import Trajectory
 
 _SAVED_CLASSES = (RowSum, Pending, CapturedBatch, *GRADIENT_CLASSES)
@@ -89,7 +90,12 @@ class Standpoint:
 
 
 def find_standpoint(
-    store: Store, trajectory: Trajectory, point: Tensor, optimizer: str | None, group: ProcessGroup
+    store: Store,
+    trajectory: Trajectory,
+    point: Tensor,
+    optimizer: str | None,
+    settings: OptimizerEntry,
+    group: ProcessGroup,
 ) -> Standpoint:
     """Find the last point of a run from which this model and optimizer can continue.
 
@@ -98,6 +104,7 @@ def find_standpoint(
         trajectory: What it holds.
         point: The model's current θ, ``(parameters,)``.
         optimizer: Checksum of the optimizer's state, or None.
+        settings: The optimizer's class and options.
         group: The processes that train.
 
     Raises:
@@ -114,11 +121,13 @@ def find_standpoint(
         fitting = next(filter(is_at, order), None)
         if fitting is None:
             raise _no_checkpoint(store, trajectory, states)
+        _warn_of_new_optimizer(trajectory, states.get(fitting), settings)
         return Standpoint(fitting, None)
     wanted = (t for t in order if t in states and states[t].optimizer == optimizer)
     fitting = next(filter(is_at, wanted), None)
     if fitting is None:
         raise _unknown_state(store, trajectory, states, list(filter(is_at, order)))
+    _compare_settings(store, states[fitting].settings or trajectory.manifest.optimizer, settings)
     files = states[fitting].files
     if len(files) != group.world_size:
         raise ConfigurationError(
@@ -137,6 +146,54 @@ def find_standpoint(
     except ValueError as error:
         raise _no_state(store, name, error) from error
     return Standpoint(fitting, found, name)
+
+
+def _compare_settings(store: Store, then: OptimizerEntry, now: OptimizerEntry) -> None:
+    """Compare an optimizer that goes on with the one that was saved.
+
+    Raises:
+        ConfigurationError: It is of another class.
+    """
+    if then.kind != now.kind:
+        raise ConfigurationError(
+            f"resuming the run in {store}",
+            "the optimizer's state is that of another kind of optimizer",
+            got=now.kind,
+            expected=then.kind,
+            source="the run's saved state",
+            fix=f"Load the state into {then.kind}, or resume with a new optimizer, without a state",
+        )
+    changed = _changed_options(then, now)
+    if changed:
+        warn(f"pkexplain: resuming with other options of {now.kind} than were saved: {changed}.")
+
+
+def _changed_options(then: OptimizerEntry, now: OptimizerEntry) -> str:
+    """Name the options that differ, of the first parameter group that differs."""
+    if len(then.groups) != len(now.groups):
+        return f"{len(then.groups)} parameter groups then, {len(now.groups)} now"
+    for position, (before, after) in enumerate(zip(then.groups, now.groups, strict=True)):
+        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        if names:
+            where = f" (in parameter group {position})" if len(now.groups) > 1 else ""
+            return ", ".join(f"{n} {before.get(n, 'none')} then, {after.get(n, 'none')} now" for n in names) + where
+    return ""
+
+
+def _warn_of_new_optimizer(trajectory: Trajectory, saved: StateEntry | None, now: OptimizerEntry) -> None:
+    """Warn that training goes on with an optimizer without a state where there was one with a state, or another kind.
+
+    That can be meant; if loading was forgotten, the momentum of all examples so far is lost.
+    """
+    then = (saved and saved.settings) or trajectory.manifest.optimizer
+    if then.kind != now.kind:
+        warn(f"pkexplain: resuming with {now.kind}; the run was recorded with {then.kind}.")
+    elif saved is not None and saved.optimizer:
+        warn(
+            f"pkexplain: resuming with a new {now.kind}, without a state, where the state of one was saved: "
+            "its momentum starts again from nothing. If that is not meant, load the optimizer from what you saved right after "
+            "recorder.save()."
+        )
 
 
 def _no_checkpoint(store: Store, trajectory: Trajectory, states: Mapping[int, Any]) -> ModelMismatchError:

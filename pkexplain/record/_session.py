@@ -104,7 +104,8 @@ class Session:
         """Continue a run from the point at which the model and the optimizer are."""
         plan, trajectory = self._plan, self._plan.store.trajectory()
         optimizer = checksum_optimizers(plan.optimizers, plan.parameters)
-        standpoint = find_standpoint(plan.store, trajectory, self._ends.start, optimizer, plan.group)
+        settings = OptimizerEntry.of(*plan.optimizers.all)
+        standpoint = find_standpoint(plan.store, trajectory, self._ends.start, optimizer, settings, plan.group)
         spec = plan.spec(trajectory.segment(0).audit_ids)
         lookahead, projector = Lookahead.of(plan.lookahead, plan.like), trajectory.projector(plan.like.device)
         steps = trajectory.boundaries[standpoint.segments]

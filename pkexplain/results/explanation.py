@@ -156,6 +156,7 @@ class Explanation:
         checkpoint_outputs: f(x; θ_t) at each checkpoint, in output units, ``(segments + 1,)``.
         query: The query itself, as passed to the model (without a batch dimension).
         all_contributions: c_i of every training example, or an object that computes them; use `contributions`.
+        mode: Permissions of the run's files, which a report of it gets, too; None for a run in memory.
     """
 
     output: str
@@ -171,6 +172,7 @@ class Explanation:
     checkpoint_outputs: tuple[float, ...]
     query: object = field(repr=False, compare=False)
     all_contributions: ArrayLike = field(repr=False, compare=False)
+    mode: int | None = field(default=None, repr=False, compare=False)
 
     @property
     def initial(self) -> float:

@@ -102,7 +102,9 @@ def test_more_training_with_a_new_optimizer_is_one_account(tmp_path, kind):
     before = len(pk.DirectoryStore(training.run).trajectory())
     inputs, targets = digits(EXAMPLES + 20)
     optimizer = torch.optim.SGD(training.model.parameters(), lr=0.02, momentum=0.5)
-    with pk.Recorder.resume(training.run, training.model, optimizer, num_examples=EXAMPLES + 12) as recorder:
+    resumed = pk.Recorder.resume(training.run, training.model, optimizer, num_examples=EXAMPLES + 12)
+    new = pytest.warns(UserWarning, match="resuming with (a new )?SGD")
+    with new, resumed as recorder:
         for ids in batches(EXAMPLES + 12, 11, 2, seed=7):
             with recorder.step(ids):
                 optimizer.zero_grad()
@@ -126,13 +128,59 @@ def test_more_training_with_a_new_optimizer_is_one_account(tmp_path, kind):
     assert new.sum() == pytest.approx(explanation.total, rel=1e-9)
 
 
+def resumed_with(training, optimizer):
+    with pk.Recorder.resume(training.run, training.model, optimizer):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["Adam", "NAdam", "SGD"])
+def test_the_state_of_another_kind_of_optimizer_is_refused(tmp_path, kind):
+    training = Training(tmp_path, "adamw")
+    training.go(epochs=1)
+    options = {"momentum": 0.9} if kind == "SGD" else {}
+    other = getattr(torch.optim, kind)(training.model.parameters(), lr=1e-2, **options)
+    other.state.update(training.optimizer.state)  # the same tensors: only the class says what they mean
+    message = rf"the optimizer's state is that of another kind of optimizer\. Got {kind}; expected AdamW .* AdamW"
+    before = pk.DirectoryStore(training.run).manifest()
+    with pytest.raises(ConfigurationError, match=message):
+        resumed_with(training, other)
+    assert pk.DirectoryStore(training.run).manifest() == before
+
+
+def test_an_optimizer_whose_state_was_not_loaded_is_said(tmp_path):
+    training = Training(tmp_path, "adamw")
+    training.go(epochs=1)
+    with pytest.warns(
+        UserWarning, match=r"a new AdamW, without a state, where .* load the optimizer from what you saved"
+    ):
+        resumed_with(training, torch.optim.AdamW(training.model.parameters(), lr=1e-2, weight_decay=1e-2))
+
+
+def test_another_kind_of_optimizer_without_a_state_is_said(tmp_path):
+    training = Training(tmp_path, "adamw")
+    training.go(epochs=1)
+    with pytest.warns(UserWarning, match="resuming with SGD; the run was recorded with AdamW"):
+        resumed_with(training, torch.optim.SGD(training.model.parameters(), lr=1e-2))
+
+
+def test_options_that_differ_from_those_that_were_saved_are_said(tmp_path):
+    training = Training(tmp_path, "adamw")
+    training.go(epochs=1)
+    training.optimizer.param_groups[0].update(weight_decay=0.5, lr=0.1)
+    with pytest.warns(
+        UserWarning, match=r"AdamW than were saved: lr 0\.01 then, 0\.1 now, weight_decay 0\.01 then, 0\.5"
+    ):
+        resumed_with(training, training.optimizer)
+
+
 def test_examples_that_came_later_have_no_part_in_earlier_segments(tmp_path):
     training = Training(tmp_path)
     training.go(epochs=1)
     optimizer = torch.optim.SGD(training.model.parameters(), lr=0.02)
     inputs, targets = digits(EXAMPLES + 4)
     resumed = pk.Recorder.resume(training.run, training.model, optimizer, num_examples=EXAMPLES + 4)
-    with resumed, resumed.step(range(EXAMPLES, EXAMPLES + 4)):
+    new = pytest.warns(UserWarning, match="a new SGD, without a state, where the state of one was saved")
+    with new, resumed, resumed.step(range(EXAMPLES, EXAMPLES + 4)):
         optimizer.zero_grad()
         F.cross_entropy(training.model(inputs[EXAMPLES:]), targets[EXAMPLES:]).backward()
         optimizer.step()

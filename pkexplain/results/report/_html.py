@@ -196,10 +196,11 @@ def write_report(
     label_names: Sequence[str] | Mapping[Any, str] | None = None,
     title: str | None = None,
     comparison: Comparison | None = None,
+    mode: int | None = None,
 ) -> Path:
     """Write explanations as one self-contained HTML file.
 
-    The file is replaced in one step, so a reader sees either the old one or the new one.
+    The file is replaced in one step. It holds training examples, so its permissions are those of the run's files.
 
     Args:
         explanation: One explanation, or several for one page.
@@ -209,6 +210,8 @@ def write_report(
         label_names: Name of each label, a sequence or a mapping; by default the data set's own, if it has any.
         title: The page's title; by default the question.
         comparison: What `pkexplain.compare` returned, to show after the explanations.
+        mode: Permissions of the file, for example ``0o600``; None for those of the run, or, of a run in memory, for
+            those that the umask leaves.
 
     Returns:
         The path of the file.
@@ -232,6 +235,12 @@ def write_report(
     sections = [build_section(each, training_set, name=name) for each in explanations]
     page, target = render_page(sections, title, comparison), Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(target) as temporary:
+    with write_atomically(target, mode if mode is not None else _common_mode(explanations)) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return target
+
+
+def _common_mode(explanations: Sequence[Explanation]) -> int | None:
+    """The permissions that all explained runs have; None if all are in memory."""
+    modes = [each.mode for each in explanations if each.mode is not None]
+    return functools.reduce(lambda one, other: one & other, modes) if modes else None
