@@ -84,6 +84,8 @@ class RunExplainer:
     def __init__(self, store: Store, model: nn.Module, setting: Setting) -> None:
         """Read the run and check the model against it."""
         self.trajectory = store.trajectory(setting.segments)
+        whole = len(store.manifest().segments)
+        self.run_segments = whole if setting.segments is not None and whole > setting.segments else None
         self.trajectory.fingerprint.check(model)
         device = torch.device(setting.device) if setting.device else next(model.parameters()).device
         self.model = copy_model(model).to(device).eval()

@@ -173,6 +173,7 @@ class Explainer:
         removal = _removal(reading)
         _check_count(k)
         queries, explanations = self._queries(x), []
+        about: Any = {"mode": self._open_runs.mode, "run_segments": self._first.run_segments}
         self._first.prepare()
         for some, settled, names in self._chunks(queries, output):
             accounts = [run.account(some, settled, removal) for run in self._runs]
@@ -199,7 +200,7 @@ class Explainer:
                     checkpoint_outputs=_mean([account.outputs[q] for account in accounts]),
                     query=some.row(q),
                     all_contributions=ranked[q].contributions,
-                    mode=self._open_runs.mode,
+                    **about,
                 )
                 for q in range(len(some))
             ]

@@ -191,8 +191,8 @@ def _warn_of_new_optimizer(trajectory: Trajectory, saved: StateEntry | None, now
     elif saved is not None and saved.optimizer:
         warn(
             f"pkexplain: resuming with a new {now.kind}, without a state, where the state of one was saved: "
-            "its momentum starts again from nothing. If that is not meant, load the optimizer from what you saved right after "
-            "recorder.save()."
+            "its momentum starts again from nothing. If that is not meant, load what you saved of the optimizer right "
+            "after recorder.save()."
         )
 
 

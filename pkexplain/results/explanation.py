@@ -157,6 +157,7 @@ class Explanation:
         query: The query itself, as passed to the model (without a batch dimension).
         all_contributions: c_i of every training example, or an object that computes them; use `contributions`.
         mode: Permissions of the run's files, which a report of it gets, too; None for a run in memory.
+        run_segments: How many segments the run has, if only its first ones are explained; None for all.
     """
 
     output: str
@@ -173,6 +174,14 @@ class Explanation:
     query: object = field(repr=False, compare=False)
     all_contributions: ArrayLike = field(repr=False, compare=False)
     mode: int | None = field(default=None, repr=False, compare=False)
+    run_segments: int | None = None
+
+    @property
+    def until(self) -> str:
+        """Up to where the account goes, in words: "after training", or after the step at which it ends."""
+        if self.run_segments is None:
+            return "after training"
+        return f"after step {self.boundaries[-1]:,} ({len(self.boundaries) - 1} of {self.run_segments} segments)"
 
     @property
     def initial(self) -> float:

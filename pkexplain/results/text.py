@@ -44,7 +44,7 @@ def render(explanation: Explanation) -> str:
     places = decimals([explanation.final - explanation.initial, explanation.initial, explanation.final])
     parts: list[RenderableType] = [
         f"{explanation.output}: {fixed(explanation.initial, places)} before training, "
-        f"{fixed(explanation.final, places)} after",
+        f"{fixed(explanation.final, places)} {'after' if explanation.run_segments is None else explanation.until}",
         f"{explanation.reading} reading: {_READINGS.get(explanation.reading, 'see the documentation')}",
         "",
         Padding(_ledger(explanation, places), (0, 0, 0, 2)),

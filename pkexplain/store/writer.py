@@ -92,11 +92,13 @@ class RunWriter:
             ended: How it ended, in words, from now on.
             segments: The number of segments that stay.
         """
+        states = tuple(state for state in manifest.states if state.segments <= segments)
+        drops = segments < len(manifest.segments) or len(states) < len(manifest.states)
         self._now = replace(
             manifest,
             segments=manifest.segments[:segments],
-            states=tuple(state for state in manifest.states if state.segments <= segments),
-            revision=manifest.revision + 1,
+            states=states,
+            revision=manifest.revision + drops,  # new files get other names than those that are dropped
             ended=ended,
         )
 

@@ -151,7 +151,7 @@ def test_an_optimizer_whose_state_was_not_loaded_is_said(tmp_path):
     training = Training(tmp_path, "adamw")
     training.go(epochs=1)
     with pytest.warns(
-        UserWarning, match=r"a new AdamW, without a state, where .* load the optimizer from what you saved"
+        UserWarning, match=r"a new AdamW, without a state, where .* load what you saved of the optimizer"
     ):
         resumed_with(training, torch.optim.AdamW(training.model.parameters(), lr=1e-2, weight_decay=1e-2))
 
