@@ -135,10 +135,10 @@ class DirectoryStore(Store):
         content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         target = self.path / name
         self._keep_inside(name)
+        if name not in self._files:
+            self._refuse_other(name)
         try:
             self._make_folder(target.parent)
-            if name not in self._files:
-                self._refuse_other(name)
             with write_atomically(target, self.mode) as temporary:
                 safetensors.torch.save_file(content, temporary, metadata=MARK)
                 entry = FileEntry(bytes=temporary.stat().st_size, sha256=checksum_file(temporary))
