@@ -65,12 +65,13 @@ class OpenRuns:
         """
         with self._lock, own_torch_state():
             self._refresh()
-            try:
-                return question()
-            except RunDamagedError:
-                if not self._refresh():  # somebody replaced the run's files while they were read
-                    raise
-                return question()
+            for _ in range(_ATTEMPTS):
+                try:
+                    return question()
+                except RunDamagedError:
+                    if not self._refresh():  # otherwise, somebody replaced the run's files while they were read
+                        raise
+            return question()
 
     def _open(self, model: nn.Module) -> None:
         for _ in range(_ATTEMPTS):

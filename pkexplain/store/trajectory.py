@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -166,6 +166,7 @@ class Trajectory:
     num_examples: int
     read: Callable[[str], Mapping[str, Tensor]]
     first: int = 0
+    _open: dict[int, Segment] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         """Return the number of segments."""
@@ -211,7 +212,12 @@ class Trajectory:
         return Checkpoint.from_tensors(self.read(self.files[t - 1].checkpoint if t else FIRST_CHECKPOINT))
 
     def segment(self, t: int) -> Segment:
-        """Read segment t, 0 ≤ t < T."""
+        """Read segment t, 0 ≤ t < T; once read, it stays, also if its files are replaced in the run."""
+        if t not in self._open:
+            self._open[t] = self._read_segment(t)
+        return self._open[t]
+
+    def _read_segment(self, t: int) -> Segment:
         files = self.files[t]
         whole = Segment.from_tensors(
             self.read(files.vectors), map(self.read, files.rows), max(sum(files.counts), self.first + self.num_examples)
@@ -222,7 +228,7 @@ class Trajectory:
 
     def subset(self, some: slice) -> Trajectory:
         """Return the run with the rows of some of the examples, numbered from 0 again."""
-        return replace(self, first=self.first + some.start, num_examples=some.stop - some.start)
+        return replace(self, first=self.first + some.start, num_examples=some.stop - some.start, _open={})
 
     @property
     def rows_id(self) -> str:

@@ -117,6 +117,37 @@ def refused_everywhere(rank, world):
         return str(error)
 
 
+UNEQUAL = ["fewer batches", "fewer at once", "only one saves", "only one accumulates", "join", "an error between steps"]
+
+
+def unequal(run, rank, world, case):
+    """Let the processes do different things; return the error of this one."""
+    net, (inputs, targets) = nn.parallel.DistributedDataParallel(model()), digits(EXAMPLES)
+    optimizer = OPTIMIZERS["sgd"](net.parameters())
+    options = {"num_examples": EXAMPLES, "projection": pk.Identity(), "dtype": torch.float64, "segments": 2}
+    here = net.join() if case == "join" else contextlib.nullcontext()
+    try:
+        with here, pk.Recorder(run, net, optimizer, **options) as recorder:
+            for s in range({"fewer batches": 3, "fewer at once": 0}.get(case, 5) if rank == 0 else 5):
+                if s == 3 and rank == 0 and case == "an error between steps":
+                    raise ValueError("no data")
+                if s == 3 and rank == 1 and case == "only one saves":
+                    recorder.save()
+                ids = share(torch.arange(8 * s, 8 * s + 8) % EXAMPLES, rank, world)
+                accumulates = case == "only one accumulates" and rank == 1 and s == 3
+                with (
+                    recorder.step(ids, accumulate=accumulates),
+                    net.no_sync() if accumulates else contextlib.nullcontext(),
+                ):
+                    optimizer.zero_grad()
+                    F.cross_entropy(net(inputs[ids]), targets[ids]).backward()
+                    if not accumulates:
+                        optimizer.step()
+    except (PkexplainError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def reductions(run, rank, world, recorded):
     """Count the gradient buckets that the processes exchange in 4 steps, each of which checks its split if recorded."""
     net, exchanged = nn.parallel.DistributedDataParallel(model()), []
@@ -157,7 +188,8 @@ def work(rank, world, directory, port, queue):
         answer = explained(directory) | {
             "exchanged": [reductions(f"{directory}/exchanged", rank, world, recorded) for recorded in (False, True)]
         }
-        queue.put((rank, {"refused": refused_everywhere(rank, world), **answer}))
+        different = {case: unequal(f"{directory}/unequal-{case}", rank, world, case) for case in UNEQUAL}
+        queue.put((rank, {"refused": refused_everywhere(rank, world), "unequal": different, **answer}))
         dist.barrier()
     except BaseException:
         queue.put((rank, traceback.format_exc()))
@@ -282,6 +314,42 @@ def test_what_one_process_refuses_stops_the_other(together):
     first, second = (together[1][rank]["refused"] for rank in range(PROCESSES))
     assert "another process refused its batch" in first
     assert "ids are out of range. Got [99]" in second
+
+
+DIFFERENT = "RecordingError: recorder.step(ids): the processes do different things. Got process {} {}, process {} {}; "
+
+
+@pytest.mark.parametrize(
+    ("case", "doing", "segments", "fix"),
+    [
+        ("fewer batches", ("has left the recorder", "steps"), 2, "the same number of batches"),
+        ("fewer at once", ("has left the recorder", "steps"), 0, "the same number of batches"),
+        ("only one saves", ("steps", "saves"), 2, "Call recorder.save() in every process"),
+        ("only one accumulates", ("steps", "accumulates a gradient"), 2, "the same number of batches in every process"),
+    ],
+)
+def test_processes_that_do_different_things_are_told_at_once(together, case, doing, segments, fix):
+    directory, answers = together
+    for rank in range(PROCESSES):
+        other = 1 - rank
+        told = answers[rank]["unequal"][case]
+        assert told.startswith(DIFFERENT.format(rank, doing[rank], other, doing[other])), told
+        assert fix in told
+    store = pk.DirectoryStore(directory / f"unequal-{case}")
+    assert len(store.manifest().segments) == segments  # what was finished, and what was in progress
+    assert store.manifest().ended == "interrupted by RecordingError"
+    assert all(entry.summary.displacement_gap < 1e-9 for entry in store.manifest().segments)
+
+
+def test_uneven_inputs_that_torch_would_join_are_refused(together):
+    for rank in range(PROCESSES):
+        assert "DistributedDataParallel.join() is active" in together[1][rank]["unequal"]["join"]
+
+
+def test_a_process_that_stops_says_so_to_the_others(together):
+    first, second = (together[1][rank]["unequal"]["an error between steps"] for rank in range(PROCESSES))
+    assert first == "ValueError: no data"
+    assert "another process has stopped. Got a closed connection" in second
 
 
 @pytest.mark.parametrize("index", ["Flat", "SQ8"])

@@ -19,7 +19,8 @@ from pkexplain.cli import app
 from pkexplain.errors import RunDamagedError, RunExistsError, RunNotFoundError
 from pkexplain.store.upkeep import find_damage
 from tests.conftest import user_run
-from tests.faults import content_of, outcome
+from tests.faults import content_of, outcome, say
+from tests.races import race
 from tests.record.test_resume import assert_same_run
 from tests.trainings import EXAMPLES, Training
 
@@ -386,3 +387,24 @@ def test_a_run_whose_recorder_was_killed_is_free_while_its_workers_live(tmp_path
     finally:
         os.kill(worker, 9)
     assert pk.DirectoryStore(tmp_path / "run").manifest().num_examples == EXAMPLES
+
+
+# ------------------------------------------------------------------------------------------------------------- races
+
+
+def raced(tmp_path, seconds):
+    told = race(tmp_path, seconds)
+    assert told["left"] == 0
+    assert told["gone"] > 1
+    for name, done in (("merge", "merged"), ("verify", "whole"), ("index", "indexed"), ("explain", "explained")):
+        assert told[name][done] > 0
+    return told
+
+
+def test_five_processes_on_one_run(tmp_path):
+    raced(tmp_path, seconds=6)
+
+
+@pytest.mark.stress
+def test_five_processes_on_one_run_for_five_minutes(tmp_path):
+    say(f"races: {raced(tmp_path, float(os.environ.get('STRESS_SECONDS', '300')))}")
