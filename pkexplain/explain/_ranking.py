@@ -130,7 +130,12 @@ class Ranking:
 
 
 def rank(
-    rankings: Sequence[Ranking], projected: Sequence[Tensor], totals: Sequence[float], k: int, whole: Sequence[Ranking]
+    rankings: Sequence[Ranking],
+    projected: Sequence[Tensor],
+    totals: Sequence[float],
+    k: int,
+    whole: Sequence[Ranking],
+    keep: bool = True,
 ) -> list[Ranked]:
     """Find the strongest contributions of a batch of queries, averaged over runs.
 
@@ -140,13 +145,15 @@ def rank(
         totals: Σ_i c_i of each query, in output units.
         k: Number of proponents, and of opponents.
         whole: All rows of each run.
+        keep: Whether all contributions that exact search has computed are kept; otherwise they are computed again when
+            they are read.
     """
     first, batch = rankings[0], _Batch(whole, projected)
     contributions: Sequence[Any] = [DeferredContributions(batch, q) for q in range(len(totals))]
     if first.index.exact:
         scores = mean_scan(rankings, projected)
         best = _best_of_all(rankings, projected, scores, k)
-        contributions = list(scores.numpy()) if first.group.world_size == 1 else contributions
+        contributions = list(scores.numpy()) if keep and first.group.world_size == 1 else contributions
     else:
         best = _best_of_proposed(first, projected[0], k)
     everyone = first.group.all_gather(best)

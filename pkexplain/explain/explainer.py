@@ -34,6 +34,8 @@ __all__ = ["Explainer"]
 
 _MOST_QUERIES_AT_ONCE = 128
 _NUMBERS_AT_ONCE = 1 << 27
+"""The most numbers (1 GiB of float64) that one call holds of covectors in progress; and of contributions of examples
+that are not shown, for all its queries together: of more, they are computed again when they are read."""
 
 
 class Explainer:
@@ -170,9 +172,8 @@ class Explainer:
             QueryError: The query or the output does not fit the model.
             ConfigurationError: ``k`` or ``reading`` is invalid.
         """
-        removal = _removal(reading)
         _check_count(k)
-        queries, explanations = self._queries(x), []
+        removal, queries, explanations = _removal(reading), self._queries(x), []
         about: Any = {"mode": self._open_runs.mode, "run_segments": self._first.run_segments}
         self._first.prepare()
         for some, settled, names in self._chunks(queries, output):
@@ -184,6 +185,7 @@ class Explainer:
                 [ledger.examples for ledger in ledgers],
                 k,
                 whole=[run.whole for run in self._runs],
+                keep=len(queries) * self.trajectory.num_examples <= _NUMBERS_AT_ONCE,
             )
             explanations += [
                 Explanation(

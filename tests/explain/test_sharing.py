@@ -311,6 +311,20 @@ def test_contributions_name_the_checks_that_fail(training):
         assert told[0].filename == __file__
 
 
+def test_contributions_that_would_take_too_much_memory_are_computed_when_they_are_read(two_runs, monkeypatch):
+    from pkexplain.explain import explainer as module
+
+    training = two_runs[0]
+    explainer = pk.Explainer(training.store, training.model)
+    kept = explainer.explain(training.queries)
+    monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", 40 * 11)
+    deferred = explainer.explain(training.queries)
+    for one, other in zip(kept, deferred, strict=True):
+        assert isinstance(one.all_contributions, np.ndarray)
+        assert not isinstance(other.all_contributions, np.ndarray)
+        np.testing.assert_allclose(other.contributions, one.contributions, rtol=1e-12, atol=1e-15)
+
+
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
