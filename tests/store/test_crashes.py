@@ -267,7 +267,8 @@ def test_a_place_that_belongs_to_somebody_else(tmp_path, runs):
         if directory == tmp_path or directory.name.startswith(("pytest-", "popen-", "faults")):
             directory.chmod(0o755)  # pytest's own are for their owner alone
     (tmp_path / "locked").mkdir(mode=0o755)
-    kind, text, _ = outcome(lambda: Training(tmp_path / "locked").go(), prepare=lambda: os.setuid(NOBODY))
+    training = Training(tmp_path / "locked")  # reads its data from the environment, where nobody else may be let in
+    kind, text, _ = outcome(training.go, prepare=lambda: os.setuid(NOBODY))
     assert kind == "RunError", text
     assert "writing lock of the run in" in text
     assert "Permission denied" in text
