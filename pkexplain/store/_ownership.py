@@ -15,6 +15,8 @@ __all__ = ["MARK", "claims", "is_temporary", "was_written_by_us"]
 
 MARK = {"written_by": "pkexplain"}
 """What the header of each of a run's files says."""
+_HOLDS = {"rows": {"rows", "scale", "loss_derivatives"}, "segments": {"row_sum", "weight_decay"}, "states": {"plan"}}
+"""What is in the files of a folder, also in those of older versions, which did not bear the mark."""
 _LONGEST_HEADER = 1 << 22
 _SCRATCH_NAME = re.compile(re.escape(SCRATCH) + r"[a-z0-9_]+\.tmp")
 
@@ -29,14 +31,15 @@ def is_temporary(name: str) -> bool:
 
 
 def was_written_by_us(file: Path) -> bool:
-    """Whether a file bears this package's mark."""
+    """Whether a file bears this package's mark, or holds what only its files hold."""
     try:
         if file.is_symlink() or not file.is_file():
             return False
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length)) if length <= _LONGEST_HEADER else {}
-        return MARK.items() <= header.get("__metadata__", {}).items()
+        holds = _HOLDS.get(file.parent.name)
+        return MARK.items() <= header.get("__metadata__", {}).items() or (holds is not None and holds <= header.keys())
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 

@@ -96,12 +96,13 @@ class DirectoryStore(Store):
     def sweep(self) -> list[str]:
         """Delete what the run does not consist of: files of killed writers, and indices of other rows."""
         manifest = self.manifest() if (self.path / "manifest.json").exists() else None
-        listed, found = manifest.files if manifest else {}, []
+        listed, found = manifest.files if manifest else {}, sorted(self._dropped)
         for folder in _FOLDERS:
             self._keep_inside(folder)
             for file in sorted((self.path / folder).glob("*")):
                 name = file.relative_to(self.path).as_posix()
-                if is_temporary(name) or (FILE_NAME.fullmatch(name) and name not in listed and was_written_by_us(file)):
+                stray = FILE_NAME.fullmatch(name) and name not in listed and was_written_by_us(file)
+                if name not in found and (stray or is_temporary(name)):
                     found.append(name)
         if manifest is not None:
             self._keep_inside("index")
@@ -109,6 +110,7 @@ class DirectoryStore(Store):
             found += [file.relative_to(self.path).as_posix() for file in obsolete]
         for name in found:
             self._delete(name)
+        self._dropped = set()
         return found
 
     @contextmanager
@@ -230,7 +232,7 @@ class DirectoryStore(Store):
 
         try:
             tensors = safetensors.torch.load_file(self.path / name)
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # it may have been deleted just now
             raise damaged(self, name, "it cannot be read", f"{error}", "a safetensors file") from error
         self._read[name] = entry, tensors
         return tensors

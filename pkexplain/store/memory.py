@@ -10,7 +10,7 @@ import msgspec
 from torch import Tensor
 
 from pkexplain.errors import RunError
-from pkexplain.store.base import Store, busy, exists, not_found
+from pkexplain.store.base import Store, busy, damaged, exists, not_found
 from pkexplain.store.manifest import FileEntry, Manifest
 
 __all__ = ["MemoryStore"]
@@ -85,4 +85,7 @@ class MemoryStore(Store):
 
     def read(self, name: str) -> Mapping[str, Tensor]:
         """Read the tensors under a name."""
-        return self._tensors[name]
+        try:
+            return self._tensors[name]
+        except KeyError as error:
+            raise damaged(self, name, "the run does not hold it any more", "no tensors", "tensors") from error

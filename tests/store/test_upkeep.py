@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import pkexplain as pk
 from pkexplain.cli import app
-from pkexplain.errors import RunDamagedError, RunExistsError, RunNotFoundError
+from pkexplain.errors import RunDamagedError, RunError, RunExistsError, RunNotFoundError
 from pkexplain.store.upkeep import find_damage
 from tests.conftest import user_run
 from tests.faults import content_of, outcome, say
@@ -116,6 +116,32 @@ def test_what_a_killed_writer_left_is_deleted_by_the_next(training):
     assert not half.exists()
     assert not scratch.exists()
     assert "leftover" not in call("verify", training.run).output
+
+
+def test_what_a_killed_withdrawal_of_an_older_version_left_is_deleted(training):
+    """Older versions did not mark their files."""
+    for folder in ("rows", "segments", "states"):
+        file = next((training.run / folder).glob("*.safetensors"))
+        left = file.with_name("00077" + file.name[5:])
+        safetensors.torch.save_file(safetensors.torch.load_file(file), left)
+    assert "3 leftover file(s)" in call("verify", training.run).output
+
+
+def test_rows_that_cannot_be_deleted_are_named(training, monkeypatch):
+    real, gone = os.unlink, pk.DirectoryStore(training.run).manifest().segments[0].files.rows[0]
+
+    def refuse(path, *args, **kwargs):
+        if os.fspath(path).endswith(gone):
+            raise PermissionError(13, "Operation not permitted")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(RunError, match=rf"deleting {gone} of the run in .* what it holds is still there"):
+        pk.withdraw(training.run, [3, 17, 30])
+    monkeypatch.undo()
+    assert not np.asarray(contributions(training))[0, [3, 17, 30]].any()  # it counts
+    pk.withdraw(training.run, [3, 17, 30])
+    assert not (training.run / gone).exists()
 
 
 def test_a_run_whose_manifest_was_deleted_is_begun_anew(training):
