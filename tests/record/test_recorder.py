@@ -22,6 +22,7 @@ from pkexplain.errors import (
     RecordingError,
     UnsupportedOptimizerError,
 )
+from pkexplain.ids import check_ids
 from tests.conftest import RecordedTraining, batches, digits, mlp, train
 
 ALL = slice(None)
@@ -88,6 +89,27 @@ def test_another_number_of_ids_than_rows_is_refused_before_the_optimizer_steps(l
     with pytest.raises(ExampleIdError, match=wrong):
         loop.step(ids, rows=[0, 1])
     assert equal(before, loop.parameters())
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16])
+def test_ids_of_a_type_that_cannot_number_all_examples_are_refused(dtype):
+    """300 examples in a byte: number 299 has become 43, and nothing else would show it."""
+    wrapped = np.array([0, 299, 65_537 % 2**16]).astype(dtype)
+    most = np.iinfo(dtype).max
+    message = rf"and wrap round\. Got torch\.{dtype.__name__}, whose largest number is {most}"
+    with pytest.raises(ExampleIdError, match=message):
+        check_ids(wrapped, most + 2)
+    assert check_ids(np.arange(3).astype(dtype), most + 1).tolist() == [0, 1, 2]
+    if hasattr(torch, dtype.__name__):
+        with pytest.raises(ExampleIdError, match="wrap round"):
+            check_ids(torch.arange(3).to(getattr(torch, dtype.__name__)), most + 2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_unsigned_ids_are_whole_numbers(dtype):
+    assert check_ids(np.array([5, 0, 3], dtype=dtype), 6).tolist() == [5, 0, 3]
+    with pytest.raises(ExampleIdError, match=r"ids are out of range\. Got \[6\]"):
+        check_ids(np.array([6, 0], dtype=dtype), 6)
 
 
 @pytest.mark.parametrize(
