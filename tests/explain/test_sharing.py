@@ -269,7 +269,10 @@ def test_the_first_segments_are_a_run_of_their_own(training):
     explainer = pk.Explainer(training.run, training.model, segments=2)
     explanation = ask(explainer, training)
     assert explanation.boundaries == whole.boundaries[:3]
-    assert f"after step {whole.boundaries[2]}" in str(explanation)
+    assert f"after step {whole.boundaries[2]} (2 of 4 segments)" in str(explanation)
+    report = pk.write_report(explanation, training.run.with_name("report.html")).read_text()
+    assert report.count(f"fter step {whole.boundaries[2]} (2 of 4 segments)") > 1
+    assert "fter training" not in report
     net = explainer.copy_model()
     at = whole.checkpoint(2).parameters
     torch.nn.utils.vector_to_parameters(at, net.parameters())

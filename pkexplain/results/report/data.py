@@ -221,7 +221,9 @@ def _steps(explanation: Explanation) -> Iterator[Step]:
         if value is not None:
             yield Step(name, kind, level, level + value)
             level += value
-    yield Step("After training", "level", ledger.final, ledger.final)
+    yield Step(
+        f"A{explanation.until[1:]}", "level", ledger.final, ledger.final
+    )  # after training, or a step before its end
 
 
 def _question(explanation: Explanation, name: Callable[[object], str]) -> str:
