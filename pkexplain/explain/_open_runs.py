@@ -71,6 +71,10 @@ class OpenRuns:
                 except RunDamagedError:
                     if not self._refresh():  # otherwise, somebody replaced the run's files while they were read
                         raise
+                except BaseException:  # an interrupt, say: nothing of ours may listen to the user's backward passes
+                    for run in self.all:
+                        run.trajectory_model.release()
+                    raise
             return question()
 
     def _open(self, model: nn.Module) -> None:

@@ -161,6 +161,10 @@ class TrajectoryModel:
             for name, buffer in self._buffers.items():
                 buffer.copy_(buffers[name])
 
+    def release(self) -> None:
+        """Stop watching backward passes, also if an interrupt came where that should have been done."""
+        self._capture.release()
+
     def prediction(self, queries: QueryBatch) -> Tensor:
         """Run the model at its current point, ``(queries, …)``."""
         with torch.no_grad():

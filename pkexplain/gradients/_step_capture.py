@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,17 @@ _KEPT = 64
 
 
 class StepCapture:
-    """One step: the uses noted since the last backward pass, and the backward passes themselves."""
+    """One step: the uses noted since the last backward pass, and the backward passes themselves.
+
+    Attributes:
+        watching: Closes what listens to the model and to backward passes.
+    """
 
     def __init__(
         self, capture: Capture, examples: int, sink: Callable[[int, ExampleGradients], None], watch: Watch
     ) -> None:
         self._capture, self._examples, self._sink, self._watch = capture, examples, sink, watch
+        self.watching = ExitStack()
         self._uses: list[NotedUse] = []
         self._handles: list[Any] = []
         self._split: Split | None = None

@@ -30,6 +30,7 @@ from pkexplain.gradients.factors import (
     as_matrix,
 )
 from pkexplain.gradients.graph import backward_listener
+from pkexplain.gradients.interrupts import deferred_interrupts
 from pkexplain.gradients.layers import Block, Layer, refusal
 from pkexplain.gradients.layout import Layout
 from pkexplain.gradients.split import Split
@@ -85,6 +86,7 @@ class Capture:
         self.known_splits: dict[int, Split] = {}
         self.split: Split | None = None
         self.rehearsing = self.running = False
+        self._open: StepCapture | None = None
         self.clear_gap()
 
     def clear_gap(self) -> None:
@@ -108,13 +110,24 @@ class Capture:
         Raises:
             ExampleIdError: Nothing can be split, as nothing has one row per example.
         """
-        step = StepCapture(self, examples, sink, watch or Watch())
-        noting = noting_uses(self.layers, step.note, lambda: self.rehearsing)
-        with noting, backward_listener(step.around):
-            try:
-                yield
-            finally:
+        self.release()
+        step = self._open = StepCapture(self, examples, sink, watch or Watch())
+        try:
+            with deferred_interrupts():
+                step.watching.enter_context(noting_uses(self.layers, step.note, lambda: self.rehearsing))
+                step.watching.enter_context(backward_listener(step.around))
+            yield
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Stop watching backward passes, also if an interrupt came where that should have been done."""
+        with deferred_interrupts():
+            step, self._open = self._open, None
+            if step is not None:
+                step.watching.close()
                 step.close()
+            self.rehearsing = self.running = False
 
     def deliver(
         self, noted: NotedUse, layouts: dict[int, Layout | None], examples: int, sink: Sink, only: Any = None

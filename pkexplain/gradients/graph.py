@@ -6,9 +6,10 @@ user is about to differentiate, retained.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -198,6 +199,7 @@ class _Patch:
 
     original: Any = None
     listeners: tuple[Any, ...] = ()
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _PATCH = _Patch()
@@ -210,24 +212,22 @@ def backward_listener(around: Callable[[Callable[[], Any], dict[str, Any]], Any]
     Args:
         around: Is given a function that runs the backward pass as asked, and its arguments by name.
     """
-    import threading
-
     mine = (threading.get_ident(), around)
-    if _PATCH.original is None:
-        _PATCH.original = torch.autograd.backward
-        torch.autograd.backward = _listened  # loss.backward() looks it up there
-    _PATCH.listeners = (*_PATCH.listeners, mine)
+    with _PATCH.lock:  # other threads record and explain, too
+        if _PATCH.original is None:
+            _PATCH.original = torch.autograd.backward
+            torch.autograd.backward = _listened  # loss.backward() looks it up there
+        _PATCH.listeners = (*_PATCH.listeners, mine)
     try:
         yield
     finally:
-        _PATCH.listeners = tuple(each for each in _PATCH.listeners if each is not mine)
-        if not _PATCH.listeners and torch.autograd.backward is _listened:
-            torch.autograd.backward, _PATCH.original = _PATCH.original, None
+        with _PATCH.lock:
+            _PATCH.listeners = tuple(each for each in _PATCH.listeners if each is not mine)
+            if not _PATCH.listeners and torch.autograd.backward is _listened:
+                torch.autograd.backward, _PATCH.original = _PATCH.original, None
 
 
 def _listened(*args: Any, **kwargs: Any) -> Any:
-    import threading
-
     names = ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs")
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     original = _PATCH.original or _ORIGINAL

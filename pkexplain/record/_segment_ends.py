@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pkexplain.gradients.interrupts import deferred_interrupts
 from pkexplain.optimizers.segment_accountant import SegmentAccountant
 from pkexplain.record._contract import warn_of_torn_step
-from pkexplain.record._interrupts import deferred_interrupts
 from pkexplain.record._plan import Plan
 from pkexplain.record._warnings import SegmentWarnings
 from pkexplain.store.manifest import Manifest, SegmentSummary, SplitSummary

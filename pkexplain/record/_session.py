@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pkexplain.errors import ExampleIdError, RecordingError
 from pkexplain.gradients.factors import ExampleGradients
+from pkexplain.gradients.interrupts import deferred_interrupts
 from pkexplain.gradients.split import Split
 from pkexplain.gradients.torch_state import without_autocast
 from pkexplain.gradients.watch import Watch
@@ -83,6 +84,7 @@ class Session:
         self._writer = RunWriter(plan.store, plan.group)
         self._ends = SegmentEnds(plan, self._writer, self._manifest)
         self._handles: list[Any] = []
+        self._watching = ExitStack()  # what listens to the model during a step
         self._roll_call = RollCall(plan.group, plan.wrapped)
         self._writer.lock()
         try:
@@ -150,7 +152,13 @@ class Session:
                 self._finish()
             raise
 
+    def _stop_watching(self) -> None:
+        with deferred_interrupts():
+            self._watching.close()
+            self._plan.capture.release()
+
     def _remove_hooks(self) -> None:
+        self._stop_watching()  # an interrupt may have come just before that was done
         for handle in self._handles:
             handle.remove()
 
@@ -194,15 +202,16 @@ class Session:
             self._end_segment()  # the loader dropped its last, smaller batch
         step = self._step = _Step(batch)
         try:
-            with (
-                self._inputs.noting(len(batch.ids)),
-                self._derivatives.noting(batch),
-                plan.capture.during_backward(len(batch.ids), partial(self._receive, batch), self._watch()),
-            ):
+            with deferred_interrupts():
+                self._watching.enter_context(self._inputs.noting(len(batch.ids)))
+                self._watching.enter_context(self._derivatives.noting(batch))
+            with plan.capture.during_backward(len(batch.ids), partial(self._receive, batch), self._watch()):
                 yield
+            self._stop_watching()
             self._check_contract(step, accumulate)
             plan.steps.refuse_movement_of_others()
         except BaseException:
+            self._stop_watching()
             self._forget()
             raise
         finally:

@@ -12,7 +12,7 @@ import torch
 
 import pkexplain as pk
 from pkexplain.errors import RecordingError
-from pkexplain.record._interrupts import deferred_interrupts
+from pkexplain.gradients.interrupts import deferred_interrupts
 from pkexplain.store.upkeep import find_damage
 from tests.trainings import Training
 
@@ -31,7 +31,7 @@ class LineInterrupt:
         sys.settrace(None)
 
     def _enter(self, frame, event, argument):
-        inside = "/pkexplain/" in frame.f_code.co_filename and "_interrupts" not in frame.f_code.co_filename
+        inside = "/pkexplain/" in frame.f_code.co_filename and "interrupts.py" not in frame.f_code.co_filename
         return self._line if inside else None
 
     def _line(self, frame, event, argument):

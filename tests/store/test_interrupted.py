@@ -182,8 +182,6 @@ def copy(training, run):
 
 
 def salvage(training, run):
-    last = pk.DirectoryStore(run).manifest().segments[-1].files.vectors
-    (run / last).write_bytes((run / last).read_bytes()[:-1]) if (run / last).exists() else None
     pk.salvage(run)
 
 
@@ -193,6 +191,9 @@ def interrupt(work, finished, tmp_path, every, start):
         shutil.copytree(finished.run, tmp_path / name / "run")
         (tmp_path / name / "run" / "index").mkdir()
         shutil.copytree(indexed(finished), tmp_path / name / "run" / "index", dirs_exist_ok=True)
+        if work is salvage:
+            last = pk.DirectoryStore(finished.run).manifest().segments[-1].files.vectors
+            (tmp_path / name / "run" / last).write_bytes(b"half")
         return tmp_path / name / "run"
 
     rows, here = rows_of(finished.run, GONE), fresh("counted")
