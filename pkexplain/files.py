@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,11 +62,11 @@ def write_atomically(target: Path, mode: int | None = None) -> Iterator[Path]:
     """
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        if mode is not None:
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode)
+        wanted = stat.S_IMODE(os.fstat(descriptor).st_mode) if mode is None else mode
+        os.close(descriptor)
         yield temporary
-        if mode is not None:
-            os.chmod(temporary, mode)  # not reduced by the umask, and whatever a library made of it
+        os.chmod(temporary, wanted)  # not reduced by the umask, and whatever a library made of it
         _flush(temporary, os.O_RDWR)
         os.replace(temporary, target)
         _flush(target.parent, os.O_RDONLY)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
-from pkexplain.errors import RunBusyError, RunDamagedError, RunError, RunNotFoundError
+from pkexplain.errors import ConfigurationError, RunBusyError, RunDamagedError, RunError, RunNotFoundError
 from pkexplain.explain._ensemble import check_alike
 from pkexplain.explain._single_run import RunExplainer, Setting
 from pkexplain.gradients.torch_state import own_torch_state
@@ -47,8 +48,9 @@ class OpenRuns:
 
     def __init__(self, stores: Sequence[Store], model: nn.Module, setting: Setting) -> None:
         """Open them."""
-        self._stores, self._setting, self._lock = stores, setting, threading.RLock()
-        self._opened: list[tuple[str, int]] = []
+        self._stores, self._setting = stores, setting
+        self._new_lock()
+        self._opened: list[tuple[str, int, str]] = []
         self.all: list[RunExplainer] = []
         self._open(model)
 
@@ -63,19 +65,33 @@ class OpenRuns:
 
         The runs are explained on private copies of the model, whose parameters every answer moves.
         """
+        if self._process != os.getpid():
+            self._new_lock()  # a fork: the thread that held the lock is not here
+        if self._asking == threading.get_ident():
+            raise _asked_by_itself()
         with self._lock, own_torch_state():
-            self._refresh()
-            for _ in range(_ATTEMPTS):
-                try:
-                    return question()
-                except RunDamagedError:
-                    if not self._refresh():  # otherwise, somebody replaced the run's files while they were read
-                        raise
-                except BaseException:  # an interrupt, say: nothing of ours may listen to the user's backward passes
-                    for run in self.all:
-                        run.trajectory_model.release()
+            self._asking = threading.get_ident()
+            try:
+                return self._answer(question)
+            finally:
+                self._asking = None
+
+    def _new_lock(self) -> None:
+        self._lock, self._process, self._asking = threading.Lock(), os.getpid(), None
+
+    def _answer(self, question: Callable[[], _Answer]) -> _Answer:
+        self._refresh()
+        for _ in range(_ATTEMPTS):
+            try:
+                return question()
+            except RunDamagedError:  # unless somebody replaced the run's files while they were read
+                if self.all[0].ranking.group.world_size > 1 or not self._refresh():
                     raise
-            return question()
+            except BaseException:  # an interrupt, say: nothing of ours may listen to the user's backward passes
+                for run in self.all:
+                    run.trajectory_model.release()
+                raise
+        return question()
 
     def _open(self, model: nn.Module) -> None:
         for _ in range(_ATTEMPTS):
@@ -121,6 +137,17 @@ class OpenRuns:
             self._open(self.all[0].model)
             return True
         return False
+
+
+def _asked_by_itself() -> ConfigurationError:
+    return ConfigurationError(
+        "asking an explainer",
+        "it is answering a question in this thread already, which moves its model",
+        got="a question from its own output function or progress callback",
+        expected="one question at a time",
+        source="Explainer",
+        fix="Ask before or after, or make a second Explainer",
+    )
 
 
 def _sweep_obsolete(store: Store) -> None:

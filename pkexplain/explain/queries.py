@@ -114,7 +114,7 @@ def as_queries(x: Any, shapes: Mapping[str, InputEntry], device: torch.device, p
             tensor = torch.as_tensor(value, device=getattr(value, "device", "cpu"))
         except (TypeError, ValueError, RuntimeError) as error:
             raise _bad_query(name, "it is not a tensor", type(value).__name__, shapes) from error
-        tensor = tensor.to(device)
+        tensor = tensor.detach().to(device)
         tensor = tensor.clone() if tensor.is_inference() else tensor  # autograd refuses those
         if name in shapes:
             wanted = shapes[name].shape

@@ -28,7 +28,7 @@ from pkexplain.store.index_files import rows_name
 from pkexplain.store.manifest import Manifest
 
 _KEY_BYTES = 32
-_PATIENCE = 5.0
+_PATIENCE = 1.0
 """Seconds to wait for another writer of the run; if it takes longer, the index is kept in memory only."""
 
 

@@ -119,6 +119,15 @@ def not_between_steps(recording: bool) -> RecordingError:
     return broken("recorder.save() was called where a run cannot be saved", got, fix)
 
 
+def grown_since(now: int, then: int) -> RecordingError:
+    """Make the error for a run that another recorder has continued since `Recorder.resume` was called."""
+    return broken(
+        "the run has grown since Recorder.resume was called",
+        f"{now} examples, and {then} when it was called",
+        "Call Recorder.resume again",
+    )
+
+
 def not_by_a_child() -> RecordingError:
     """Make the error for a forked process that goes on with its parent's recorder."""
     return broken(

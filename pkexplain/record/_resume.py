@@ -168,12 +168,19 @@ def _compare_settings(store: Store, then: OptimizerEntry, now: OptimizerEntry) -
         warn(f"pkexplain: resuming with other options of {now.kind} than were saved: {changed}.")
 
 
-def _changed_options(then: OptimizerEntry, now: OptimizerEntry) -> str:
-    """Name the options that differ, of the first parameter group that differs."""
+def _changed_options(then: OptimizerEntry, now: OptimizerEntry, scheduled: bool = False) -> str:
+    """Name the options that differ, of the first parameter group that differs.
+
+    Args:
+        then: The optimizer before.
+        now: The optimizer now.
+        scheduled: Whether a schedule may have changed the learning rate since the first was described.
+    """
+    left_out = {"lr", "initial_lr"} if scheduled else set()
     if len(then.groups) != len(now.groups):
         return f"{len(then.groups)} parameter groups then, {len(now.groups)} now"
     for position, (before, after) in enumerate(zip(then.groups, now.groups, strict=True)):
-        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        names = [n for n in {**before, **after} if before.get(n) != after.get(n) and n not in left_out]
         if names:
             where = f" (in parameter group {position})" if len(now.groups) > 1 else ""
             return ", ".join(f"{n} {before.get(n, 'none')} then, {after.get(n, 'none')} now" for n in names) + where
@@ -188,6 +195,8 @@ def _warn_of_new_optimizer(trajectory: Trajectory, saved: StateEntry | None, now
     then = (saved and saved.settings) or trajectory.manifest.optimizer
     if then.kind != now.kind:
         warn(f"pkexplain: resuming with {now.kind}; the run was recorded with {then.kind}.")
+    elif (saved is None or not saved.optimizer) and (changed := _changed_options(then, now, saved is None)):
+        warn(f"pkexplain: resuming with other options of {now.kind} than before: {changed}.")
     elif saved is not None and saved.optimizer:
         warn(
             f"pkexplain: resuming with a new {now.kind}, without a state, where the state of one was saved: "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ from pkexplain.optimizers.base import CapturedBatch
 from pkexplain.optimizers.segment_accountant import AppliedStep, SegmentAccountant
 from pkexplain.record._contract import (
     broken,
+    grown_since,
     not_after_a_torn_step,
     not_all_skipped,
     not_all_stepped,
@@ -41,19 +41,10 @@ from pkexplain.record._roll_call import ACCUMULATE, END, REFUSED, SAVE, STEP, Ro
 from pkexplain.record._segment_ends import SegmentEnds
 from pkexplain.record._split_notes import SplitNotes
 from pkexplain.record._state import serialise
+from pkexplain.record._step import Step
 from pkexplain.store.fingerprint import ModelFingerprint
 from pkexplain.store.manifest import Manifest, OptimizerEntry
 from pkexplain.store.writer import RunWriter
-
-
-@dataclass
-class _Step:
-    """The step being recorded: its batch, and how far the optimizers have come."""
-
-    batch: CapturedBatch
-    before: Tensor | None = None  # θ before the step; None if the optimizers skip it, or were not called yet
-    begun: list[torch.optim.Optimizer] = field(default_factory=list)
-    done: bool = False  # whether all have stepped
 
 
 class Session:
@@ -76,7 +67,7 @@ class Session:
         self._fingerprint = ModelFingerprint.of(plan.model, plan.blocks)
         self._ended = "still recording, or killed"
         self._deleted: Sequence[int] = ()
-        self._step: _Step | None = None
+        self._step: Step | None = None
         self._accumulated: list[CapturedBatch] = []
         self._split = SplitNotes(plan)
         self._accountant = SegmentAccountant(plan.spec(), Lookahead.of(plan.lookahead, plan.like))
@@ -105,6 +96,8 @@ class Session:
     def _continue(self) -> None:
         """Continue a run from the point at which the model and the optimizer are."""
         plan, trajectory = self._plan, self._plan.store.trajectory()
+        if trajectory.num_examples > plan.num_examples:
+            raise grown_since(trajectory.num_examples, plan.num_examples)
         optimizer = checksum_optimizers(plan.optimizers, plan.parameters)
         settings = OptimizerEntry.of(*plan.optimizers.all)
         standpoint = find_standpoint(plan.store, trajectory, self._ends.start, optimizer, settings, plan.group)
@@ -121,12 +114,9 @@ class Session:
         self._writer.resume(trajectory.manifest, self._ended, standpoint.segments)  # last: a refusal drops nothing
 
     def close(self, error: type[BaseException] | None) -> None:
-        """Finish the last segment and remove the hooks, also after an error.
-
-        A process that was forked from the one that records comes here, too, if it exits by itself; the run is not its.
-        """
+        """Finish the last segment and remove the hooks, also after an error."""
         if os.getpid() != self._process:
-            return
+            return  # a fork that exits by itself comes here, too; the run is not its
         self._remove_hooks()
         self._ended = "finished" if error is None else f"interrupted by {error.__name__}"
         try:
@@ -200,7 +190,7 @@ class Session:
         visits = self._accountant.visits + batch.everywhere  # a sampler may repeat some examples
         if plan.segments == "epoch" and visits >= plan.num_examples + plan.group.world_size:
             self._end_segment()  # the loader dropped its last, smaller batch
-        step = self._step = _Step(batch)
+        step = self._step = Step(batch)
         try:
             with deferred_interrupts():
                 self._watching.enter_context(self._inputs.noting(len(batch.ids)))
@@ -266,7 +256,7 @@ class Session:
             return self._accountant.steps >= self._plan.segments
         return self._accountant.visits >= self._plan.num_examples
 
-    def _check_contract(self, step: _Step, accumulate: bool) -> None:
+    def _check_contract(self, step: Step, accumulate: bool) -> None:
         if not step.batch.summed:
             raise without_backward()
         if accumulate and step.begun:
@@ -304,7 +294,7 @@ class Session:
         if step.before is not None:
             self._plan.steps.begin(optimizer)
 
-    def _begin_steps(self, step: _Step, skipped: bool) -> None:
+    def _begin_steps(self, step: Step, skipped: bool) -> None:
         """Check the gradient before the first of the optimizers steps."""
         self._sums.join()
         if skipped:

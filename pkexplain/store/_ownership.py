@@ -18,11 +18,15 @@ MARK = {"written_by": "pkexplain"}
 _HOLDS = {"rows": {"rows", "scale", "loss_derivatives"}, "segments": {"row_sum", "weight_decay"}, "states": {"plan"}}
 """What is in the files of a folder, also in those of older versions, which did not bear the mark."""
 _LONGEST_HEADER = 1 << 22
-_SCRATCH_NAME = re.compile(re.escape(SCRATCH) + r"[a-z0-9_]+\.tmp")
+_SCRATCH_NAME = re.compile(re.escape(SCRATCH) + r"[a-z0-9_]{8}\.tmp")
+_SAFETENSORS_NAME = re.compile(r"(?:(?:checkpoints|segments|rows|states)/)?\.tmp[A-Za-z0-9]{6}")
+"""The names under which safetensors writes, before it renames the file to the name that it was given."""
 
 
-def is_temporary(name: str) -> bool:
+def is_temporary(run: Path, name: str) -> bool:
     """Whether a path within a run is that of a temporary file of this package."""
+    if _SAFETENSORS_NAME.fullmatch(name):
+        return was_written_by_us(run / name)
     end = TEMPORARY_END.search(name)
     if end is None or end.end() != len(name):
         return _SCRATCH_NAME.fullmatch(name) is not None

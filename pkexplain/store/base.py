@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
 from pkexplain.errors import ConfigurationError, RunBusyError, RunDamagedError, RunExistsError, RunNotFoundError
+from pkexplain.files import checksum
 from pkexplain.store._validation import Layout, MisfitError
 from pkexplain.store.manifest import FileEntry, Manifest
 from pkexplain.store.trajectory import Trajectory
@@ -67,15 +69,19 @@ class Store(ABC):
         Files that the manifest does not name any more are deleted after that, or by the next writer.
         """
 
-    def identity(self) -> tuple[str, int]:
-        """The run's id and revision: the latter changes when files are replaced, not when the run grows.
+    def forget(self) -> None:  # noqa: B027 - what is in memory need not be read again
+        """Read files again, and check them, when they are next asked for."""
+
+    def identity(self) -> tuple[str, int, str]:
+        """The run's id, its revision and what tells copies apart: they change when files are replaced, not by growth.
 
         Raises:
             RunNotFoundError: There is no run.
             RunDamagedError: The manifest was altered.
         """
         manifest = self.manifest()
-        return manifest.run_id, manifest.revision
+        first = [f"{n} {manifest.files[n].sha256}" for s in manifest.segments[:1] for n in s.files.names]
+        return manifest.run_id, manifest.revision, checksum(f"{manifest.withdrawn} {first}")
 
     def sweep(self) -> list[str]:
         """Delete what the run does not consist of: files of killed writers, and indices of other rows.
@@ -130,7 +136,7 @@ class Store(ABC):
                 "begin again: Recorder(…) replaces a run without segments",
             )
         if segments is not None:
-            known = isinstance(segments, int) and not isinstance(segments, bool)
+            known = isinstance(segments, Integral) and not isinstance(segments, bool)
             if not known or not 1 <= segments <= len(manifest.segments):
                 raise ConfigurationError(
                     f"reading {segments} segments of the run in {self}",
@@ -140,7 +146,7 @@ class Store(ABC):
                     source="the run's manifest",
                     fix="Leave segments out for all",
                 )
-            manifest = manifest.first(segments)
+            manifest = manifest.first(int(segments))
         try:
             trajectory = Trajectory.of(manifest, self.read)
         except (TypeError, ValueError, OverflowError) as error:
@@ -182,7 +188,7 @@ def busy(store: Store) -> RunBusyError:
         got="a second writer",
         expected="one at a time",
         source="the run's lock",
-        fix="Wait until the other recorder, merge or withdrawal is done, or choose another directory",
+        fix="Wait until the other recorder, merge or withdrawal, or an explainer that keeps its index, is done",
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from pkexplain.errors import RunDamagedError, RunError
 from pkexplain.files import checksum_file, checksum_json, write_atomically
 from pkexplain.store._ownership import MARK, claims, is_temporary, was_written_by_us
+from pkexplain.store._run_errors import elsewhere, undeletable, unreadable, unwritable
 from pkexplain.store.base import Store, busy, damaged, exists, not_found
 from pkexplain.store.index_files import find_obsolete
 from pkexplain.store.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manifest
@@ -45,17 +46,18 @@ class DirectoryStore(Store):
 
     def __init__(self, path: str | os.PathLike[str], mode: int | None = None) -> None:
         """Name a directory, without touching it."""
-        self.path = Path(path)
+        self.path, self._name = Path(path).absolute(), os.fspath(path)  # the program may change its directory
         self._given_mode = mode
+        self._held: tuple[int, int] | None = None
         self._files: dict[str, FileEntry] = {}
         self._dropped: set[str] = set()
         self._read: dict[str, tuple[FileEntry, Mapping[str, Tensor]]] = {}
         self._known: Manifest | None = None
-        self._seen: tuple[tuple[int, int, int], tuple[str, int]] | None = None
+        self._seen: tuple[tuple[int, int, int], tuple[str, int, str]] | None = None
 
     def __str__(self) -> str:
-        """Return the path."""
-        return str(self.path)
+        """Return the path, as it was given."""
+        return str(self._name)
 
     @property
     def mode(self) -> int | None:
@@ -72,7 +74,7 @@ class DirectoryStore(Store):
         try:
             self._make_folder(self.path)
         except OSError as error:
-            raise self._unwritable("manifest.json", error) from error
+            raise unwritable(self, "manifest.json", error) from error
         try:
             before = self.manifest() if (self.path / "manifest.json").exists() else None
         except RunDamagedError as error:
@@ -90,8 +92,13 @@ class DirectoryStore(Store):
         """Open the existing run for writing, and remove what a killed writer left."""
         manifest = self.manifest()
         self._files, self._dropped = dict(manifest.files), set()
+        self.forget()
         self.sweep()
         return manifest
+
+    def forget(self) -> None:
+        """Read files again, and check them, when they are next asked for."""
+        self._read = {}
 
     def sweep(self) -> list[str]:
         """Delete what the run does not consist of: files of killed writers, and indices of other rows."""
@@ -102,7 +109,7 @@ class DirectoryStore(Store):
             for file in sorted((self.path / folder).glob("*")):
                 name = file.relative_to(self.path).as_posix()
                 stray = FILE_NAME.fullmatch(name) and name not in listed and was_written_by_us(file)
-                if name not in found and (stray or is_temporary(name)):
+                if name not in found and (stray or is_temporary(self.path, name)):
                     found.append(name)
         if manifest is not None:
             self._keep_inside("index")
@@ -119,16 +126,36 @@ class DirectoryStore(Store):
         self._keep_inside("lock")
         try:
             self._make_folder(self.path)
-            lock = FileLock(self.path / "lock", timeout=wait, thread_local=False)
+            mode = self.mode if self.mode is not None else 0o644
+            lock = FileLock(self.path / "lock", timeout=wait, mode=mode, thread_local=False)
             lock.acquire()
         except Timeout as error:
             raise busy(self) from error
         except (OSError, NotImplementedError) as error:
-            raise self._unwritable("lock", error) from error
+            raise unwritable(self, "lock", error) from error
         try:
+            self._held = self._lock_identity()
             yield
         finally:
+            self._held = None
             lock.release()
+
+    def _lock_identity(self) -> tuple[int, int]:
+        about = (self.path / "lock").stat()
+        return about.st_dev, about.st_ino
+
+    def _refuse_to_write_elsewhere(self, name: str) -> None:
+        """Refuse to write if the directory is not the one that was locked: there may be another writer in it.
+
+        Raises:
+            RunError: It was moved, deleted or replaced.
+        """
+        if self._held is None:  # another process holds the lock for this one
+            return
+        with contextlib.suppress(OSError):
+            if self._lock_identity() == self._held:
+                return
+        raise elsewhere(self, name)
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> FileEntry:
         """Write a file of tensors, in one step."""
@@ -136,6 +163,7 @@ class DirectoryStore(Store):
 
         content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         target = self.path / name
+        self._refuse_to_write_elsewhere(name)
         self._keep_inside(name)
         if name not in self._files:
             self._refuse_other(name)
@@ -145,7 +173,7 @@ class DirectoryStore(Store):
                 safetensors.torch.save_file(content, temporary, metadata=MARK)
                 entry = FileEntry(bytes=temporary.stat().st_size, sha256=checksum_file(temporary))
         except (OSError, safetensors.SafetensorError) as error:
-            raise self._unwritable(name, error) from error
+            raise unwritable(self, name, error) from error
         self.note(name, entry)  # now that it is there
         return entry
 
@@ -157,6 +185,7 @@ class DirectoryStore(Store):
 
     def commit(self, manifest: Manifest) -> None:
         """Replace the manifest, in one step."""
+        self._refuse_to_write_elsewhere("manifest.json")
         files = {name: entry for name, entry in self._files.items() if name in manifest.names}
         content = msgspec.to_builtins(msgspec.structs.replace(manifest, files=files))
         content["sha256"] = checksum_json(content)
@@ -167,7 +196,7 @@ class DirectoryStore(Store):
             with write_atomically(self.path / "manifest.json", self.mode) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise self._unwritable("manifest.json", error) from error
+            raise unwritable(self, "manifest.json", error) from error
         finally:
             self._known = None
         self._dropped |= self._files.keys() - files.keys()
@@ -180,10 +209,15 @@ class DirectoryStore(Store):
     def manifest(self) -> Manifest:
         """Read the manifest and check it against its own checksum."""
         file = self.path / "manifest.json"
-        if not file.is_file():
-            raise not_found(self)
-        self._keep_inside("manifest.json")
-        size = file.stat().st_size
+        try:
+            if not file.is_file():
+                raise not_found(self)
+            self._keep_inside("manifest.json")
+            size = file.stat().st_size
+        except RunError:
+            raise
+        except (OSError, ValueError) as error:
+            raise unreadable(self, "manifest.json", error) from error
         if size > _LARGEST_MANIFEST:
             raise damaged(
                 self, "manifest.json", "it is absurdly large", f"{size} bytes", f"{_LARGEST_MANIFEST} at most"
@@ -192,6 +226,8 @@ class DirectoryStore(Store):
             content = json.loads(file.read_text(encoding="utf-8"))
             stated = content.pop("sha256")
             found = checksum_json(content)
+        except OSError as error:
+            raise unreadable(self, "manifest.json", error) from error
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError, MemoryError) as error:
             raise damaged(self, "manifest.json", "it cannot be read", f"{error}", "JSON with a checksum") from error
         if stated != found:
@@ -211,12 +247,14 @@ class DirectoryStore(Store):
             self._read.pop(name, None)  # withdrawn, perhaps: it must not stay in memory
         return known
 
-    def identity(self) -> tuple[str, int]:
-        """The run's id and revision; the manifest is only read if it was replaced since the last time."""
+    def identity(self) -> tuple[str, int, str]:
+        """The run's id, revision and contents; the manifest is only read if it was replaced since the last time."""
         try:
             about = (self.path / "manifest.json").stat()
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise not_found(self) from error
+        except OSError as error:
+            raise unreadable(self, "manifest.json", error) from error
         stamp, seen = (about.st_ino, about.st_mtime_ns, about.st_size), self._seen
         if seen is None or seen[0] != stamp:
             seen = self._seen = stamp, super().identity()
@@ -258,6 +296,8 @@ class DirectoryStore(Store):
             size, found = about.st_size, checksum_file(file)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise damaged(self, name, "it is missing", "no file", f"sha256 {stated.sha256}") from error
+        except OSError as error:
+            raise unreadable(self, name, error) from error
         if size != stated.bytes:
             wrong = "it was truncated" if size < stated.bytes else "it has grown"
             got = f"{size} bytes, sha256 {found}"
@@ -279,14 +319,7 @@ class DirectoryStore(Store):
         try:
             (self.path / name).unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(
-                f"deleting {name} of the run in {self}",
-                "the file could not be deleted; the run does not use it any more, but what it holds is still there",
-                got=str(error),
-                expected="a directory that can be written to",
-                source="the operating system",
-                fix="Delete the file by hand, or run `pkexplain verify` as a user who may",
-            ) from error
+            raise undeletable(self, name, error) from error
 
     def _refuse_other(self, name: str) -> None:
         """Refuse to replace or delete a file that this package did not write.
@@ -300,19 +333,12 @@ class DirectoryStore(Store):
 
     def _keep_inside(self, name: str) -> None:
         """Refuse a link that leads out of the run: nothing outside it may be read, written or deleted."""
-        target, home = (self.path / name).resolve(), self.path.resolve()
+        try:
+            target, home = (self.path / name).resolve(), self.path.resolve()
+        except (OSError, RuntimeError) as error:
+            raise damaged(self, name, "it is a link that leads nowhere", error, "a file inside the run") from error
         if target != home and home not in target.parents:
             raise damaged(self, name, "it is a link that leaves the run", target, "a file inside the run")
-
-    def _unwritable(self, name: str, error: Exception) -> RunError:
-        return RunError(
-            f"writing {name} of the run in {self}",
-            "the file could not be written; what was finished before is still there",
-            got=str(error),
-            expected="a directory with room that can be written to",
-            source="the operating system",
-            fix="Free some space or choose another directory",
-        )
 
 
 def open_store(run: str | os.PathLike[str] | Store) -> Store:

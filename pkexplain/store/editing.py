@@ -28,6 +28,8 @@ from pkexplain.store.trajectory import Segment
 __all__ = ["merge", "withdraw"]
 
 _ROWS_AT_ONCE = 4096
+_PATIENCE = 2.0
+"""Seconds to wait for an explainer that keeps its index."""
 
 
 def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Progress = no_progress) -> None:
@@ -141,7 +143,7 @@ def _rewrite(
     progress: Progress,
 ) -> None:
     """Write every segment again under new names, and change over in one step."""
-    with store.lock():
+    with store.lock(wait=_PATIENCE):
         manifest, trajectory = store.reopen(), store.trajectory()
         revision, entries, total = manifest.revision + 1, [], len(trajectory)
         for t, old in enumerate(trajectory.files):

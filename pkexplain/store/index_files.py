@@ -6,6 +6,7 @@ there says of which rows it is.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,14 +37,23 @@ def find_obsolete(run: Path, manifest: Manifest, *, unfinished: bool) -> Iterato
     """
     current, folder = rows_name(manifest), run / INDEX_FOLDER
     for place in (folder, *sorted(folder.glob("part-*-of-*"))):
-        if place.is_symlink() or not place.is_dir():
-            continue  # a link leads out of the run
+        if not place.is_dir() or run.resolve() not in place.resolve().parents:
+            continue  # a link that leads out of the run
         for file in sorted(place.iterdir()):
             name, temporary = file.name, TEMPORARY_END.search(file.name)
             if temporary and temporary.end() == len(name):
                 obsolete = unfinished and _NAME.fullmatch(name[: temporary.start()]) is not None
             else:
                 kept = _NAME.fullmatch(name)
-                obsolete = kept is not None and kept[1] != current
+                obsolete = kept is not None and kept[1] != current and (kept[1] is not None or _is_described(file))
             if obsolete and not file.is_dir():
                 yield file
+
+
+def _is_described(file: Path) -> bool:
+    """Whether an index whose name does not say of which rows it is was written by an older version of this package."""
+    try:
+        described = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        return {"state", "factory", "hmac"} <= described.keys()
+    except (OSError, ValueError, AttributeError):
+        return False

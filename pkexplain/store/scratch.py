@@ -17,7 +17,7 @@ __all__ = ["MEMORY_BYTES", "SCRATCH", "empty_on_disk", "zeros_on_disk"]
 
 MEMORY_BYTES = 1 << 30
 """A larger array is a file mapped into memory, deleted when it is no longer used."""
-SCRATCH = "pkexplain-"
+SCRATCH = "pkexplain-rows-"
 """How the names of such files begin."""
 
 

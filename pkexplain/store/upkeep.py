@@ -13,7 +13,7 @@ from torch import Tensor
 from pkexplain.errors import RunDamagedError, RunNotFoundError
 from pkexplain.progress import Progress, no_progress
 from pkexplain.store.base import Store, exists
-from pkexplain.store.directory import open_store
+from pkexplain.store.directory import DirectoryStore, open_store
 from pkexplain.store.manifest import FIRST_CHECKPOINT, PROJECTION, FileEntry, Manifest
 
 __all__ = ["Salvaged", "copy_run", "find_damage", "salvage"]
@@ -36,6 +36,7 @@ def find_damage(
         RunDamagedError: The manifest itself is damaged.
     """
     store = open_store(run)
+    store.forget()  # what was read before says nothing about the disk now
     seen: dict[str, FileEntry] = {}
     found: dict[str, RunDamagedError] = {}
     while True:
@@ -82,12 +83,15 @@ def copy_run(
         RunDamagedError: A file of the run is missing, truncated or altered.
         RunError: The copy cannot be written.
     """
-    source, target = open_store(run), open_store(to)
+    source = open_store(run)
     manifest = source.manifest()
+    source.forget()
+    target = to if isinstance(to, Store) else DirectoryStore(to, mode=getattr(source, "mode", None))
     with target.lock():
         with contextlib.suppress(RunNotFoundError):
             target.manifest()
             raise exists(target)
+        target.sweep()  # an earlier copy may have been interrupted
         copied: dict[str, FileEntry] = {}
         while True:
             for done, (name, entry) in enumerate(manifest.files.items(), start=1):
@@ -154,6 +158,7 @@ def salvage(run: str | os.PathLike[str] | Store, *, progress: Progress = no_prog
         RunBusyError: The run is being written to.
     """
     store = open_store(run)
+    store.manifest()  # before the lock makes a directory where there is no run
     with store.lock():
         before, damaged = find_damage(store, progress=progress)
         first_bad = next(

@@ -154,6 +154,11 @@ class RunWriter:
         after, revision, optimizer = len(self), self._manifest.revision, self._group.all_gather(optimizer)[0]
         here = [state for state in self._manifest.states if state.segments == after]
         if any(state.optimizer == optimizer for state in here):
+            same = tuple(replace(s, settings=settings) if s.segments == after else s for s in self._manifest.states)
+            if same != self._manifest.states:
+                now = replace(self._manifest, states=same)
+                self._together(lambda: self._store.commit(now) if self._first else None)
+                self._now = now
             return
         if here:
             revision += 1  # a reader may be reading the files of that name
@@ -198,6 +203,10 @@ class RunWriter:
             found = write()
         except RunError as error:
             mine = error
+        except Exception as error:  # no memory left, say: the others must not wait for this process
+            if self._group.world_size == 1:
+                raise
+            mine = RunError("writing the run", str(error), type(error).__name__, "files", "a process", "Read its error")
         wrong = [error for error in self._group.all_gather(mine) if error is not None]
         if wrong:
             raise mine or wrong[0]

@@ -142,6 +142,84 @@ def test_the_dense_check_does_not_move_the_model_that_it_is_given():
     assert training.model.training
 
 
+@pytest.mark.parametrize("ask", ["output", "progress"])
+def test_a_question_from_inside_an_answer_is_refused(two_runs, ask):
+    training = two_runs[0]
+
+    def again(*_):
+        explainer.contributions(training.queries[:1], output=pk.Logit(1))
+
+    def output(prediction):
+        again()
+        return prediction[:, 0]
+
+    explainer = pk.Explainer(training.store, training.model, progress=again if ask == "progress" else None)
+    with pytest.raises(ConfigurationError, match="it is answering a question in this thread already"):
+        explainer.explain(training.queries[0], output=output if ask == "output" else None)
+    plainly = pk.Explainer(training.store, training.model)
+    assert plain(plainly.explain(training.queries[0])) == plain(plainly.explain(training.queries[0]))
+
+
+def test_a_fork_may_ask_while_another_thread_was_asking(two_runs):
+    training = two_runs[0]
+    explainer, inside, go_on = pk.Explainer(training.store, training.model), threading.Event(), threading.Event()
+    expected = explainer.explain(training.queries[0], output=pk.Logit(1)).final
+
+    def output(prediction):
+        inside.set()
+        go_on.wait()
+        return prediction[:, 0]
+
+    thread = threading.Thread(target=lambda: explainer.explain(training.queries[0], output=output))
+    thread.start()
+    inside.wait()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, repr(explainer.explain(training.queries[0], output=pk.Logit(1)).final).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    told = os.read(reader, 100)
+    os.waitpid(child, 0)
+    go_on.set()
+    thread.join()
+    assert float(told) == expected
+
+
+def test_two_explainers_and_a_training_in_threads_of_their_own(two_runs):
+    """All of them listen to torch's one backward()."""
+    expected = [plain(pk.Explainer(t.store, t.model).explain(t.queries[0])) for t in two_runs]
+    wrong, trained = [], []
+
+    def explain(training, truth):
+        explainer = pk.Explainer(training.store, training.model)
+        wrong.extend(1 for _ in range(25) if plain(explainer.explain(training.queries[0])) != truth)
+
+    def train():
+        for _ in range(3):
+            trained.append(recorded(0, nn.BatchNorm1d(10), torch.optim.SGD))
+
+    threads = [threading.Thread(target=explain, args=pair) for pair in zip(two_runs, expected, strict=True)]
+    threads.append(threading.Thread(target=train))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(trained) == 3
+    for training in trained:
+        assert all(e.summary.displacement_gap < 1e-9 for e in training.store.manifest().segments)
+
+
+def test_queries_that_ask_for_gradients_are_explained(two_runs):
+    training = two_runs[0]
+    explainer = pk.Explainer(training.store, training.model)
+    for query in (training.queries[0].clone().requires_grad_(), training.queries[0].clone().requires_grad_() * 1):
+        assert plain(explainer.explain(query)) == plain(explainer.explain(training.queries[0]))
+
+
 # ------------------------------------------------------------------------------------------- runs that change meanwhile
 
 
@@ -244,6 +322,22 @@ def test_an_open_explainer_of_a_run_that_was_replaced_refuses(training, tmp_path
     other.run.rename(training.run)
     with pytest.raises(RunNotFoundError, match=r"replaced by another run since .* Make a new Explainer"):
         ask(explainer, training)
+
+
+def test_an_open_explainer_follows_another_copy_of_the_run(training, tmp_path):
+    """A service whose run is replaced by copies, each with more examples withdrawn: all of them have revision 1."""
+    import shutil
+
+    for name, gone in (("first", [3]), ("second", [3, 17])):
+        shutil.copytree(training.run, tmp_path / name)
+        pk.withdraw(tmp_path / name, gone)
+    shutil.rmtree(training.run)
+    (tmp_path / "first").rename(training.run)
+    explainer = pk.Explainer(training.run, training.model)
+    assert ask(explainer, training).contributions[17]
+    training.run.rename(tmp_path / "old")
+    (tmp_path / "second").rename(training.run)
+    assert not ask(explainer, training).contributions[[3, 17]].any()
 
 
 def test_averaged_runs_follow_a_withdrawal_together(tmp_path):

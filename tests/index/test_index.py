@@ -322,7 +322,7 @@ def test_what_a_killed_build_left_is_removed_at_the_next(disk_run):
     directory = disk_run.store / "index"
     directory.mkdir()
     half = "0123456789abcdef-0123456789abcdef.faiss"
-    left = [directory / f"{half}.{'7' * 32}.tmp", directory / half, directory / "0123456789abcdef.faiss"]
+    left = [directory / f"{half}.{'7' * 32}.tmp", directory / half]
     for file in left:
         file.write_bytes(b"half an index")
     prepare(disk_run)

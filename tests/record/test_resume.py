@@ -163,6 +163,42 @@ def test_another_kind_of_optimizer_without_a_state_is_said(tmp_path):
         resumed_with(training, torch.optim.SGD(training.model.parameters(), lr=1e-2))
 
 
+def test_what_was_saved_last_is_what_is_compared(tmp_path):
+    training = Training(tmp_path, "adamw")
+    recorder, _ = training.resumed()
+    with recorder:
+        training.epoch(recorder, 0)
+        recorder.save()
+        training.optimizer.param_groups[0].update(lr=0.5)  # a scheduler's step
+        training.save(recorder, 0)
+    resumed_with(training, training.optimizer)  # without a warning
+
+
+def test_options_of_an_optimizer_without_a_state_are_compared_too(tmp_path):
+    training = Training(tmp_path, "sgd")
+    training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.05)
+    training.recorder = training.new_recorder()
+    training.go(epochs=1)
+    training.optimizer.param_groups[0].update(lr=7.0)
+    with pytest.warns(UserWarning, match=r"other options of SGD than before: lr 0\.05 then, 7\.0 now"):
+        resumed_with(training, training.optimizer)
+
+
+def test_a_run_that_grew_since_it_was_to_be_resumed_is_refused_by_name(tmp_path):
+    training = Training(tmp_path, "sgd")
+    training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.05)
+    training.go(epochs=1)
+    stale = pk.Recorder.resume(training.run, training.model, training.optimizer)
+    inputs, targets = digits(EXAMPLES + 4)
+    resumed = pk.Recorder.resume(training.run, training.model, training.optimizer, num_examples=EXAMPLES + 4)
+    with resumed, resumed.step(range(EXAMPLES, EXAMPLES + 4)):
+        training.optimizer.zero_grad()
+        F.cross_entropy(training.model(inputs[EXAMPLES:]), targets[EXAMPLES:]).backward()
+        training.optimizer.step()
+    with pytest.raises(RecordingError, match=r"the run has grown since Recorder\.resume was called"):
+        stale.__enter__()
+
+
 def test_options_that_differ_from_those_that_were_saved_are_said(tmp_path):
     training = Training(tmp_path, "adamw")
     training.go(epochs=1)

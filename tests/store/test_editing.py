@@ -118,7 +118,8 @@ def test_a_run_with_withdrawn_examples_is_trained_on_without_them(training):
     with pytest.raises(ConfigurationError, match=r"buffer at this step was not saved.*with a new optimizer"):
         pk.Recorder.resume(training.run, training.model, training.optimizer).__enter__()
     optimizer = torch.optim.SGD(training.model.parameters(), lr=0.01)
-    with pk.Recorder.resume(training.run, training.model, optimizer) as recorder:
+    said = pytest.warns(UserWarning, match="resuming with other options of SGD than before: momentum 0.9 then, 0 now")
+    with said, pk.Recorder.resume(training.run, training.model, optimizer) as recorder:
         with pytest.raises(ExampleIdError, match=r"these examples were withdrawn from the run\. Got \[17\]"):
             recorder.step([4, 17]).__enter__()
         with recorder.step([4, 5]):

@@ -7,6 +7,7 @@ import shutil
 import stat
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +46,9 @@ def contributions(training, run=None, **options):
 
 OTHERS = {
     "notes.tmp": b"a draft",
+    "pkexplain-notes.tmp": b"another",
+    ".tmpABCdef": b"a third",
+    "index/0123456789abcdef.json": b"{}",
     "model.safetensors": b"weights",
     "checkpoints/last.pt": b"weights",
     "checkpoints/epoch.ckpt.tmp": b"half of the weights",
@@ -108,7 +112,7 @@ def test_what_a_killed_writer_left_is_deleted_by_the_next(training):
     shutil.copy(training.run / "segments" / "00000.safetensors", left)
     half = training.run / "rows" / f"00009.000.safetensors.{'a' * 32}.tmp"
     half.write_bytes(b"half")
-    scratch = training.run / "pkexplain-abc_12.tmp"
+    scratch = training.run / "pkexplain-rows-abc_1234.tmp"
     scratch.write_bytes(b"rows")
     shown = call("verify", training.run)
     assert "3 leftover file(s)" in shown.output
@@ -142,6 +146,118 @@ def test_rows_that_cannot_be_deleted_are_named(training, monkeypatch):
     assert not np.asarray(contributions(training))[0, [3, 17, 30]].any()  # it counts
     pk.withdraw(training.run, [3, 17, 30])
     assert not (training.run / gone).exists()
+
+
+def test_what_a_kill_inside_safetensors_left_is_deleted(training):
+    """It writes under a name of its own, in the same folder."""
+    file = next((training.run / "rows").glob("*.safetensors"))
+    for name in (".tmpfIV9pH", ".tmp0aZ9zz"):
+        shutil.copy(file, file.with_name(name))
+    assert "2 leftover file(s)" in call("verify", training.run).output
+    assert not list((training.run / "rows").glob(".tmp*"))
+
+
+def test_a_program_that_changes_its_directory_writes_where_it_began(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    other = Training(Path(), "adamw")
+    other.go(epochs=1)
+    before = content_of(tmp_path / "there" / "run")
+    monkeypatch.chdir(tmp_path / "here")
+    training = Training(Path(), "sgd")
+    recorder, _ = training.resumed()
+    with recorder:
+        training.epoch(recorder, 0)
+        monkeypatch.chdir(tmp_path / "there")
+        training.epoch(recorder, 1)
+    explainer = pk.Explainer(training.store, training.model)
+    monkeypatch.chdir(tmp_path)
+    assert len(explainer.explain(training.queries[0]).boundaries) > 2
+    assert content_of(tmp_path / "there" / "run") == before
+    assert not find_damage(tmp_path / "here" / "run")[1]
+
+
+@pytest.mark.parametrize("what", ["moved", "deleted", "replaced"])
+def test_a_directory_that_is_not_the_one_that_was_locked_is_not_written_to(tmp_path, what):
+    training = Training(tmp_path, "sgd")
+    recorder, _ = training.resumed()
+    recorder.__enter__()
+    training.epoch(recorder, 0)
+    training.run.rename(tmp_path / "elsewhere")
+    before = content_of(tmp_path / "elsewhere")
+    if what == "deleted":
+        shutil.rmtree(tmp_path / "elsewhere")
+    if what == "replaced":
+        Training(tmp_path, "adamw").go(epochs=1)
+        (tmp_path / "checkpoint.pt").unlink()
+    new = content_of(training.run) if training.run.exists() else {}
+    with pytest.raises(RunError, match="its directory was moved, deleted or replaced since it was locked"):
+        recorder.__exit__(None, None, None)
+    assert (content_of(training.run) if training.run.exists() else {}) == new
+    if what != "deleted":
+        assert content_of(tmp_path / "elsewhere") == before
+
+
+def test_damage_is_found_with_a_store_that_has_read_the_files_before(training):
+    store = pk.DirectoryStore(training.run)
+    pk.Explainer(store, training.model).explain(training.queries[0])
+    name = store.manifest().segments[1].files.rows[0]
+    content = bytearray((training.run / name).read_bytes())
+    content[-1] ^= 1
+    (training.run / name).unlink()  # another file, as a restored backup is
+    (training.run / name).write_bytes(bytes(content))
+    assert set(find_damage(store)[1]) == {name}
+    for work in (lambda: pk.withdraw(store, [3]), lambda: pk.copy_run(store, training.run.with_name("copy"))):
+        with pytest.raises(RunDamagedError, match=f"reading {name}"):
+            work()
+    assert pk.salvage(store).damaged == (name,)
+
+
+def test_nothing_is_made_where_there_is_no_run(tmp_path):
+    for work in (lambda: pk.salvage(tmp_path / "typo"), lambda: pk.copy_run(tmp_path / "typo", tmp_path / "to")):
+        with pytest.raises(RunNotFoundError):
+            work()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_was_interrupted_leaves_nothing_of_a_row_that_is_withdrawn_then(training, tmp_path):
+    def stop(what, done, total):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pk.copy_run(training.run, tmp_path / "copy", progress=stop)
+    left = {n for n in content_of(tmp_path / "copy") if n.startswith("rows/")}
+    assert left
+    pk.withdraw(training.run, list(range(0, 32, 3)))
+    pk.copy_run(training.run, tmp_path / "copy")
+    files = {n for n in content_of(tmp_path / "copy") if n.endswith(".safetensors")}
+    assert files == set(pk.DirectoryStore(tmp_path / "copy").manifest().files)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_a_copy_has_the_permissions_of_the_run(tmp_path, mode):
+    training = Training(tmp_path, "sgd")
+    training.store = pk.DirectoryStore(training.run, mode=mode)
+    training.go(epochs=1)
+    pk.copy_run(training.run, tmp_path / "copy")
+    assert modes_of(tmp_path / "copy") == {mode}
+    assert stat.S_IMODE((tmp_path / "copy" / "lock").stat().st_mode) == mode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="who is not root cannot become somebody else")
+@pytest.mark.parametrize("name", ["rows", "manifest.json"])
+def test_a_file_that_may_not_be_read_is_named(training, name):
+    for directory in (training.run, *training.run.parents):
+        if directory.name.startswith(("pytest-", "popen-", "test_a_file")):
+            directory.chmod(0o755)
+    hidden = next((training.run / "rows").iterdir()) if name == "rows" else training.run / name
+    hidden.chmod(0o600)
+    kind, text, _ = outcome(lambda: pk.Explainer(training.run, training.model), prepare=lambda: os.setuid(65534))
+    assert kind == "RunError", text
+    assert text.startswith(f"reading {hidden.relative_to(training.run)} of the run in ")
+    assert "the file cannot be read" in text
 
 
 def test_a_run_whose_manifest_was_deleted_is_begun_anew(training):
