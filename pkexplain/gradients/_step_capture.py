@@ -137,6 +137,9 @@ class StepCapture:
             self._split = known
             return []
         graph = Graph(roots, gradients, capture.parameters)
+        if graph.is_of_another_model:  # an explanation inside a recorded step, say
+            self._split = None
+            return []
         graph.axes = frozenset(self._watch.axes)
         key = hash((graph.key, tuple(noted.key for noted in self._uses)))
         split = capture.known_splits.get(key)

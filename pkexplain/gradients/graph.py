@@ -52,6 +52,12 @@ class Graph:
         self._deepest_first = list(deepest_first([edge.node for edge in self.roots]))
 
     @property
+    def is_of_another_model(self) -> bool:
+        """Whether no parameter is below the loss, nor a node in which one could be hidden, as in an old checkpoint."""
+        own = (node.name()[-1].isdigit() or node.name().endswith("AccumulateGrad") for node in self.order)
+        return not any(node in self.position for node in self.leaves) and all(own)
+
+    @property
     def key(self) -> int:
         """A number that is the same for graphs of the same structure."""
         return hash(tuple((node.name(), len(node.next_functions)) for node in self.order))

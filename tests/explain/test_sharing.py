@@ -213,6 +213,44 @@ def test_two_explainers_and_a_training_in_threads_of_their_own(two_runs):
         assert all(e.summary.displacement_gap < 1e-9 for e in training.store.manifest().segments)
 
 
+@pytest.mark.parametrize("when", ["before the forward pass", "before the backward pass", "after it"])
+def test_an_explanation_inside_a_recorded_step_changes_neither(two_runs, when):
+    explained = two_runs[0]
+    explainer = pk.Explainer(explained.store, explained.model)
+    expected = plain(explainer.explain(explained.queries[0]))
+
+    def trained(ask):
+        training = recorded_with(ask)
+        return [p.tolist() for p in training.model.parameters()], training.store.trajectory()
+
+    def ask(at):
+        if at == when:
+            assert plain(explainer.explain(explained.queries[0])) == expected
+
+    (here, run), (there, other) = trained(ask), trained(lambda at: None)
+    assert here == there
+    for t in range(len(run)):
+        assert torch.equal(run.segment(t).row_sum, other.segment(t).row_sum)
+        assert run.summaries[t].capture_gap < 1e-9
+
+
+def recorded_with(ask):
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(64, 10), nn.GELU(), nn.Linear(10, 10)).double()
+    training = RecordedTraining(net, lambda p: torch.optim.SGD(p, lr=0.05), examples=24)
+    with training:
+        for ids in torch.arange(24).split(8):
+            with training.recorder.step(ids):
+                training.optimizer.zero_grad()
+                ask("before the forward pass")
+                loss = nn.functional.cross_entropy(net(training.inputs[ids]), training.targets[ids])
+                ask("before the backward pass")
+                loss.backward()
+                ask("after it")
+                training.optimizer.step()
+    return training
+
+
 def test_queries_that_ask_for_gradients_are_explained(two_runs):
     training = two_runs[0]
     explainer = pk.Explainer(training.store, training.model)
