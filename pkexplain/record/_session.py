@@ -306,6 +306,7 @@ class Session:
         step.batch.compact()  # before the step, as a layer's input may be a parameter
         step.before = self._plan.point()
 
+    @deferred_interrupts()  # the optimizer has moved the parameters: the accounts must follow
     @without_autocast()
     def _after_step(self) -> None:
         step = self._step
