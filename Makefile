@@ -5,7 +5,7 @@
 #   make lint        the first three of those
 #   make docs        the site, in build/site
 #   make benchmark   the measured figures
-#   make stress      break runs on purpose: 200 kills, thousands of damaged files, a million steps (half an hour)
+#   make stress      break runs on purpose: 200 kills, thousands of damaged files, a million steps (an hour and a half)
 #   make tutorials   bring each notebook and its text pair in line, without outputs
 #   make clean       remove what these make
 #
@@ -136,7 +136,7 @@ benchmark: $(HAVE_TEST)
 	@for benchmark in $(BENCHMARKS); do echo "--- $$benchmark"; $(BIN)/python $$benchmark; done
 
 stress: $(HAVE_TEST)
-	$(STEP) 'Stress: kills, damage, full disks, a million steps (half an hour; STRESS_STEPS=10000 makes it minutes)'
+	$(STEP) 'Stress: kills, damage, full disks, races, a million steps (an hour and a half; STRESS_STEPS=10000 makes it less)'
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m stress
 
 clean:

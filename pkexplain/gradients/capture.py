@@ -122,11 +122,12 @@ class Capture:
 
     def release(self) -> None:
         """Stop watching backward passes, also if an interrupt came where that should have been done."""
+        if self._open is None:
+            return
         with deferred_interrupts():
             step, self._open = self._open, None
-            if step is not None:
-                step.watching.close()
-                step.close()
+            step.watching.close()
+            step.close()
             self.rehearsing = self.running = False
 
     def deliver(

@@ -19,10 +19,13 @@ _DEVICES = ("cpu", "cuda", "mps", "xpu")
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Compute in the dtype of the tensors; restore the caller's autocast afterwards."""
+    enabled = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    if not enabled:
+        yield
+        return
     with ExitStack() as stack:
-        for device in _DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in enabled:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
