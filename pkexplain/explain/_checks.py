@@ -29,8 +29,8 @@ _MEANINGS = {
     "more segments.",
     "optimizer share": "The part of f_T − f_0 that neither examples nor weight decay explain: rounding error, or a "
     "gradient that was changed between backward and step. If it fails, look for a forgotten zero_grad(), clipping by "
-    "value, a penalty in the loss, or parameters changed by hand; under Adam and its relatives, record with a longer "
-    "lookahead; with an optimizer of your own, check its update rule.",
+    "value, a penalty in the loss, or parameters changed by hand; under Adam and its relatives, record shorter "
+    "segments: Recorder(segments=…); with an optimizer of your own, check its update rule.",
     "displacement gap": "How far the stored rows are from adding up to the parameters' displacement, relative to "
     "‖Δθ‖, in the worst segment. If it fails, look for a parameter used outside its layer, or a penalty that was "
     "added to the loss after the first step.",

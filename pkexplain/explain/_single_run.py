@@ -95,8 +95,8 @@ class RunExplainer:
         layers, blocks = find_layers(self.model, groups)
         if tuple(blocks) != self.trajectory.fingerprint.blocks:
             raise damaged(store, "manifest.json", "its blocks are not the model's", len(groups), "those of its layers")
-        self.projector = self.trajectory.projector(device)
-        self.trajectory_model = TrajectoryModel(self.model, layers, self.projector, self.trajectory)
+        self.projectors = [self.trajectory.projector(t, device) for t in range(len(self.trajectory))]
+        self.trajectory_model = TrajectoryModel(self.model, layers, self.projectors, self.trajectory)
         self.segments = [self.trajectory.segment(t) for t in range(len(self.trajectory))]
         self._row_sums = torch.stack([segment.row_sum for segment in self.segments])
         self._withdrawn = torch.stack([segment.withdrawn for segment in self.segments])
@@ -217,13 +217,14 @@ class RunExplainer:
     def curvature(self, loss: LossCurvature | None) -> Curvature:
         """Compute the curvature of every segment, once for each loss."""
         if loss not in self._curvatures:
-            pieces = self.trajectory, self.segments, self.projector
+            pieces = self.trajectory, self.segments, self.projectors
             self._curvatures[loss] = Curvature(*pieces, loss, self._progress)
         return self._curvatures[loss]
 
     def _removal(self, queries: QueryBatch, output: Output, removal: Removal) -> Account:
         curvature = self.curvature(removal.loss)
-        final = final_gradient(self.trajectory_model, self.segments, queries, output, removal.checkpoints)
+        pieces = self.trajectory_model, self.segments, self.projectors
+        final = final_gradient(*pieces, queries, output, removal.checkpoints)
         carried = curvature.carry(final.projected, removal.strength)
         outputs = outputs_at_checkpoints(self.trajectory_model, queries, output)
         kept = self._row_sums - self._withdrawn

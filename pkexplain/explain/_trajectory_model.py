@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,13 +78,15 @@ class TrajectoryModel:
     Args:
         model: A copy of the model in evaluation mode that may be written to.
         layers: Its recorded layers.
-        projector: The run's projection.
+        projectors: The projection of every segment.
         trajectory: The run.
     """
 
-    def __init__(self, model: nn.Module, layers: list[Layer], projector: Projector, trajectory: Trajectory) -> None:
+    def __init__(
+        self, model: nn.Module, layers: list[Layer], projectors: Sequence[Projector], trajectory: Trajectory
+    ) -> None:
         """Read the ledger's vectors of every segment."""
-        self._model, self._projector, self._trajectory = model, projector, trajectory
+        self._model, self._projectors, self._trajectory = model, projectors, trajectory
         self._capture = Capture(layers, trajectory.fingerprint.blocks, trajectory.dtype)
         self._named = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
@@ -107,7 +109,16 @@ class TrajectoryModel:
     @property
     def columns(self) -> int:
         """The length of a projected gradient."""
-        return self._projector.columns
+        return self._projectors[0].columns
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters."""
+        return sum(block.numel for block in self._trajectory.fingerprint.blocks)
+
+    def steps(self, segment: int) -> int:
+        """The number of optimizer steps of a segment."""
+        return self._trajectory.boundaries[segment + 1] - self._trajectory.boundaries[segment]
 
     @property
     def has_moving_buffers(self) -> bool:
@@ -179,10 +190,19 @@ class TrajectoryModel:
         vectors = self._ledger_vectors(segment)
         pieces = collect(self._capture, len(queries), lambda: output(queries.run(self._model)))
         products = vectors.new_zeros(len(queries), len(vectors))
-        projected = vectors.new_zeros(len(queries), self._projector.columns)
+        projector = self._projectors[segment]
+        projected = vectors.new_zeros(len(queries), projector.columns)
         for position, piece in pieces:
             block = self._trajectory.fingerprint.blocks[position]
             for some in torch.arange(len(queries), device=self.device).split(max(1, _NUMBERS_AT_ONCE // block.numel)):
                 products[some] += piece.select(some).dense().to(self.dtype) @ vectors[:, block.span].T
-            self._projector.add_covectors(projected, position, piece)
+            projector.add_covectors(projected, position, piece)
         return Products(torch.cat([products, projected], dim=1), projected.shape[1])
+
+    def gradients(self, queries: QueryBatch, output: Output) -> Tensor:
+        """Differentiate f at the model's current point, ``(queries, parameters)``."""
+        pieces = collect(self._capture, len(queries), lambda: output(queries.run(self._model)))
+        found = torch.zeros(len(queries), self.parameters, dtype=self.dtype, device=self.device)
+        for position, piece in pieces:
+            found[:, self._trajectory.fingerprint.blocks[position].span] += piece.dense().to(self.dtype)
+        return found

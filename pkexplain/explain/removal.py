@@ -36,6 +36,8 @@ __all__ = ["Curvature", "FinalGradient", "Removal", "final_gradient"]
 _MOST_ROWS = 16384
 """The most examples from which a segment's curvature is computed; of more, this many are drawn."""
 _ROWS_AT_ONCE = 4096
+_NUMBERS_AT_ONCE = 1 << 26
+"""The most numbers of queries' gradients held at a time."""
 _NO_CURVATURE = 1e-3
 """Directions along which all of training shrinks a displacement by less than about this share are ignored."""
 
@@ -75,7 +77,7 @@ class FinalGradient:
     """λ_T of a batch of queries.
 
     Attributes:
-        projected: P ∇f, averaged over the checkpoints, ``(queries, k)``.
+        projected: ∇f, averaged over the checkpoints, in every segment's projection, ``(queries, segments, k)``.
         audit: ⟨∇f(θ_t), D_i,t⟩ of the audited examples, summed over the segments before those checkpoints, in full
             space, in output units, ``(queries, audited)``.
         stored: The same, from the stored rows, ``(queries, audited)``.
@@ -89,28 +91,40 @@ class FinalGradient:
 
 
 def final_gradient(
-    model: TrajectoryModel, segments: Sequence[Segment], queries: QueryBatch, output: Output, checkpoints: int | None
+    model: TrajectoryModel,
+    segments: Sequence[Segment],
+    projectors: Sequence[Projector],
+    queries: QueryBatch,
+    output: Output,
+    checkpoints: int | None,
 ) -> FinalGradient:
-    """Differentiate f at the ends of the last segments.
+    """Differentiate f at the ends of the last segments; each counts by its number of steps.
 
     Args:
         model: The model and the run.
         segments: The run's segments.
+        projectors: Their projections.
         queries: The queries.
         output: What is explained, resolved on the final prediction.
         checkpoints: The number of last checkpoints; None for all but the first.
     """
-    last = range(len(segments))[-(checkpoints or len(segments)) :]
-    ids = segments[0].audit_ids
-    total = torch.zeros((), dtype=model.dtype, device=model.device)
-    audit = stored = torch.zeros(len(queries), len(ids), dtype=torch.float64, device="cpu")
-    for t in last:
-        model.move_to_checkpoint(t + 1)
-        products = model.products(queries, output, t)
-        total = total + products.projected / len(last)
-        audit = audit + products.audit.double().cpu()
-        stored = stored + (products.projected.cpu() @ segments[t].read_rows(ids, model.dtype).T).double()
-    return FinalGradient(total, audit, stored, len(last))
+    last, ids = range(len(segments))[-(checkpoints or len(segments)) :], segments[0].audit_ids
+    steps = [model.steps(t) for t in last]
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for some in torch.arange(len(queries), device="cpu").split(max(1, _NUMBERS_AT_ONCE // model.parameters)):
+        mean = torch.zeros((), dtype=model.dtype, device=model.device)
+        audit = stored = torch.zeros(len(some), len(ids), dtype=torch.float64, device="cpu")
+        for t, weight in zip(last, steps, strict=True):
+            model.move_to_checkpoint(t + 1)
+            gradients = model.gradients(queries.select(some), output.select(some))
+            mean = mean + gradients * (weight / sum(steps))
+            audit = audit + (gradients @ segments[t].audit_rows.to(gradients).T).double().cpu()
+            covectors = projectors[t].project_covectors(gradients).cpu()
+            stored = stored + (covectors @ segments[t].read_rows(ids, model.dtype).T).double()
+        projected = torch.stack([projector.project_covectors(mean) for projector in projectors], dim=1)
+        found.append((projected, audit, stored))
+    projected, audit, stored = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return FinalGradient(projected, audit, stored, len(last))
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,7 @@ class Curvature:
     Args:
         trajectory: The run.
         segments: Its segments.
-        projector: Its projection.
+        projectors: Their projections.
         loss: The training loss; None to choose by the rows.
         progress: Told how many segments are done, and of how many.
 
@@ -149,12 +163,12 @@ class Curvature:
         self,
         trajectory: Trajectory,
         segments: Sequence[Segment],
-        projector: Projector,
+        projectors: Sequence[Projector],
         loss: LossCurvature | None,
         progress: Progress = no_progress,
     ) -> None:
         """Read the rows of every segment once."""
-        self._trajectory, self._projector = trajectory, projector
+        self._trajectory, self._projectors = trajectory, projectors
         examples = trajectory.num_examples
         chosen: Tensor | slice = slice(0, examples)
         if examples > _MOST_ROWS:
@@ -182,7 +196,7 @@ class Curvature:
             curved = torch.where(unseen[t], 0.0, loss.weights(sizes[t].abs() / share))[chosen]
             some = min(examples, _MOST_ROWS)
             curved *= examples / some * examples * self._steps(t) / (trajectory.summaries[t].visits * share)
-            self._segments.append(self._shrinking(segment, chosen, curved))
+            self._segments.append(self._shrinking(segment, projectors[t], chosen, curved))
             progress("curvature", t + 1, len(segments))
 
     def _steps(self, t: int) -> int:
@@ -195,9 +209,11 @@ class Curvature:
             return mean
         return mean if largest <= 1.1 * mean * loss.largest else largest / loss.largest
 
-    def _shrinking(self, segment: Segment, chosen: Tensor | slice, curved: Tensor) -> _Shrinking:
-        device, dtype = self._projector.device, self._projector.dtype
-        scale = self._rates(segment).sqrt().to(device, dtype)
+    def _shrinking(
+        self, segment: Segment, projector: Projector, chosen: Tensor | slice, curved: Tensor
+    ) -> _Shrinking:
+        device, dtype = projector.device, projector.dtype
+        scale = _rates(segment, projector).sqrt().to(device, dtype)
         factor = curved.to(dtype).sqrt()[:, None]
         ids = torch.arange(self._trajectory.num_examples, device="cpu") if isinstance(chosen, slice) else chosen
 
@@ -224,31 +240,40 @@ class Curvature:
         rounding = len(curvatures) * torch.finfo(curvatures.dtype).eps * float(curvatures.max())
         return curvatures > max(_NO_CURVATURE / len(self._trajectory), rounding)
 
-    def _rates(self, segment: Segment) -> Tensor:
-        """Assign every column of a row the rate of its block; if blocks share columns, their mean."""
-        rates = torch.zeros(self._projector.columns, dtype=torch.float64, device="cpu")
-        blocks = torch.zeros_like(rates)
-        for rate, part in zip(segment.rate_sums, self._projector.maps, strict=True):
-            rates[part.columns] += rate
-            blocks[part.columns] += 1
-        rates /= blocks.clamp_min(1)
-        return torch.where(rates > 0, rates, 1.0)
-
     def carry(self, final: Tensor, strength: float) -> Tensor:
         """Carry covectors from the end of training back through every segment.
 
+        A segment's curvature acts along the directions of its rows. What it takes from λ there is taken to the segments
+        before it, block by block.
+
         Args:
-            final: λ_T in projection space, ``(queries, k)``.
+            final: λ_T in every segment's projection, ``(queries, segments, k)``.
             strength: Factor of M_t.
 
         Returns:
             A_t λ_{t+1} of every segment, ``(queries, segments, k)``.
         """
         carried: list[Tensor] = []
-        for segment in reversed(self._segments):
+        taken: list[tuple[Projector, Tensor]] = []
+        for t in reversed(range(len(self._segments))):
+            segment, projector = self._segments[t], self._projectors[t]
+            here = final[:, t]
+            for other, part in taken:
+                here = here + projector.covectors_from(other, part)
             m = segment.curvatures * strength
-            along = (final * segment.scale) @ segment.directions
+            along = (here * segment.scale) @ segment.directions
             within = torch.where(m > 0, -torch.expm1(-m) / m, 1.0) - 1
-            carried.append(final + (along * within) @ segment.directions.T / segment.scale)
-            final = final + (along * torch.expm1(-m)) @ segment.directions.T / segment.scale
+            carried.append(here + (along * within) @ segment.directions.T / segment.scale)
+            taken.append((projector, (along * torch.expm1(-m)) @ segment.directions.T / segment.scale))
         return torch.stack(carried[::-1], dim=1)
+
+
+def _rates(segment: Segment, projector: Projector) -> Tensor:
+    """Assign every column of a row the rate of its block; if blocks share columns, their mean."""
+    rates = torch.zeros(projector.columns, dtype=torch.float64, device="cpu")
+    blocks = torch.zeros_like(rates)
+    for rate, part in zip(segment.rate_sums, projector.maps, strict=True):
+        rates[part.columns] += rate
+        blocks[part.columns] += 1
+    rates /= blocks.clamp_min(1)
+    return torch.where(rates > 0, rates, 1.0)

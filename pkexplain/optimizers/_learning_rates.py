@@ -15,11 +15,10 @@ class RateSums:
     """The learning rate summed over a segment, as each block of parameters feels it.
 
     It is how far a gradient of one, the same at every step, would have moved: with SGD and momentum μ, soon
-    learning rate / (1 − μ) a step. If the optimizer multiplies elementwise by A, the run's rows and covectors see
-    S⁻¹ A S⁻¹ in place of A, with the run's preconditioner S; its mean is taken, weighted by the squared gradient in the
-    same coordinates:
+    learning rate / (1 − μ) a step. If the optimizer multiplies elementwise by A, its mean is taken, weighted by the
+    squared gradient in the same coordinates:
 
-        Σ_p (Σ_s A_p) g_p² / Σ_p S_p² g_p²
+        Σ_p (Σ_s A_p) g_p² / Σ_p g_p²
 
     Args:
         spans: Each block's slice of the flat vector.
@@ -70,11 +69,11 @@ class RateSums:
                 g = gradient[span]
                 self._energy[block] = _add(self._energy.get(block, 0.0), g, g)
 
-    def close(self, preconditioner: Tensor | None) -> Tensor:
+    def close(self, balance: Mapping[int, float]) -> Tensor:
         """End the segment and start the next.
 
         Args:
-            preconditioner: S of the run's projection, ``(parameters,)``; None for ones.
+            balance: What each block's sum is multiplied by, because rows and covectors are multiplied elementwise.
 
         Returns:
             One sum for each block, in float64, ``(blocks,)``.
@@ -84,10 +83,9 @@ class RateSums:
             moved = self._moved[block]
             if isinstance(moved, Tensor):
                 energy = torch.as_tensor(self._energy[block], device="cpu").double()
-                scale = 1.0 if preconditioner is None else preconditioner[self._spans[block]].double().square()
-                size = float((energy * scale).sum())
+                size = float(energy.sum())
                 moved = float((energy * moved.double()).sum()) / size if size > 0 else 0.0
-            sums.append(moved)
+            sums.append(moved * balance.get(block, 1.0))
         self._begin()
         return torch.tensor(sums, dtype=torch.float64, device="cpu")
 

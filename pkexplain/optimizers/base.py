@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,34 +13,22 @@ from torch import Tensor
 from pkexplain.distributed import ProcessGroup
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block
-from pkexplain.optimizers.displacement import RowAccumulator
-from pkexplain.optimizers.rules import LinearStep
-from pkexplain.projection.kinds import Projection, WarmUp
+from pkexplain.optimizers.displacement import Factors, RowAccumulator
+from pkexplain.projection.kinds import Projection
 from pkexplain.projection.maps import Projector
 from pkexplain.store.scratch import zeros_on_disk
 
 __all__ = [
-    "HELD_BYTES",
     "Audit",
     "CapturedBatch",
-    "DisplacementAccumulator",
     "Factors",
     "RecordingSpec",
-    "Target",
     "Totals",
-    "add_to_rows",
 ]
-
-HELD_BYTES = 1 << 30
-"""The most memory for gradients that wait for the projection to be fixed."""
 
 _AUDIT_EXAMPLES = 16
 _AUDIT_NUMBERS = 1 << 23
 """The most numbers that a segment keeps unprojected: 32 MiB in float32."""
-
-
-Factors = Mapping[int, float]
-"""A factor for each block."""
 
 
 @dataclass
@@ -127,6 +113,11 @@ class RecordingSpec:
         return sum(block.numel for block in self.blocks)
 
     @property
+    def operator_dtype(self) -> torch.dtype:
+        """Dtype in which a segment's operator is stored."""
+        return torch.float64 if self.like.dtype == torch.float64 else torch.bfloat16
+
+    @property
     def spans(self) -> dict[int, slice]:
         """Each block's slice of the flat vector."""
         return {position: block.span for position, block in enumerate(self.blocks)}
@@ -173,111 +164,15 @@ class Totals:
         derivatives: Their loss derivatives, ``(kept,)``.
         audit_rows: The audited examples' displacements, ``(audited, parameters)``.
         examples: The sum of all displacements, without projection, ``(parameters,)``.
+        projector: The segment's projection.
+        balance: What each block's rate is multiplied by, because its operator is not the same for all coordinates.
+        row_sum: What the rows of all processes should add up to, ``(columns,)``: the sum followed in full space, projected.
     """
 
     rows: Tensor
     derivatives: Tensor
     audit_rows: Tensor
     examples: Tensor
-
-
-@dataclass(frozen=True)
-class Target:
-    """The projection, once it is fixed, and the rows that it fills."""
-
     projector: Projector
-    rows: RowAccumulator
-
-
-def add_to_rows(
-    spec: RecordingSpec,
-    rows: RowAccumulator,
-    ids: Tensor,
-    gradients: Tensor,
-    derivatives: Tensor,
-    moved: Factors,
-    buffered: Factors,
-) -> None:
-    """Add a batch's gradients to the rows, each in the process that holds its row; see `RowAccumulator.add`."""
-    ids, gradients, derivatives = spec.group.all_to_all(spec.num_examples, ids, gradients, derivatives)
-    rows.add(ids, gradients, derivatives, moved, buffered)
-
-
-class DisplacementAccumulator(ABC):
-    """Accumulates the examples' displacements, from the gradients of each step to the rows of a segment.
-
-    Args:
-        spec: What is recorded, and in which dtype.
-        projector: The projection, if it is already known.
-    """
-
-    def __init__(self, spec: RecordingSpec, projector: Projector | None = None) -> None:
-        """Begin the first segment."""
-        self._spec, self._audit = spec, Audit(spec)
-        self._target = None if projector is None else self._aim(projector)
-
-    @property
-    def projector(self) -> Projector | None:
-        """The projection, once it is fixed."""
-        return self._target.projector if self._target else None
-
-    @property
-    def audit_ids(self) -> Tensor:
-        """The audited examples."""
-        return self._audit.ids
-
-    @abstractmethod
-    def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
-        """Take one block's gradients when the backward pass reaches it."""
-
-    @abstractmethod
-    def step(
-        self, batches: Sequence[CapturedBatch], numbers: Mapping[int, LinearStep], scale: Factors, gradient: Tensor
-    ) -> Tensor | None:
-        """Follow one optimizer step.
-
-        Args:
-            batches: The batches whose gradients the step applies.
-            numbers: The step's numbers for each block.
-            scale: The factor between captured and applied gradients, for each block.
-            gradient: Their sum, scaled, ``(parameters,)``.
-
-        Returns:
-            The sum of the batches' rows as captured, ``(columns,)``; None if they are not projected yet.
-        """
-
-    @abstractmethod
-    def close(self) -> Totals:
-        """End the segment and begin the next."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state between two segments: tensors, numbers and dataclasses of them."""
-        rows = self._target.rows.buffer if self._target else None
-        return {"rows": rows, "audit": self._audit.rows.buffer}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        if self._target is not None:
-            self._target.rows.load_state_dict(state["rows"])
-        self._audit.rows.load_state_dict(state["audit"])
-
-    def _warm(self, waiting: Sequence[CapturedBatch]) -> bool:
-        """Whether enough gradients wait to fix the projection."""
-        examples = sum(batch.everywhere for batch in waiting)
-        held = self._spec.group.all_reduce_max(sum(batch.nbytes for batch in waiting))
-        return examples >= self._spec.projection.warm_up or held >= HELD_BYTES
-
-    def _fix(
-        self, seen: Sequence[Sequence[tuple[int, ExampleGradients]]], preconditioner: Tensor | None = None
-    ) -> Target:
-        """Fix the projection from the gradients seen so far."""
-        spec, group = self._spec, self._spec.group
-        projector = spec.projection.bind(spec.blocks, spec.like, WarmUp(seen, preconditioner, group))
-        if group.world_size > 1:  # identical to the last bit in every process
-            projector = spec.projection.restore(spec.blocks, spec.like, group.broadcast(projector.tensors()))
-        self._target = self._aim(projector)
-        return self._target
-
-    def _aim(self, projector: Projector) -> Target:
-        columns = {position: part.columns for position, part in enumerate(projector.maps)}
-        return Target(projector, self._spec.rows(columns, projector.columns))
+    balance: Mapping[int, float]
+    row_sum: Tensor

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from pkexplain.optimizers.rules import LinearStep, Number
 
-__all__ = ["MomentumBuffer", "Reach", "RowAccumulator", "RowSum", "copy_exactly", "look_back"]
+__all__ = ["Factors", "MomentumBuffer", "Reach", "RowAccumulator", "RowSum", "copy_exactly", "look_back"]
+
+
+Factors = Mapping[int, Number]
+"""A factor for each block."""
+
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,33 @@ class RowAccumulator:
             for mine, buffered in zip(vars(self._buffer).values(), vars(buffer).values(), strict=True):
                 copy_exactly(mine[:count], buffered)
 
-    def add(
-        self, ids: Tensor, rows: Tensor, derivatives: Tensor, moved: Mapping[int, float], buffered: Mapping[int, float]
-    ) -> None:
+    def some_in_buffer(self, most: int) -> Tensor:
+        """Return some rows that are not zero in the momentum buffer, ``(rows, width)``."""
+        if self._buffer is None:
+            return self._moved.rows[:0]
+        ids = self._buffer.weight.nonzero()[:, 0]
+        return self._buffer.rows[ids[:: max(1, -(-len(ids) // most))]]
+
+    def buffer_sum(self) -> Tensor:
+        """Sum the rows of the momentum buffer, ``(width,)``."""
+        return self._moved.rows.new_zeros(self._width) if self._buffer is None else self._buffer.rows.sum(0)
+
+    def take_over(self, earlier: RowAccumulator, change: Callable[[Tensor], Tensor]) -> None:
+        """Take over the momentum buffer of a segment whose rows meant something else.
+
+        Args:
+            earlier: Its rows; its buffer is not used any more.
+            change: Turns some of them into rows of this segment.
+        """
+        before = earlier._buffer
+        if before is None:
+            return
+        now = self._buffer = self._new_sum()
+        now.weight, now.weighted = before.weight, before.weighted
+        for ids in before.weight.nonzero()[:, 0].split(_ROWS_AT_ONCE):
+            now.rows[ids] = change(before.rows[ids])
+
+    def add(self, ids: Tensor, rows: Tensor, derivatives: Tensor, moved: Factors, buffered: Factors) -> None:
         """Add a batch's gradients, each block's columns times the block's factors.
 
         Args:
@@ -109,12 +139,12 @@ class RowAccumulator:
         ids, rows, derivatives = (value.to(self._moved.rows.device) for value in (ids, rows, derivatives))
         parts = _Parts.of(ids, rows, derivatives, self._columns)
         self._moved.add(parts, moved, self._columns)
-        if any(buffered.values()):
+        if _any(buffered):
             if self._buffer is None:
                 self._buffer = self._new_sum()
             self._buffer.add(parts, buffered, self._columns)
 
-    def pass_on(self, moved: Mapping[int, float], buffered: Mapping[int, float]) -> None:
+    def pass_on(self, moved: Factors, buffered: Factors) -> None:
         """Let the momentum buffer move the parameters.
 
         Args:
@@ -125,7 +155,7 @@ class RowAccumulator:
             return
         parts = _Parts.of(None, self._buffer.rows, self._buffer.derivatives(), self._columns)
         self._moved.add(parts, moved, self._columns)
-        if any(buffered.values()):
+        if _any(buffered):
             self._buffer.shrink(parts, buffered, self._columns)
         else:
             self._buffer = None
@@ -155,10 +185,13 @@ class _Parts:
         parts = [torch.linalg.vector_norm(rows[:, c], dim=1) for c in columns.values()]
         return cls(ids, rows, derivatives, torch.stack(parts, dim=1).square_())
 
-    def weight(self, factors: Mapping[int, float], columns: Mapping[int, slice]) -> Tensor:
+    def weight(self, factors: Factors, columns: Mapping[int, slice]) -> Tensor:
         """Compute ‖row‖ / |derivative| of each row times the factors; 0 where the row is zero."""
-        values = self.sizes.new_tensor([factors[block] for block in columns])
-        size = self.sizes @ values.square()
+        if any(isinstance(factor, Tensor) for factor in factors.values()):
+            parts = [(self.rows[:, span] * factors[block]).square().sum(1) for block, span in columns.items()]
+            size = torch.stack(parts).sum(0)
+        else:
+            size = self.sizes @ self.sizes.new_tensor([factors[block] for block in columns]).square()
         return torch.where(size > 0, size.sqrt() / self.derivatives.abs(), 0.0)
 
 
@@ -170,22 +203,24 @@ class RowSum:
     weight: Tensor
     weighted: Tensor
 
-    def add(self, parts: _Parts, factors: Mapping[int, float], columns: Mapping[int, slice]) -> None:
+    def add(self, parts: _Parts, factors: Factors, columns: Mapping[int, slice]) -> None:
         """Add gradients, each block's columns times the block's factor."""
         for span, factor in _spans(factors, columns):
+            rows, alpha = parts.rows[:, span], 1.0 if isinstance(factor, Tensor) else float(factor)
+            rows = rows * factor if isinstance(factor, Tensor) else rows
             if parts.ids is None:
-                self.rows[:, span].add_(parts.rows[:, span], alpha=factor)
+                self.rows[:, span].add_(rows, alpha=alpha)
             else:
-                self.rows[:, span].index_add_(0, parts.ids, parts.rows[:, span], alpha=factor)
+                self.rows[:, span].index_add_(0, parts.ids, rows, alpha=alpha)
         weight = parts.weight(factors, columns)
         for total, part in ((self.weight, weight), (self.weighted, _times(weight, parts.derivatives))):
             total.add_(part) if parts.ids is None else total.index_add_(0, parts.ids, part)
 
-    def shrink(self, parts: _Parts, factors: Mapping[int, float], columns: Mapping[int, slice]) -> None:
+    def shrink(self, parts: _Parts, factors: Factors, columns: Mapping[int, slice]) -> None:
         """Scale the sum, whose own rows are ``parts``, in place; it counts as one visit from then on."""
+        self.weight = parts.weight(factors, columns)
         for span, factor in _spans(factors, columns):
             self.rows[:, span] *= factor
-        self.weight = parts.weight(factors, columns)
         self.weighted = _times(self.weight, parts.derivatives)
 
     def derivatives(self) -> Tensor:
@@ -193,10 +228,16 @@ class RowSum:
         return torch.where(self.weight == 0, 0.0, self.weighted / self.weight)
 
 
-def _spans(factors: Mapping[int, float], columns: Mapping[int, slice]) -> list[tuple[slice, float]]:
+def _spans(factors: Factors, columns: Mapping[int, slice]) -> list[tuple[slice, Number]]:
     """Pair columns and factors; one pair for all columns if their factors agree."""
     pairs = [(columns[block], factors[block]) for block in columns]
-    return [(slice(None), pairs[0][1])] if len({factor for _, factor in pairs}) == 1 else pairs
+    scalars = {factor for _, factor in pairs if not isinstance(factor, Tensor)}
+    alike = len(scalars) == 1 and not any(isinstance(factor, Tensor) for _, factor in pairs)
+    return [(slice(None), scalars.pop())] if alike else pairs
+
+
+def _any(factors: Factors) -> bool:
+    return any(bool(f.any()) if isinstance(f, Tensor) else bool(f) for f in factors.values())
 
 
 def _times(weight: Tensor, derivatives: Tensor) -> Tensor:

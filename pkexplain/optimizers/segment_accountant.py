@@ -12,11 +12,10 @@ from torch import Tensor
 
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers._learning_rates import RateSums
-from pkexplain.optimizers.adaptive import AdaptiveAccumulator, Lookahead
-from pkexplain.optimizers.base import CapturedBatch, DisplacementAccumulator, RecordingSpec
+from pkexplain.optimizers.accumulator import DisplacementAccumulator
+from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
 from pkexplain.optimizers.displacement import MomentumBuffer
 from pkexplain.optimizers.rules import LinearStep
-from pkexplain.optimizers.scalar import ScalarAccumulator
 from pkexplain.projection.maps import Projector
 from pkexplain.store.manifest import SegmentSummary, SplitSummary
 from pkexplain.store.rows import Rows
@@ -58,16 +57,13 @@ class SegmentAccountant:
 
     Args:
         spec: What is recorded.
-        lookahead: How long gradients wait if the optimizer divides by a second moment.
-        projector: The projection, if it is known from earlier segments.
+        projector: The projection of the segment before, if there was one.
         steps: Optimizer steps taken before.
     """
 
-    def __init__(
-        self, spec: RecordingSpec, lookahead: Lookahead, projector: Projector | None = None, steps: int = 0
-    ) -> None:
+    def __init__(self, spec: RecordingSpec, projector: Projector | None = None, steps: int = 0) -> None:
         """Begin a segment."""
-        self._spec, self._lookahead, self._projector = spec, lookahead, projector
+        self._spec, self._projector = spec, projector
         self._accumulator: DisplacementAccumulator | None = None  # the first step decides which one
         self._decay = MomentumBuffer(spec.spans, spec.like.new_zeros(spec.size))
         self._unsplit: MomentumBuffer | None = None  # until there is something
@@ -86,9 +82,9 @@ class SegmentAccountant:
         self.capture_gap, self.bend, self._smallest, self._largest = 0.0, 0.0, 1.0, 1.0
 
     @property
-    def projector(self) -> Projector | None:
-        """The projection, once it is fixed."""
-        return self._accumulator.projector if self._accumulator else self._projector
+    def elementwise(self) -> bool:
+        """Whether a segment has an operator that differs from coordinate to coordinate."""
+        return self._accumulator is not None and self._accumulator.elementwise
 
     def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         """Take one block's gradients when the backward pass reaches it."""
@@ -114,21 +110,25 @@ class SegmentAccountant:
         self.steps += 1
         self.total_steps += 1
         checked = self.steps % _CHECKED_STEP == 1
-        if checked and isinstance(self._accumulator, AdaptiveAccumulator):
-            self.note_capture_gap(_gap(self._total(batches), attributed))
+        if checked:
+            self._check_capture(self._accumulator, batches, attributed)
         scaled = attributed if set(scale.values()) == {1.0} else self._scaled(attributed, scale)
-        rows = self._accumulator.step(batches, numbers, scale, scaled)
-        if checked and rows is not None and self.projector is not None:
-            rows = self._spec.group.all_reduce(rows)
-            self.note_capture_gap(_gap(rows, self.projector.project_displacements(attributed[None])[0]))
-        self._rate_sums.step(numbers, scaled)
+        self._rate_sums.step(self._accumulator.step(batches, numbers, scale, scaled), scaled)
         self._follow_unsplit(numbers, step.unsplit, scale)
         self._follow_decay(numbers, step.parameters)
 
     def _open(self, elementwise: bool) -> DisplacementAccumulator:
-        if elementwise:
-            return AdaptiveAccumulator(self._spec, self._lookahead, self._projector)
-        return ScalarAccumulator(self._spec, self._projector)
+        return DisplacementAccumulator(self._spec, elementwise, self._projector)
+
+    def _check_capture(
+        self, accumulator: DisplacementAccumulator, batches: Sequence[CapturedBatch], attributed: Tensor
+    ) -> None:
+        """Compare what was captured with the gradient: the rows if they are projected already, or else everything."""
+        rows = accumulator.projected_total(batches, attributed)
+        if rows is None:
+            self.note_capture_gap(_gap(self._total(batches), attributed))
+        else:
+            self.note_capture_gap(_gap(self._spec.group.all_reduce(rows[0]), rows[1]))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next segments need from those before: the momentum buffers."""
@@ -136,7 +136,7 @@ class SegmentAccountant:
             "weight_decay": (self._decay.buffer, self._decay.blocks),
             "unsplit": (self._unsplit.buffer, self._unsplit.blocks) if self._unsplit else None,
             "rates": self._rate_sums.buffer,
-            "elementwise": isinstance(self._accumulator, AdaptiveAccumulator),
+            "elementwise": self.elementwise,
             "accumulator": self._accumulator.state_dict() if self._accumulator else None,
         }
 
@@ -202,7 +202,8 @@ class SegmentAccountant:
             The segment as it will be stored, with the rows of this process, and its summary.
         """
         accumulator = self._accumulator = self._accumulator or self._open(elementwise=False)
-        totals, decay, projector = accumulator.close(), self._decay.close(), accumulator.projector
+        totals, decay = accumulator.close(), self._decay.close()
+        projector = totals.projector
         unsplit = self._unsplit.close() if self._unsplit else displacement[:0]
         named = decay + unsplit if len(unsplit) else decay
         remainder = displacement - totals.examples - named
@@ -218,11 +219,16 @@ class SegmentAccountant:
             audit_ids=accumulator.audit_ids,
             audit_rows=totals.audit_rows,
             withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64, device="cpu"),
-            rate_sums=self._rate_sums.close(projector.preconditioner if projector else None),
+            rate_sums=self._rate_sums.close(totals.balance),
+            operator=(displacement[:0] if projector.operator is None else projector.operator).to(
+                self._spec.operator_dtype
+            ),
+            directions=projector.tensors(),
         )
-        both = torch.stack([displacement, displacement - named - remainder])
-        whole, explained = both if projector is None else projector.project_displacements(both)
-        gap = (explained.double() - segment.row_sum).norm() / whole.double().norm().clamp_min(1e-300)
+        expected, size = totals.row_sum.double(), totals.row_sum.double().norm()
+        if projector.operator is None:
+            size = projector.project_plain(displacement[None]).double().norm()
+        gap = (expected - segment.row_sum).norm() / torch.maximum(size, segment.row_sum.norm()).clamp_min(1e-300)
         summary = SegmentSummary(
             last_step=self.total_steps,
             visits=self.visits,

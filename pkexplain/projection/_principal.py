@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from pkexplain.distributed import ProcessGroup
 from pkexplain.gradients.factors import MatrixGradient
 from pkexplain.gradients.layers import Block
-from pkexplain.projection.maps import Pieces, random_signs
+from pkexplain.projection.maps import Pieces, RowFactors, random_signs
 
 _WIDEST = 4096
 """The widest side whose principal directions are computed; a wider one (a vocabulary) gets random signs."""
@@ -31,6 +31,11 @@ _ENOUGH = 2048
 """Examples that suffice to estimate a narrow covariance; with more, only every second or third batch is used."""
 _RANDOM_WIDTH = 32
 """Random directions for a side that is too wide; also the most for a layer whose gradients were not seen."""
+_NORM_SKETCH = 8
+"""Random combinations of rows, and of columns, from which the norm of an example's gradient is estimated."""
+_HELD_BACK = 0.5
+"""An example whose gradient has norm n counts with n^(1 − this) when directions are chosen: a few examples can hold
+nearly all of the energy, and directions chosen by energy would be theirs alone."""
 
 
 @dataclass
@@ -72,21 +77,72 @@ def _leading(gram: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return energies, block @ turn
 
 
-def _gram(seen: Sequence[MatrixGradient], side: int, seed: int, stream: int, group: ProcessGroup) -> Tensor:
-    """Estimate Σ_i G_i G_iᵀ (side 0) or Σ_i G_iᵀ G_i (side 1) of one block."""
-    shape: tuple[int, int] = seen[0].matrix
+@dataclass(frozen=True)
+class Seen:
+    """The gradients from which directions are chosen.
+
+    Attributes:
+        batches: Batches of captured gradients.
+        factors: What rows are multiplied by before they are projected, for each block; none for ones.
+        seed: Seed of the random combinations.
+        group: The processes, each with its own batches.
+        weights: The weight of each example of each batch.
+    """
+
+    batches: Sequence[Pieces]
+    factors: Mapping[int, RowFactors]
+    seed: int
+    group: ProcessGroup
+    weights: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Hold back examples with large gradients."""
+        for pieces in self.batches:
+            squares = sum(self._squared_norms(p, g) for p, g in pieces if isinstance(g, MatrixGradient))
+            weights = torch.as_tensor(squares, device="cpu").double().clamp_min(1e-60) ** (-_HELD_BACK / 2)
+            self.weights.append(weights)
+
+    def _squared_norms(self, position: int, gradients: MatrixGradient) -> Tensor:
+        mixers = []
+        for side, width in enumerate(gradients.matrix):
+            signs = random_signs(self.seed, (1 << 32) + 2 * position + side, (min(_NORM_SKETCH, width), width))
+            mixers.append(self.multiplied(signs.to(gradients.output_gradients), position, side))
+        return gradients.sketch(*mixers).flatten(1).double().square().sum(1).cpu()
+
+    def multiplied(self, mixer: Tensor, position: int, side: int) -> Tensor:
+        """Multiply combinations of a block's rows (side 0) or columns (side 1) by its factors."""
+        factors = self.factors.get(position)
+        return mixer if factors is None or isinstance(factors, Tensor) else mixer * factors[side].to(mixer)
+
+    def of(self, position: int) -> list[tuple[MatrixGradient, Tensor]]:
+        """Return one block's gradients, with the weights of their examples."""
+        return [
+            (g, weights)
+            for pieces, weights in zip(self.batches, self.weights, strict=True)
+            for p, g in pieces
+            if p == position and isinstance(g, MatrixGradient)
+        ]
+
+
+def _gram(seen: Seen, position: int, side: int, stream: int) -> Tensor:
+    """Estimate Σ_i w_i² G_i G_iᵀ (side 0) or Σ_i w_i² G_iᵀ G_i (side 1) of one block."""
+    mine, group = seen.of(position), seen.group
+    shape: tuple[int, int] = mine[0][0].matrix
     enough = max(_ENOUGH, _SAMPLES * shape[side])
-    seen = seen[:: max(1, group.all_reduce_int(sum(map(len, seen))) // enough)]
-    examples = group.all_reduce_int(sum(map(len, seen)))
+    mine = mine[:: max(1, group.all_reduce_int(sum(len(g) for g, _ in mine)) // enough)]
+    examples = group.all_reduce_int(sum(len(g) for g, _ in mine))
     combinations = min(_MOST_SKETCHES, -(-_SAMPLES * shape[side] // examples))
-    like = seen[0].output_gradients
-    mixer = random_signs(seed, stream, (combinations, shape[1 - side])).to(like.device, like.dtype)
+    like = mine[0][0].output_gradients
+    mixer = random_signs(seen.seed, stream, (combinations, shape[1 - side])).to(like.device, like.dtype)
+    mixer = seen.multiplied(mixer, position, 1 - side)
+    own = seen.multiplied(like.new_ones(1, shape[side]), position, side).T
     gram = like.new_zeros(shape[side], shape[side])
     waiting: list[Tensor] = []
-    for gradients in seen:
+    for at, (gradients, weights) in enumerate(mine):
         mixed = gradients.sketch(None, mixer) if side == 0 else gradients.sketch(mixer, None).transpose(1, 2)
+        mixed = mixed * own * weights.to(mixed)[:, None, None]
         waiting.append(mixed.transpose(0, 1).flatten(1))
-        if gradients is seen[-1] or sum([part.shape[1] for part in waiting]) >= shape[side]:
+        if at == len(mine) - 1 or sum([part.shape[1] for part in waiting]) >= shape[side]:
             vectors = torch.cat(waiting, dim=1)
             gram.addmm_(vectors, vectors.T)
             waiting = []
@@ -125,19 +181,21 @@ def _share_out(sides: dict[int, tuple[_Side, _Side]], weights: dict[int, float],
     return sizes
 
 
-def principal_bases(
-    blocks: Sequence[Block], seen: Sequence[Pieces], k: int, seed: int, group: ProcessGroup
-) -> dict[int, tuple[Tensor, Tensor]]:
+def fewest_columns(block: Block) -> int:
+    """Count the columns that a matrix block gets at least: one for each pair of directions, random ones included."""
+    assert block.matrix is not None
+    return math.prod(_RANDOM_WIDTH if width > _WIDEST else 1 for width in block.matrix)
+
+
+def principal_bases(blocks: Sequence[Block], seen: Seen, k: int) -> dict[int, tuple[Tensor, Tensor]]:
     """Find the bases L and R of every matrix block.
 
     A layer's energy is weighted by its square root, so that a layer with small gradients at first is not starved.
 
     Args:
         blocks: The model's blocks.
-        seen: Batches of captured gradients.
-        k: Columns for all blocks together; each block gets at least one.
-        seed: Seed of the random combinations.
-        group: The processes, each with its own gradients.
+        seen: Captured gradients.
+        k: Columns for all blocks together; each block gets at least `fewest_columns`.
 
     Returns:
         For each matrix block's position, L ``(n_rows, rows)`` and R ``(n_columns, columns)``, rows orthonormal.
@@ -148,16 +206,17 @@ def principal_bases(
     for position, block in enumerate(blocks):
         if block.matrix is None:
             continue
-        mine = [g for pieces in seen for p, g in pieces if p == position and isinstance(g, MatrixGradient)]
+        mine = seen.of(position)
         pair, energy = [], 1.0
+        few = 1 if max(block.matrix) > _WIDEST else most
         for side, width in enumerate(block.matrix):
             stream = 4 * position + side
             if mine and width <= _WIDEST:
-                gram = _gram(mine, side, seed, stream, group)
-                pair.append(_Side.principal(gram, seed))
+                gram = _gram(seen, position, side, stream)
+                pair.append(_Side.principal(gram, seen.seed))
                 energy = float(gram.trace())
             else:
-                pair.append(_Side.random(width, most, seed, stream + 2))
+                pair.append(_Side.random(width, few, seen.seed, stream + 2))
         sides[position] = (pair[0], pair[1])
         weights[position] = energy**0.5
     sizes = _share_out(sides, weights, k)

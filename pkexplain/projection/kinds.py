@@ -19,8 +19,8 @@ from torch import Tensor
 from pkexplain.distributed import ProcessGroup
 from pkexplain.errors import ConfigurationError
 from pkexplain.gradients.layers import Block
-from pkexplain.projection._principal import principal_bases
-from pkexplain.projection.maps import IdentityMap, Map, Pieces, Projector, TwoSidedMap, hashed
+from pkexplain.projection._principal import Seen, fewest_columns, principal_bases
+from pkexplain.projection.maps import IdentityMap, Map, Pieces, Projector, RowFactors, TwoSidedMap, hashed
 
 __all__ = ["Identity", "Kronecker", "Projection", "SparseSign", "WarmUp", "projection_from_description"]
 
@@ -33,13 +33,13 @@ class WarmUp:
     """What a projection may depend on.
 
     Attributes:
-        batches: The first batches of captured gradients, already preconditioned.
-        preconditioner: S, ``(parameters,)``, for a map P of S⁻¹ D and S φ; None for the identity.
+        batches: The first batches of captured gradients of a segment.
+        factors: What rows are multiplied by before they are projected, for each block; None for ones.
         group: The processes, each with its own batches.
     """
 
     batches: Sequence[Pieces] = ()
-    preconditioner: Tensor | None = None
+    factors: Mapping[int, RowFactors] | None = None
     group: ProcessGroup = field(default_factory=ProcessGroup)
 
 
@@ -48,6 +48,10 @@ class Projection(ABC):
     """The description of a seeded linear map, not yet bound to a model."""
 
     kind: ClassVar[str]
+    follows_gradients: ClassVar[bool] = False
+    """Whether the map depends on gradients, so that every segment has its own."""
+    keeps_everything: ClassVar[bool] = False
+    """Whether a row is the displacement itself."""
 
     @property
     def warm_up(self) -> int:
@@ -69,8 +73,12 @@ class Projection(ABC):
         """
 
     @abstractmethod
-    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
-        """Count the columns of the map that `restore` makes."""
+    def columns(self, blocks: Sequence[Block]) -> int:
+        """Count the columns of a row, the same in every segment."""
+
+    def takes_sides(self, block: Block) -> bool:
+        """Whether rows of a block can be multiplied by one factor for each row and column of its matrix."""
+        return False
 
     @abstractmethod
     def restore(self, blocks: Sequence[Block], like: Tensor, kept: Mapping[str, Tensor]) -> Projector:
@@ -86,16 +94,17 @@ class Identity(Projection):
     """Keep every coordinate: exact, and as large as the model; for small models and for checking other projections."""
 
     kind: ClassVar[str] = "Identity"
+    keeps_everything: ClassVar[bool] = True
 
     def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the recorder's dtype: an exact row is not rounded."""
         return dtype
 
     def bind(self, blocks: Sequence[Block], like: Tensor, warm_up: WarmUp) -> Projector:
-        """Make the map for a model's blocks; it loses nothing, so it needs no preconditioner."""
-        return Projector(blocks, [IdentityMap(block.span) for block in blocks], like)
+        """Make the map for a model's blocks; it depends on no gradients."""
+        return Projector(blocks, [IdentityMap(block.span) for block in blocks], like, self.columns(blocks))
 
-    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
+    def columns(self, blocks: Sequence[Block]) -> int:
         """Count the columns: one for each number."""
         return sum(block.numel for block in blocks)
 
@@ -137,7 +146,7 @@ class SparseSign(Projection):
                 IdentityMap(columns) if whole else hashed(columns, block.numel, self.nonzeros, self.seed, position)
             )
             start += width
-        return Projector(blocks, maps, like, warm_up.preconditioner)
+        return Projector(blocks, maps, like, start)
 
     def _widths(self, blocks: Sequence[Block]) -> list[int]:
         """Divide k among the blocks, small blocks first: what they leave of their share goes to the others."""
@@ -149,20 +158,20 @@ class SparseSign(Projection):
             left, rest = left - widths[position], rest - root
         return widths
 
-    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
+    def columns(self, blocks: Sequence[Block]) -> int:
         """Count the columns."""
         return sum(self._widths(blocks))
 
     def restore(self, blocks: Sequence[Block], like: Tensor, kept: Mapping[str, Tensor]) -> Projector:
         """Rebuild the same map."""
-        return self.bind(blocks, like, WarmUp(preconditioner=kept.get("preconditioner")))
+        return self.bind(blocks, like, WarmUp())
 
 
 @dataclass(frozen=True)
 class Kronecker(Projection):
-    """Two-sided maps L G Rᵀ, one for each layer, along the principal directions of the run's first gradients.
+    """Two-sided maps L G Rᵀ, one for each layer and segment, along the principal directions of its first gradients.
 
-    L and R hold the leading eigenvectors of Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i over the first ``warm_up_examples`` examples
+    L and R hold the leading eigenvectors of Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i over the segment's first examples
     (each estimated from random combinations of columns and rows, without forming G_i). How many of each a layer gets
     is chosen greedily by energy gained per number. Inner products lose what is outside these directions (a bias that
     the projection gap and the audit measure) and have no random error inside them. A side wider than 4,096 (a
@@ -170,15 +179,16 @@ class Kronecker(Projection):
 
     Args:
         k: The most numbers in a row, for each segment.
-        warm_up_examples: Examples whose gradients wait in memory (at most 1 GiB) until the directions are known; the
-            more of the training set they cover, the better the directions.
+        warm_up_examples: Examples of each segment whose gradients wait in memory (at most 192 MiB) until its directions
+            are known.
         seed: Seed of the random combinations and signs.
     """
 
     k: int = 2048
-    warm_up_examples: int = 4096
+    warm_up_examples: int = 512
     seed: int = 0
     kind: ClassVar[str] = "Kronecker"
+    follows_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse invalid sizes."""
@@ -193,12 +203,11 @@ class Kronecker(Projection):
     def bind(self, blocks: Sequence[Block], like: Tensor, warm_up: WarmUp) -> Projector:
         """Find the principal directions of the gradients seen and make the map."""
         loose = sum(width for width in self._loose_widths(blocks).values())
-        bases = principal_bases(blocks, warm_up.batches, self.k - loose, self.seed, warm_up.group)
+        seen = Seen(warm_up.batches, warm_up.factors or {}, self.seed, warm_up.group)
+        bases = principal_bases(blocks, seen, self.k - loose)
         kept = {}
         for position, (left, right) in bases.items():
             kept[f"{position}.left"], kept[f"{position}.right"] = left, right
-        if warm_up.preconditioner is not None:
-            kept["preconditioner"] = warm_up.preconditioner
         return self.restore(blocks, like, kept)
 
     def _loose_widths(self, blocks: Sequence[Block]) -> dict[int, int]:
@@ -206,11 +215,16 @@ class Kronecker(Projection):
         loose = [position for position, block in enumerate(blocks) if block.matrix is None]
         return {p: min(blocks[p].numel, max(1, self.k // (8 * len(loose)))) for p in loose}
 
-    def columns(self, blocks: Sequence[Block], kept: Mapping[str, Tensor]) -> int:
-        """Count the columns."""
-        matrices = [position for position, block in enumerate(blocks) if block.matrix is not None]
-        sides = [len(kept[f"{p}.left"]) * len(kept[f"{p}.right"]) for p in matrices]
-        return sum(sides) + sum(self._loose_widths(blocks).values())
+    def columns(self, blocks: Sequence[Block]) -> int:
+        """Count the columns: k if the model has as many parameters; each block gets at least one."""
+        loose = self._loose_widths(blocks)
+        matrices = [block for block in blocks if block.matrix is not None]
+        fewest, most = sum(map(fewest_columns, matrices)), sum(block.numel for block in matrices)
+        return sum(loose.values()) + max(fewest, min(self.k - sum(loose.values()), most))
+
+    def takes_sides(self, block: Block) -> bool:
+        """Whether it is a matrix."""
+        return block.matrix is not None
 
     def restore(self, blocks: Sequence[Block], like: Tensor, kept: Mapping[str, Tensor]) -> Projector:
         """Rebuild the same map from its stored bases."""
@@ -227,7 +241,7 @@ class Kronecker(Projection):
                 columns = slice(start, start + len(left) * len(right))
                 maps.append(TwoSidedMap(columns, left, right, len(block.parameters) > 1))
             start = columns.stop
-        return Projector(blocks, maps, like, kept.get("preconditioner"))
+        return Projector(blocks, maps, like, self.columns(blocks))
 
 
 def _positive(projection: Projection, **sizes: int) -> None:

@@ -18,11 +18,10 @@ def check_arguments(model: nn.Module, **given: Any) -> None:
     Raises:
         ConfigurationError: An argument is invalid.
     """
-    n, segments, lookahead = given["num_examples"], given["segments"], given["lookahead"]
+    n, segments = given["num_examples"], given["segments"]
     rules: list[tuple[str, bool, str, str]] = [
         ("num_examples", _is_count(n), "an integer from 1 up", "Give len(train)"),
         ("segments", segments == "epoch" or _is_count(segments), '"epoch" or a number of steps', "Leave it out"),
-        ("lookahead", lookahead in ("auto", "exact") or _is_count(lookahead), '"auto" or steps', "Leave it out"),
         ("unsplit", given["unsplit"] in ("warn", "refuse"), '"warn" or "refuse"', "Leave it out"),
         ("dtype", given["dtype"] in (torch.float32, torch.float64), "float32 or float64", "Leave it out"),
     ]

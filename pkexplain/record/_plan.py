@@ -12,7 +12,6 @@ from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.layers import Block, flatten_blocks
 from pkexplain.optimizers.base import RecordingSpec
 from pkexplain.projection.kinds import Projection
-from pkexplain.projection.maps import Projector
 from pkexplain.record._optimizer_steps import StepReader
 from pkexplain.record._optimizers import Optimizers
 from pkexplain.store.base import Store
@@ -37,7 +36,6 @@ class Plan:
         group: The processes that train.
         num_examples: How many training examples there are.
         segments: ``"epoch"``, or a number of optimizer steps.
-        lookahead: How long gradients wait, as given by the user.
         unsplit: What to do about gradients that cannot be split, ``"warn"`` or ``"refuse"``.
         projection: How gradients are compressed.
         like: An empty tensor of the dtype and device of the arithmetic.
@@ -54,7 +52,6 @@ class Plan:
     group: ProcessGroup
     num_examples: int
     segments: str | int
-    lookahead: str | int
     unsplit: str
     projection: Projection
     like: Tensor
@@ -82,7 +79,6 @@ class Plan:
         fingerprint: ModelFingerprint,
         inputs: dict[str, InputEntry],
         output: str | None,
-        projector: Projector | None,
     ) -> Manifest:
         """Describe the run; the writer adds what it has written.
 
@@ -91,7 +87,6 @@ class Plan:
             fingerprint: What the model must be.
             inputs: The inputs that were seen.
             output: Which tensor of its output is the prediction.
-            projector: The projection, once it is fixed.
         """
         return Manifest(
             run_id="",
@@ -100,10 +95,10 @@ class Plan:
             ended=ended,
             num_examples=self.num_examples,
             dtype="float64" if self.like.dtype == torch.float64 else "float32",
-            recording=RecordingEntry(segments=self.segments, lookahead=self.lookahead, unsplit=self.unsplit),
+            recording=RecordingEntry(segments=self.segments, unsplit=self.unsplit),
             optimizer=OptimizerEntry.of(*self.optimizers.all),
             projection=self.projection.describe(),
-            columns=projector.columns if projector else None,
+            columns=self.projection.columns(self.blocks),
             model=fingerprint,
             inputs=inputs,
             output=output,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,7 @@ from torch import Tensor, nn
 from pkexplain.distributed import ProcessGroup
 from pkexplain.errors import ConfigurationError, ModelMismatchError, RunDamagedError, warn
 from pkexplain.files import checksum
-from pkexplain.gradients.capture import GRADIENT_CLASSES
-from pkexplain.gradients.factors import MatrixGradient
-from pkexplain.ids import check_ids
-from pkexplain.optimizers.adaptive import Pending
-from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
+from pkexplain.optimizers.base import RecordingSpec
 from pkexplain.optimizers.displacement import RowSum
 from pkexplain.optimizers.segment_accountant import SegmentAccountant
 from pkexplain.record._optimizers import Optimizers
@@ -26,7 +21,7 @@ from pkexplain.store.base import Store, damaged
 from pkexplain.store.manifest import OptimizerEntry, StateEntry
 from pkexplain.store.trajectory import Trajectory
 
-_SAVED_CLASSES = (RowSum, Pending, CapturedBatch, *GRADIENT_CLASSES)
+_SAVED_CLASSES = (RowSum,)
 """Every class that a saved state may contain; a file that names another one is refused."""
 
 
@@ -68,7 +63,6 @@ def recorded_arguments(store: Store, trajectory: Trajectory, num_examples: int |
         "num_examples": num_examples or before,
         "projection": trajectory.projection,
         "segments": settings.segments,
-        "lookahead": settings.lookahead,
         "unsplit": settings.unsplit,
         "dtype": trajectory.dtype,
     }
@@ -242,7 +236,9 @@ def _unknown_state(
     )
 
 
-def restore_state(store: Store, standpoint: Standpoint, spec: RecordingSpec, accountant: SegmentAccountant) -> bool:
+def restore_state(
+    store: Store, standpoint: Standpoint, spec: RecordingSpec, accountant: SegmentAccountant
+) -> tuple[bool, int]:
     """Restore an accountant's saved state.
 
     Args:
@@ -252,7 +248,7 @@ def restore_state(store: Store, standpoint: Standpoint, spec: RecordingSpec, acc
         accountant: The accountant, new.
 
     Returns:
-        Whether the examples' share of the gradient is followed separately.
+        Whether the examples' share of the gradient is followed separately, and the steps since the optimizer began.
 
     Raises:
         RunDamagedError: The state does not fit the run.
@@ -260,41 +256,13 @@ def restore_state(store: Store, standpoint: Standpoint, spec: RecordingSpec, acc
     try:
         state = dict(standpoint.state or {})
         accounts = state["accounts"]
-        accumulator = accounts["accumulator"] or {}
-        if {*accounts["weight_decay"][1], *accumulator.get("blocks", ())} - spec.spans.keys():
+        full = (accounts["accumulator"] or {}).get("full") or (None, ())
+        if {*accounts["weight_decay"][1], *full[1]} - spec.spans.keys():
             raise ValueError("blocks that the model does not have")
-        for pending in accumulator.get("pending", ()):
-            _check_pending(pending, spec)
         accountant.load_state_dict(accounts)
-        return bool(state["attributed"])
+        return bool(state["attributed"]), int(state["age"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise _no_state(store, standpoint.file, error) from error
-
-
-def _check_pending(pending: Pending, spec: RecordingSpec) -> None:
-    """Check waiting gradients, so that none is broadcast, or of an example that the run does not have.
-
-    Raises:
-        ValueError: They do not fit the run.
-    """
-    blocks = range(len(spec.blocks))
-    by_block = [pending.scale, pending.still, pending.carried or {}]
-    if pending.position != -1 or pending.gradient.shape != (spec.size,) or any(d.keys() - {*blocks} for d in by_block):
-        raise ValueError("steps that did not wait")
-    parts = [(b, part) for by in by_block for b, part in by.items() if isinstance(part, Tensor)]
-    if any(part.shape != (spec.blocks[b].numel,) for b, part in parts):
-        raise ValueError("factors of other parameters")
-    for batch in pending.batches:
-        everyone = torch.arange(len(check_ids(batch.ids, spec.num_examples)), device=batch.ids.device)
-        if batch.derivatives is not None and batch.derivatives.shape != everyone.shape:
-            raise ValueError("loss derivatives of other examples")
-        for position, gradients in batch.pieces:
-            numel = spec.blocks[position].numel if position in blocks else -1
-            matrix = gradients.matrix if isinstance(gradients, MatrixGradient) else (numel, 1)
-            if len(gradients) != len(everyone) or math.prod(matrix) != numel or gradients.total().shape != (numel,):
-                raise ValueError("gradients of other parameters")
-            if gradients.select(everyone).nbytes != gradients.nbytes:  # an IndexError if there are too few
-                raise ValueError("gradients of other examples")
 
 
 def _no_state(store: Store, name: str, error: Exception) -> RunDamagedError:

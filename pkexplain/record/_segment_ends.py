@@ -95,7 +95,7 @@ class SegmentEnds:
         """Write the segment that has ended, if it is not written yet."""
         for ended in self._waiting:
             if ended.position == len(self._writer):
-                parts = ended.segment, ended.summary, ended.checkpoint, accountant.projector, self._describe()
+                parts = ended.segment, ended.summary, ended.checkpoint, self._describe()
                 self._writer.segment(*parts)
             self._waiting = []
             self.warnings.of(ended.position, ended.summary, ended.segment.optimizer, ended.displacement, ended.apart)

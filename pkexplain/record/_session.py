@@ -18,7 +18,6 @@ from pkexplain.gradients.split import Split
 from pkexplain.gradients.torch_state import without_autocast
 from pkexplain.gradients.watch import Watch
 from pkexplain.ids import check_ids
-from pkexplain.optimizers.adaptive import Lookahead
 from pkexplain.optimizers.base import CapturedBatch
 from pkexplain.optimizers.segment_accountant import AppliedStep, SegmentAccountant
 from pkexplain.record._contract import (
@@ -39,6 +38,7 @@ from pkexplain.record._plan import Plan
 from pkexplain.record._resume import checksum_optimizers, find_standpoint, restore_state
 from pkexplain.record._roll_call import ACCUMULATE, END, REFUSED, SAVE, STEP, RollCall
 from pkexplain.record._segment_ends import SegmentEnds
+from pkexplain.record._segment_lengths import SegmentLengths
 from pkexplain.record._split_notes import SplitNotes
 from pkexplain.record._state import serialise
 from pkexplain.record._step import Step
@@ -70,7 +70,8 @@ class Session:
         self._step: Step | None = None
         self._accumulated: list[CapturedBatch] = []
         self._split = SplitNotes(plan)
-        self._accountant = SegmentAccountant(plan.spec(), Lookahead.of(plan.lookahead, plan.like))
+        self._accountant = SegmentAccountant(plan.spec())
+        self._lengths = SegmentLengths(plan.num_examples, plan.segments)
         self._sums = GradientSums(plan.spec(), parameters)
         self._writer = RunWriter(plan.store, plan.group)
         self._ends = SegmentEnds(plan, self._writer, self._manifest)
@@ -102,15 +103,16 @@ class Session:
         settings = OptimizerEntry.of(*plan.optimizers.all)
         standpoint = find_standpoint(plan.store, trajectory, self._ends.start, optimizer, settings, plan.group)
         spec = plan.spec(trajectory.segment(0).audit_ids)
-        lookahead, projector = Lookahead.of(plan.lookahead, plan.like), trajectory.projector(plan.like.device)
+        projector = trajectory.projector(standpoint.segments - 1, plan.like.device) if standpoint.segments else None
         steps = trajectory.boundaries[standpoint.segments]
-        self._accountant = SegmentAccountant(spec, lookahead, projector, steps)
+        self._accountant = SegmentAccountant(spec, projector, steps)
         self._sums = GradientSums(spec, plan.parameters)
         self._inputs.seen.update(trajectory.inputs)
         self._derivatives.output = trajectory.manifest.output
         self._deleted = trajectory.manifest.withdrawn
         if standpoint.state is not None:
-            self._sums.load_state_dict(restore_state(plan.store, standpoint, spec, self._accountant))
+            apart, self._lengths.age = restore_state(plan.store, standpoint, spec, self._accountant)
+            self._sums.load_state_dict(apart)
         self._writer.resume(trajectory.manifest, self._ended, standpoint.segments)  # last: a refusal drops nothing
 
     def close(self, error: type[BaseException] | None) -> None:
@@ -167,7 +169,7 @@ class Session:
         self._plan.capture.forget()  # as a resumed run does not know the split
         if not len(self._writer):
             return
-        state = {"attributed": self._sums.apart, "accounts": self._accountant.state_dict()}
+        state = {"attributed": self._sums.apart, "accounts": self._accountant.state_dict(), "age": self._lengths.age}
         optimizer = checksum_optimizers(self._plan.optimizers, self._plan.parameters)
         self._writer.state(serialise(state), optimizer or "", OptimizerEntry.of(*self._plan.optimizers.all))
 
@@ -187,8 +189,7 @@ class Session:
         plan.steps.refuse_unknown_parameters()
         plan.steps.refuse_movement_of_others()
         batch = self._batch(ids, accumulate)
-        visits = self._accountant.visits + batch.everywhere  # a sampler may repeat some examples
-        if plan.segments == "epoch" and visits >= plan.num_examples + plan.group.world_size:
+        if self._lengths.overflows(batch.everywhere, plan.group.world_size):  # a sampler may repeat some examples
             self._end_segment()  # the loader dropped its last, smaller batch
         step = self._step = Step(batch)
         try:
@@ -206,8 +207,8 @@ class Session:
             raise
         finally:
             self._step = None
-        if self._segment_is_full():
-            self._end_segment()
+        if not self._accumulated and self._lengths.full(self._accountant.elementwise):
+            self._end_segment(early=True)
 
     def _batch(self, ids: Sequence[int] | Tensor, accumulate: bool) -> CapturedBatch:
         """Check the ids; if another process refuses its ids, none continues without it."""
@@ -248,13 +249,6 @@ class Session:
     def _receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         self._sums.receive(position, gradients)
         self._accountant.receive(batch, position, gradients)
-
-    def _segment_is_full(self) -> bool:
-        if self._accumulated:
-            return False
-        if isinstance(self._plan.segments, int):
-            return self._accountant.steps >= self._plan.segments
-        return self._accountant.visits >= self._plan.num_examples
 
     def _check_contract(self, step: Step, accumulate: bool) -> None:
         if not step.batch.summed:
@@ -326,12 +320,14 @@ class Session:
             )
         if self._accountant.capture_gap > ROUNDING:
             sums.follow()
+        self._lengths.count(sum(batch.everywhere for batch in batches), stepped=True)
         self._forget()
 
     def _skip(self, batches: Sequence[CapturedBatch]) -> None:
         """Count a step that was skipped."""
         self._ends.warnings.of_skipped(batches)
         self._accountant.skip(batches)
+        self._lengths.count(sum(batch.everywhere for batch in batches), stepped=False)
         self._forget()
 
     def _forget(self) -> None:
@@ -341,10 +337,12 @@ class Session:
         self._sums.clear()
 
     @without_autocast()
-    def _end_segment(self) -> None:
+    def _end_segment(self, early: bool = False) -> None:
+        if not early:
+            self._lengths.restart()
         self._ends.end(self._accountant, self._split.summary(), self._sums.apart)
 
     def _manifest(self) -> Manifest:
         """Describe the run; the writer adds what it has written."""
         seen = dict(self._inputs.seen), self._derivatives.output
-        return self._plan.describe(self._ended, self._fingerprint, *seen, self._accountant.projector)
+        return self._plan.describe(self._ended, self._fingerprint, *seen)

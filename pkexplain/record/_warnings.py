@@ -70,8 +70,8 @@ class SegmentWarnings:
                 f"pkexplain: {share:.0%} of what moved {parameter} in segment {segment} came from no "
                 "example and no weight decay; it is on the ledger's optimizer line. Was the parameter changed "
                 "outside optimizer.step(), by a second optimizer, say, or is an update rule of your own wrong? A bias "
-                "before a BatchNorm is moved by rounding error alone (use bias=False). Otherwise, give the recorder a "
-                "longer lookahead."
+                "before a BatchNorm is moved by rounding error alone (use bias=False). Otherwise, record shorter "
+                "segments: Recorder(segments=…)."
             )
 
     def of_skipped(self, batches: Sequence[CapturedBatch]) -> None:

@@ -40,11 +40,8 @@ class Recorder:
             then each steps once in a recorded step.
         num_examples: The number of training examples; ids run from 0 to ``num_examples - 1``.
         projection: How gradients are compressed; ``Kronecker()`` by default.
-        segments: ``"epoch"`` for a checkpoint after every ``num_examples`` visits, or a number of optimizer steps.
-        lookahead: How long gradients wait in memory until the optimizer's second moment of later steps is known:
-            ``"auto"``: until 2% of them is left in the momentum buffer, or 2 GiB wait; a number of steps; or
-            ``"exact"``. What this leaves out is measured, on the ledger's ``optimizer`` line. Optimizers without a
-            second moment ignore this.
+        segments: ``"epoch"`` for a checkpoint after every ``num_examples`` visits, or a number of optimizer steps. If the
+            optimizer divides by a second moment (Adam), the first segments are shorter: 1, 1, 2, 4, … steps.
         dtype: Dtype of the arithmetic and of the checkpoints, `torch.float32` or `torch.float64`.
 
     Raises:
@@ -71,12 +68,11 @@ class Recorder:
         num_examples: int,
         projection: Projection | None = None,
         segments: str | int = "epoch",
-        lookahead: str | int = "auto",
         unsplit: str = "warn",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Check that everything can be recorded, without writing anything."""
-        given = {"num_examples": num_examples, "segments": segments, "lookahead": lookahead, "unsplit": unsplit}
+        given = {"num_examples": num_examples, "segments": segments, "unsplit": unsplit}
         check_arguments(model, **given, dtype=dtype)
         wrapped, (model, group) = model, find_process_group(model)
         optimizers = Optimizers(optimizer)
@@ -96,7 +92,6 @@ class Recorder:
             group=group,
             num_examples=num_examples,
             segments=segments,
-            lookahead=lookahead,
             unsplit=unsplit,
             projection=projection or Kronecker(),
             like=like,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkexplain.store.manifest import FIRST_CHECKPOINT, PROJECTION
-from pkexplain.store.trajectory import Trajectory
+from pkexplain.store.manifest import FIRST_CHECKPOINT
+from pkexplain.store.trajectory import DIRECTIONS, Trajectory
 
 _MOST_AUDITED = 1 << 16
 
@@ -59,7 +59,10 @@ class Layout:
         manifest, roles = trajectory.manifest, {}
         parameters = sum(block.numel for block in manifest.model.blocks)
         layout = cls(trajectory, parameters, manifest.columns or 0, roles)
-        roles[FIRST_CHECKPOINT], roles[PROJECTION] = layout._check_checkpoint, layout._check_projection
+        expected = trajectory.projection.columns(manifest.model.blocks)
+        if manifest.segments and expected != manifest.columns:
+            raise MisfitError("its rows have other columns than its projection", manifest.columns, expected)
+        roles[FIRST_CHECKPOINT] = layout._check_checkpoint
         for files in trajectory.files:
             roles[files.checkpoint] = layout._check_checkpoint
             roles[files.vectors] = layout._check_vectors
@@ -96,7 +99,10 @@ class Layout:
         wanted["rate_sums"] = ((len(self.trajectory.fingerprint.blocks),), (torch.float64,))
         wanted["audit_ids"] = ((min(audited, _MOST_AUDITED),), (torch.int64,))
         wanted["audit_rows"] = ((audited, self.parameters), (self.trajectory.dtype,))
+        operator = self.parameters if _length(tensors.get("operator")) else 0
+        wanted["operator"] = ((operator,), (self.trajectory.operator_dtype,))
         _check_tensors(tensors, wanted)
+        self._check_directions({n.removeprefix(DIRECTIONS): t for n, t in tensors.items() if n.startswith(DIRECTIONS)})
         ids, most = tensors["audit_ids"], self.trajectory.num_examples
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= most or len(ids.unique()) < len(ids)):
             raise MisfitError(
@@ -113,25 +119,19 @@ class Layout:
         if set(tensors) != set(wanted):
             raise MisfitError("it holds other tensors", sorted(tensors), sorted(wanted))
 
-    def _check_projection(self, tensors: Mapping[str, Tensor]) -> None:
+    def _check_directions(self, directions: Mapping[str, Tensor]) -> None:
         blocks = self.trajectory.fingerprint.blocks
         matrices = {position: block.matrix for position, block in enumerate(blocks) if block.matrix is not None}
         sizes = {f"{p}.{side}": m[side == "right"] for p, m in matrices.items() for side in ("left", "right")}
-        for name, tensor in tensors.items():
-            shape: tuple[int, ...] = (self.parameters,)
-            if name in sizes:
-                shape = max(1, min(_length(tensor), sizes[name])), sizes[name]
-            elif name != "preconditioner":
-                raise MisfitError(
-                    "it holds a tensor that the projection does not use", name, [*sizes, "preconditioner"][:8]
-                )
-            _check_tensors(tensors, {name: (shape, (self.trajectory.dtype,))})
-        try:
-            found = self.trajectory.projection.columns(blocks, tensors)
-        except KeyError as error:
-            raise MisfitError("it lacks a basis", sorted(tensors), error.args[0]) from error
-        if found != self.columns:
-            raise MisfitError("it has other columns than the rows", found, self.columns)
+        expected = sizes if self.trajectory.projection.follows_gradients else {}
+        if set(directions) != set(expected):
+            raise MisfitError("it holds directions of other blocks", sorted(directions)[:8], sorted(expected)[:8])
+        for name, tensor in directions.items():
+            shape = max(1, min(_length(tensor), sizes[name])), sizes[name]
+            _check_tensors(directions, {name: (shape, (self.trajectory.dtype,))})
+        pairs = [len(directions[f"{p}.left"]) * len(directions[f"{p}.right"]) for p in matrices] if expected else []
+        if sum(pairs) > self.columns:
+            raise MisfitError("it has more directions than the rows have numbers", sum(pairs), self.columns)
 
 
 def _check_tensors(

@@ -21,7 +21,6 @@ __all__ = [
     "FILE_NAME",
     "FIRST_CHECKPOINT",
     "FORMAT_VERSION",
-    "PROJECTION",
     "FileEntry",
     "InputEntry",
     "Manifest",
@@ -33,11 +32,10 @@ __all__ = [
     "StateEntry",
 ]
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
-PROJECTION = "projection.safetensors"
 FILE_NAME = re.compile(
-    r"(?:(?:checkpoints|segments|rows|states)/[0-9]{5,9}(?:\.[0-9]{3,6})?(?:-[0-9]{1,9})?|projection)\.safetensors"
+    r"(?:checkpoints|segments|rows|states)/[0-9]{5,9}(?:\.[0-9]{3,6})?(?:-[0-9]{1,9})?\.safetensors"
 )
 """The names that files of tensors have."""
 
@@ -99,7 +97,6 @@ class RecordingEntry(_Entry, frozen=True):
     """The recorder's settings with which a resumed run continues."""
 
     segments: str | int
-    lookahead: str | int
     unsplit: str = "warn"
 
 
@@ -232,7 +229,7 @@ class Manifest(_Entry, frozen=True):
         recording: The recorder's settings.
         optimizer: The optimizer at the end of the last segment.
         projection: Kind and settings of the projection, as `Projection.describe` gives them.
-        columns: k, how many numbers a row holds; None before the first segment.
+        columns: k, how many numbers a row holds.
         model: What the model must be.
         inputs: The model's inputs by name, or position; empty where none was a tensor with a batch dimension.
         output: Which tensor of the model's output is the prediction, by its path; None if the loss did not show it.
@@ -269,7 +266,7 @@ class Manifest(_Entry, frozen=True):
         """The names of all files of tensors that the run consists of."""
         segments = (name for segment in self.segments for name in segment.files.names)
         states = (name for state in self.states for name in state.files)
-        return {FIRST_CHECKPOINT, PROJECTION, *segments, *states}
+        return {FIRST_CHECKPOINT, *segments, *states}
 
     def first(self, segments: int) -> Manifest:
         """Return the manifest of the run as it was after its first segments."""

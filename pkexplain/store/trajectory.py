@@ -12,12 +12,25 @@ from torch import Tensor
 from pkexplain.projection.kinds import Projection, projection_from_description
 from pkexplain.projection.maps import Projector
 from pkexplain.store.fingerprint import ModelFingerprint
-from pkexplain.store.manifest import FIRST_CHECKPOINT, PROJECTION, InputEntry, Manifest, SegmentFiles, SegmentSummary
+from pkexplain.store.manifest import FIRST_CHECKPOINT, InputEntry, Manifest, SegmentFiles, SegmentSummary
 from pkexplain.store.rows import Rows
 
-__all__ = ["Checkpoint", "Segment", "Trajectory"]
+__all__ = ["DIRECTIONS", "Checkpoint", "Segment", "Trajectory"]
 
-_VECTORS = ("row_sum", "weight_decay", "unsplit", "optimizer", "audit_ids", "audit_rows", "withdrawn", "rate_sums")
+DIRECTIONS = "directions."
+"""How the names of the tensors of a segment's directions begin."""
+
+_VECTORS = (
+    "row_sum",
+    "weight_decay",
+    "unsplit",
+    "optimizer",
+    "audit_ids",
+    "audit_rows",
+    "withdrawn",
+    "rate_sums",
+    "operator",
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,8 @@ class Segment:
         withdrawn: Sum of the rows that were withdrawn, in float64, ``(k,)``.
         rate_sums: The effective learning rate of each block, summed over the steps, in float64, ``(blocks,)``; see
             `pkexplain.optimizers._learning_rates`.
+        operator: What covectors are multiplied by before they are projected, ``(parameters,)``; ``(0,)`` for ones.
+        directions: The directions of the segment's projection, by name; see `Projector.tensors`.
         examples: The run's number of examples; those that were added after this segment have rows of zeros.
     """
 
@@ -71,6 +86,8 @@ class Segment:
     audit_rows: Tensor
     withdrawn: Tensor
     rate_sums: Tensor
+    operator: Tensor
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
     examples: int = 0
 
     def __post_init__(self) -> None:
@@ -138,7 +155,8 @@ class Segment:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to store with the rows."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        vectors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return vectors | {f"{DIRECTIONS}{name}": value for name, value in self.directions.items()}
 
     @classmethod
     def from_tensors(
@@ -146,7 +164,9 @@ class Segment:
     ) -> Segment:
         """Rebuild the segment from stored tensors."""
         named = {name: tensors[name] for name in _VECTORS}
-        return cls(tuple(Rows.from_tensors(shard) for shard in shards), examples=examples, **named)
+        directions = {n.removeprefix(DIRECTIONS): v for n, v in tensors.items() if n.startswith(DIRECTIONS)}
+        rows = tuple(Rows.from_tensors(shard) for shard in shards)
+        return cls(rows, examples=examples, directions=directions, **named)
 
 
 @dataclass(frozen=True)
@@ -181,6 +201,11 @@ class Trajectory:
     def dtype(self) -> torch.dtype:
         """Dtype of the checkpoints and of the arithmetic."""
         return getattr(torch, self.manifest.dtype)
+
+    @property
+    def operator_dtype(self) -> torch.dtype:
+        """Dtype of the segments' operators."""
+        return torch.float64 if self.dtype == torch.float64 else torch.bfloat16
 
     @property
     def fingerprint(self) -> ModelFingerprint:
@@ -236,11 +261,12 @@ class Trajectory:
         names = " ".join(name for files in self.files for name in files.rows)
         return f"{self.run_id} {names} {self.first} {self.num_examples}"
 
-    def projector(self, device: torch.device) -> Projector:
-        """Rebuild the run's projection as it was recorded."""
+    def projector(self, t: int, device: torch.device) -> Projector:
+        """Rebuild the projection of segment t as it was recorded."""
         self.checkpoint(0)  # shows that θ, and so P's tables, may be as large as the manifest says
-        kept = self.read(PROJECTION)
-        return self.projection.restore(self.fingerprint.blocks, torch.empty(0, dtype=self.dtype, device=device), kept)
+        segment, like = self.segment(t), torch.empty(0, dtype=self.dtype, device=device)
+        projector = self.projection.restore(self.fingerprint.blocks, like, segment.directions)
+        return projector.with_operator(segment.operator) if len(segment.operator) else projector
 
     @classmethod
     def of(cls, manifest: Manifest, read: Callable[[str], Mapping[str, Tensor]]) -> Trajectory:

@@ -14,7 +14,7 @@ from pkexplain.errors import RunDamagedError, RunNotFoundError
 from pkexplain.progress import Progress, no_progress
 from pkexplain.store.base import Store, exists
 from pkexplain.store.directory import DirectoryStore, open_store
-from pkexplain.store.manifest import FIRST_CHECKPOINT, PROJECTION, FileEntry, Manifest
+from pkexplain.store.manifest import FIRST_CHECKPOINT, FileEntry, Manifest
 
 __all__ = ["Salvaged", "copy_run", "find_damage", "salvage"]
 
@@ -153,8 +153,7 @@ def salvage(run: str | os.PathLike[str] | Store, *, progress: Progress = no_prog
 
     Raises:
         RunNotFoundError: There is no run.
-        RunDamagedError: Nothing can be saved: the manifest, the first checkpoint, the projection or the first segment
-            is damaged.
+        RunDamagedError: Nothing can be saved: the manifest, the first checkpoint or the first segment is damaged.
         RunBusyError: The run is being written to.
     """
     store = open_store(run)
@@ -165,7 +164,7 @@ def salvage(run: str | os.PathLike[str] | Store, *, progress: Progress = no_prog
             (t for t, segment in enumerate(before.segments) if damaged.keys() & set(segment.files.names)),
             len(before.segments),
         )
-        lost = damaged.get(FIRST_CHECKPOINT) or damaged.get(PROJECTION)
+        lost = damaged.get(FIRST_CHECKPOINT)
         if lost is not None or (damaged and not first_bad):
             raise lost or next(iter(damaged.values()))
         if damaged:

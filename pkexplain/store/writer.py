@@ -15,11 +15,9 @@ from torch import Tensor
 
 from pkexplain.distributed import ProcessGroup
 from pkexplain.errors import RunError
-from pkexplain.projection.maps import Projector
 from pkexplain.store.base import Store
 from pkexplain.store.manifest import (
     FIRST_CHECKPOINT,
-    PROJECTION,
     Manifest,
     OptimizerEntry,
     SegmentEntry,
@@ -114,7 +112,6 @@ class RunWriter:
         segment: Segment,
         summary: SegmentSummary,
         checkpoint: Checkpoint,
-        projector: Projector | None,
         manifest: Manifest,
     ) -> None:
         """Write a finished segment; after an error it can be written again.
@@ -123,10 +120,9 @@ class RunWriter:
             segment: The segment, with the rows of this process.
             summary: Its numbers.
             checkpoint: θ at its end.
-            projector: The projection.
             manifest: The run's description now; this writer adds its own entries.
         """
-        counts, first = self._group.all_gather(len(segment.shards[0])), len(self) == 0
+        counts = self._group.all_gather(len(segment.shards[0]))
         files = SegmentFiles.named(len(self), counts, self._manifest.revision)
         self._put_each(files.rows[self._group.rank], segment.shards[0].tensors())
         entries = (*self._manifest.segments, SegmentEntry(summary=summary, files=files))
@@ -134,8 +130,6 @@ class RunWriter:
         def write() -> Manifest:
             after = self._counted(manifest, segments=entries)
             if self._first:
-                if first and projector is not None:
-                    self._store.put(PROJECTION, projector.tensors())
                 self._store.put(files.vectors, segment.tensors())
                 self._store.put(files.checkpoint, checkpoint.tensors())
                 self._store.commit(after)

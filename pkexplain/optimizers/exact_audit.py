@@ -1,0 +1,104 @@
+"""The audited examples' displacements under an optimizer with a number for each coordinate, without any approximation.
+
+The rows take such numbers as one operator for the whole segment. The audit is to show what that costs, so it follows
+the recursion itself, step by step, for its few examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkexplain.optimizers.displacement import copy_exactly
+from pkexplain.optimizers.rules import LinearStep, Number
+
+__all__ = ["ExactAudit"]
+
+_FORGOTTEN = 1e-3
+"""An example is no longer followed when at most this share of its last gradient is left in the momentum buffer."""
+
+
+class ExactAudit:
+    """Follows some examples' gradients through every step.
+
+    Args:
+        examples: How many examples.
+        spans: Each block's slice of the flat vector.
+        like: An empty tensor of the dtype and device of the arithmetic.
+    """
+
+    def __init__(self, examples: int, spans: Mapping[int, slice], like: Tensor) -> None:
+        """Begin with empty momentum buffers."""
+        size = max((span.stop for span in spans.values()), default=0)
+        self._spans = spans
+        self._moved = like.new_zeros(examples, size)
+        self._buffer = like.new_zeros(examples, size)  # the first rows are in use
+        self._in_use: list[int] = []  # whose they are
+        self._left: list[float] = []  # what share of the last gradient is left
+
+    def step(self, numbers: Mapping[int, LinearStep], visits: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Follow one optimizer step.
+
+        Args:
+            numbers: The step's numbers for each block.
+            visits: The examples in its batches, ``(examples,)``, with their gradients as applied, ``(examples,
+                parameters)``.
+        """
+        for places, _ in visits:
+            for place in places.tolist():
+                self._use(place)
+        count = len(self._in_use)
+        if not count:
+            return
+        largest = max(_largest(n.momentum) for n in numbers.values())
+        for block, span in self._spans.items():
+            n, buffer = numbers[block], self._buffer[:count, span]
+            buffer *= n.momentum
+            for places, gradients in visits:
+                for place, gradient in zip(places.tolist(), gradients[:, span], strict=True):
+                    buffer[self._in_use.index(place)] += n.gain * gradient
+                    self._moved[place, span] -= n.gradient_step * gradient
+            for row, place in zip(buffer, self._in_use, strict=True):
+                self._moved[place, span] -= n.buffer_step * row
+        new = {place for places, _ in visits for place in places.tolist()}
+        self._left = [1.0 if p in new else left * largest for p, left in zip(self._in_use, self._left, strict=True)]
+        for slot in reversed(range(count)):
+            if self._left[slot] <= _FORGOTTEN:
+                self._forget(slot)
+
+    def _use(self, place: int) -> None:
+        if place not in self._in_use:
+            self._buffer[len(self._in_use)] = 0.0
+            self._in_use.append(place)
+            self._left.append(1.0)
+
+    def _forget(self, slot: int) -> None:
+        last = len(self._in_use) - 1
+        self._buffer[slot] = self._buffer[last]
+        self._in_use[slot], self._left[slot] = self._in_use[last], self._left[last]
+        self._in_use.pop()
+        self._left.pop()
+
+    def close(self) -> Tensor:
+        """End the segment: return the displacements, ``(examples, parameters)``, and start the next."""
+        moved, self._moved = self._moved, torch.zeros_like(self._moved)
+        return moved
+
+    @property
+    def state_dict(self) -> dict[str, Any]:
+        """The momentum buffers between two segments."""
+        return {"buffer": self._buffer[: len(self._in_use)].clone(), "in_use": self._in_use, "left": self._left}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the momentum buffers."""
+        copy_exactly(self._buffer[: len(state["in_use"])], state["buffer"])
+        self._in_use, self._left = [int(p) for p in state["in_use"]], [float(share) for share in state["left"]]
+        if len({*self._in_use}) < len(self._in_use) or any(not 0 <= p < len(self._moved) for p in self._in_use):
+            raise ValueError("examples that are not audited")
+
+
+def _largest(number: Number) -> float:
+    return float(number.max()) if isinstance(number, Tensor) else number

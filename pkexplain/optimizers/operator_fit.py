@@ -1,0 +1,192 @@
+"""The operator of an optimizer that divides by a second moment, at the query instead of at the rows.
+
+Such a step moves the parameters by c_s ⊙ m_s, with a number c_s for each coordinate. ⟨φ, c ⊙ g⟩ = ⟨c ⊙ φ, g⟩, so the
+numbers can be applied to the query, once a segment, if within a segment they change as a whole:
+
+    c_s ≈ τ_s B        τ_s a number for each block of parameters and step, B one elementwise vector for the segment
+
+Rows then need only numbers τ_s, as under SGD: they are projected in the backward pass, in factors. B is fitted by least
+squares to every step's update and to their sum; its misfit is known exactly, in full space, and is on the ledger's
+``optimizer`` line. A segment of one step has none. While few gradients have entered the second moment it changes fast,
+so the first segments are short.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from pkexplain.gradients.layers import Block
+from pkexplain.optimizers.displacement import copy_exactly
+from pkexplain.optimizers.rules import LinearStep, Number
+from pkexplain.projection.maps import RowFactors, geometric_sides
+
+__all__ = ["FittedOperator", "OperatorFit", "levels_of", "row_factors", "spread"]
+
+_DAMPING = 0.1
+"""Share of a block's mean √v̂ that is added to every coordinate's: one with hardly any gradient must not set a mean."""
+_SAMPLE = 4096
+"""Coordinates of a block from which the size of its numbers is computed."""
+_SUM_COUNTS = 10.0
+"""How much the sum of a segment's updates counts in the fit, beside the updates themselves."""
+_NUMBERS_AT_ONCE = 1 << 16
+"""Coordinates that are followed at a time: few enough to stay in a core's cache."""
+
+
+def _damped(number: Tensor) -> Tensor:
+    """Return sizes with those of coordinates that hardly have a gradient cut down, ``(numel,)``; 0 stays 0."""
+    inverse = number.abs().reciprocal()
+    usable = torch.isfinite(inverse)
+    mean = torch.where(usable, inverse, 0.0).sum() / usable.sum().clamp_min(1)
+    return torch.where(usable, (inverse + _DAMPING * mean).reciprocal(), 0.0)
+
+
+def _level(number: Number) -> float:
+    """The size of a number that differs from coordinate to coordinate: its geometric mean."""
+    if not isinstance(number, Tensor):
+        return number
+    sample = number[:: max(1, len(number) // _SAMPLE)]
+    sizes = _damped(sample)
+    sizes = sizes[sizes > 0]
+    if not len(sizes):
+        return 0.0
+    return math.copysign(float(sizes.log().mean().exp()), float(sample.sum()))
+
+
+def levels_of(step: LinearStep) -> LinearStep:
+    """Reduce a step's numbers to scalars, τ: those of a rule that divides by a second moment to their size."""
+    if not step.elementwise:
+        return step
+    numbers = {field.name: _level(getattr(step, field.name)) for field in fields(step)}
+    return LinearStep(**numbers)
+
+
+def row_factors(step: LinearStep, block: Block, sides: bool, like: Tensor) -> RowFactors:
+    """Choose what a block's gradients are multiplied by before they are projected: the root of the operator.
+
+    Half of the operator on the rows' side brings rows and covectors to a similar scale. For a matrix it is of rank one,
+    from the row and column means of the logarithms, so that gradients stay in factors.
+
+    Args:
+        step: The block's numbers.
+        block: The block.
+        sides: Whether to return one factor for each row and column.
+        like: A tensor of the dtype and device of the arithmetic.
+    """
+    operator = step.gradient_step + step.gain * step.buffer_step
+    flat = operator if isinstance(operator, Tensor) else like.new_full((block.numel,), operator)
+    sizes = _damped(flat)
+    if not sides or block.matrix is None:
+        return torch.where(sizes > 0, sizes, sizes.mean().clamp_min(torch.finfo(sizes.dtype).tiny)).sqrt()
+    return geometric_sides(sizes.sqrt(), block)
+
+
+def spread(factors: RowFactors, block: Block) -> Tensor:
+    """Return the factors of a block's coordinates, ``(numel,)``, in its parameter order."""
+    if isinstance(factors, Tensor):
+        return factors
+    u, v = factors
+    if len(block.parameters) == 1:
+        return (u[:, None] * v).flatten()
+    return torch.cat([(u[:, None] * v[:-1]).flatten(), u * v[-1]])
+
+
+@dataclass(frozen=True)
+class FittedOperator:
+    """What a segment's steps did to gradients, beyond numbers for each block.
+
+    Attributes:
+        operator: B, ``(parameters,)``.
+        moved: The sum of all examples' displacements over −B, ``(parameters,)``.
+        energy: The size of the updates, squared and summed over the steps, in multiples of B², ``(parameters,)``.
+    """
+
+    operator: Tensor
+    moved: Tensor
+    energy: Tensor
+
+
+class OperatorFit:
+    """Fits B while a segment is recorded.
+
+    Args:
+        spans: Each block's slice of the flat vector.
+        like: A vector of the right size, dtype and device.
+    """
+
+    def __init__(self, spans: Mapping[int, slice], like: Tensor) -> None:
+        """Begin with empty momentum buffers."""
+        self._spans, self._buffer = spans, torch.zeros_like(like)
+        self._true: Tensor | None = None  # the momentum buffer as it is; None while it is the same
+        self._begin()
+
+    def _begin(self) -> None:
+        new = torch.zeros_like
+        self._moved, self._truly = new(self._buffer), new(self._buffer)
+        self._products, self._energy = new(self._buffer), new(self._buffer)
+
+    def step(self, numbers: Mapping[int, LinearStep], levels: Mapping[int, LinearStep], gradient: Tensor) -> None:
+        """Follow one optimizer step.
+
+        Args:
+            numbers: The step's numbers for each block.
+            levels: The same, reduced to scalars.
+            gradient: The sum of the examples' gradients, scaled, ``(parameters,)``.
+        """
+        kept = any(isinstance(n.momentum, Tensor) or isinstance(n.gain, Tensor) for n in numbers.values())
+        if kept and self._true is None:
+            self._true = self._buffer.clone()
+        for block, span in self._spans.items():
+            for start in range(span.start, span.stop, _NUMBERS_AT_ONCE):
+                some = slice(start, min(start + _NUMBERS_AT_ONCE, span.stop))
+                within = slice(some.start - span.start, some.stop - span.start)
+                self._follow(numbers[block], levels[block], gradient[some], some, within)
+
+    def _follow(self, n: LinearStep, level: LinearStep, gradient: Tensor, some: slice, within: slice) -> None:
+        buffer = self._buffer[some]
+        buffer.mul_(level.momentum).add_(gradient, alpha=float(level.gain))
+        true = buffer
+        if self._true is not None:
+            true = self._true[some].mul_(_at(n.momentum, within)).add_(_at(n.gain, within) * gradient)
+        modelled, update = buffer * level.buffer_step, true * _at(n.buffer_step, within)
+        if isinstance(n.gradient_step, Tensor) or n.gradient_step:
+            modelled.add_(gradient, alpha=float(level.gradient_step))
+            update += _at(n.gradient_step, within) * gradient
+        self._moved[some] += modelled
+        self._truly[some] += update
+        self._products[some].addcmul_(modelled, update)
+        self._energy[some].addcmul_(modelled, modelled)
+
+    def close(self) -> FittedOperator:
+        """End the segment: return its operator, and start the next."""
+        size = self._energy + _SUM_COUNTS * self._moved.square()
+        fit = (self._products + _SUM_COUNTS * self._moved * self._truly) / size
+        operator = torch.where(torch.isfinite(fit), fit, 0.0).clamp_min_(0.0)
+        found = FittedOperator(operator, self._moved, self._energy)
+        self._begin()
+        return found
+
+    @property
+    def buffer(self) -> Tensor:
+        """The momentum buffer, ``(parameters,)``."""
+        return self._buffer
+
+    @property
+    def state_dict(self) -> tuple[Tensor, Tensor | None]:
+        """The momentum buffers between two segments, ``(parameters,)``."""
+        return self._buffer, self._true
+
+    def load_state_dict(self, buffer: Tensor, true: Tensor | None) -> None:
+        """Restore the momentum buffers."""
+        copy_exactly(self._buffer, buffer)
+        if true is not None:
+            self._true = torch.zeros_like(self._buffer)
+            copy_exactly(self._true, true)
+
+
+def _at(number: Number, within: slice) -> Number:
+    return number[within] if isinstance(number, Tensor) else number
