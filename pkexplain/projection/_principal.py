@@ -24,11 +24,16 @@ _WIDEST = 4096
 """The widest side whose principal directions are computed; a wider one (a vocabulary) gets random signs."""
 _LEADING = 256
 """The number of directions computed for a wide side; no layer gets more."""
-_MOST_SKETCHES = 16
-_SAMPLES = 1
-"""Vectors from which a covariance is estimated, for each of its rows: examples times random combinations."""
-_ENOUGH = 2048
-"""Examples that suffice to estimate a narrow covariance; with more, only every second or third batch is used."""
+_COMBINATIONS = 16
+"""The most random combinations of each example's columns, or rows, from which the first directions are estimated."""
+_REFINED = 64
+"""Directions of one side along which those of the other are then computed."""
+_VECTORS = 64
+"""Vectors for each row of a covariance from which it is estimated at first."""
+_WORK = 1 << 32
+"""The most multiplications with which a covariance is computed."""
+_VECTORS_WIDE = 4096
+"""The most vectors from which the directions of a wide side are computed."""
 _RANDOM_WIDTH = 32
 """Random directions for a side that is too wide; also the most for a layer whose gradients were not seen."""
 _NORM_SKETCH = 8
@@ -46,16 +51,22 @@ class _Side:
     shares: list[float]  # shares[n - 1]: energy in the first n directions
 
     @classmethod
-    def principal(cls, gram: Tensor, seed: int) -> _Side:
-        gram = gram.double().cpu()
-        energies, vectors = _leading(gram, seed) if len(gram) > 2 * _LEADING else torch.linalg.eigh(gram)
-        energies, total = energies.flip(0).clamp_min(0), gram.trace()
-        shares = (
-            energies.cumsum(0) / total
-            if total > 0
-            else torch.arange(1, len(energies) + 1, device="cpu") / len(energies)
-        )
-        return cls(vectors.flip(1).T.contiguous(), shares.tolist())
+    def principal(cls, vectors: Sequence[Tensor], seed: int, group: ProcessGroup) -> _Side:
+        """Find the leading directions of some vectors, ``(side, n)`` each, of which every process has its own."""
+        side = len(vectors[0])
+        if side > 2 * _LEADING:
+            energies, directions, total = _leading(torch.cat(list(vectors), dim=1), seed, group)
+        else:
+            gram = vectors[0].new_zeros(side, side)
+            for some in vectors:
+                gram.addmm_(some, some.T)
+            gram = group.all_reduce(gram).double().cpu()
+            energies, directions = torch.linalg.eigh(gram)
+            total = float(gram.trace())
+        energies = energies.flip(0).clamp_min(0)
+        even = torch.arange(1, len(energies) + 1, device="cpu") / len(energies)
+        shares = energies.cumsum(0) / total if total > 0 else even
+        return cls(directions.flip(1).T.contiguous(), shares.tolist())
 
     @classmethod
     def random(cls, side: int, most: int, seed: int, stream: int) -> _Side:
@@ -68,13 +79,15 @@ class _Side:
         return torch.eye(side, dtype=self.basis.dtype, device="cpu") if n == side else self.basis[:n]
 
 
-def _leading(gram: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Find the `_LEADING` largest eigenvalues, ascending, and eigenvectors of a wide matrix by subspace iteration."""
-    block = random_signs(seed, len(gram), (_LEADING, len(gram))).T
+def _leading(vectors: Tensor, seed: int, group: ProcessGroup) -> tuple[Tensor, Tensor, float]:
+    """Find the `_LEADING` largest eigenvalues of V Vᵀ, ascending, its eigenvectors and its trace, by iteration."""
+    block = random_signs(seed, len(vectors), (_LEADING, len(vectors))).T.to(vectors)
     for _ in range(3):
-        block = torch.linalg.qr(gram @ block)[0]
-    energies, turn = torch.linalg.eigh(block.T @ gram @ block)
-    return energies, block @ turn
+        block = torch.linalg.qr(group.all_reduce(vectors @ (vectors.T @ block)).double().cpu())[0].to(vectors)
+    along = vectors.T @ block
+    energies, turn = torch.linalg.eigh(group.all_reduce(along.T @ along).double().cpu())
+    total = float(group.all_reduce(vectors.square().sum()))
+    return energies, block.double().cpu() @ turn, total
 
 
 @dataclass(frozen=True)
@@ -124,29 +137,53 @@ class Seen:
         ]
 
 
-def _gram(seen: Seen, position: int, side: int, stream: int) -> Tensor:
-    """Estimate Σ_i w_i² G_i G_iᵀ (side 0) or Σ_i w_i² G_iᵀ G_i (side 1) of one block."""
+def _vectors(seen: Seen, position: int, side: int, mixer: Tensor) -> list[Tensor]:
+    """Compute w_i G_i Ωᵀ (side 0) or w_i G_iᵀ Ωᵀ (side 1) of one block's examples, ``(side, n)`` each.
+
+    Args:
+        seen: Captured gradients.
+        position: The block.
+        side: Whose directions are wanted.
+        mixer: Ω, combinations of the other side, ``(combinations, other side)``.
+    """
     mine, group = seen.of(position), seen.group
-    shape: tuple[int, int] = mine[0][0].matrix
-    enough = max(_ENOUGH, _SAMPLES * shape[side])
-    mine = mine[:: max(1, group.all_reduce_int(sum(len(g) for g, _ in mine)) // enough)]
-    examples = group.all_reduce_int(sum(len(g) for g, _ in mine))
-    combinations = min(_MOST_SKETCHES, -(-_SAMPLES * shape[side] // examples))
+    width = mine[0][0].matrix[side]
+    most = (_WORK // width**2 if width <= 2 * _LEADING else _VECTORS_WIDE) // len(mixer)
+    mine = mine[:: max(1, group.all_reduce_int(sum(len(g) for g, _ in mine)) // max(1, most))]
     like = mine[0][0].output_gradients
-    mixer = random_signs(seen.seed, stream, (combinations, shape[1 - side])).to(like.device, like.dtype)
-    mixer = seen.multiplied(mixer, position, 1 - side)
-    own = seen.multiplied(like.new_ones(1, shape[side]), position, side).T
-    gram = like.new_zeros(shape[side], shape[side])
-    waiting: list[Tensor] = []
-    for at, (gradients, weights) in enumerate(mine):
+    mixer = seen.multiplied(mixer.to(like), position, 1 - side)
+    own = seen.multiplied(like.new_ones(1, width), position, side).T
+    found: list[Tensor] = []
+    for gradients, weights in mine:
         mixed = gradients.sketch(None, mixer) if side == 0 else gradients.sketch(mixer, None).transpose(1, 2)
-        mixed = mixed * own * weights.to(mixed)[:, None, None]
-        waiting.append(mixed.transpose(0, 1).flatten(1))
-        if at == len(mine) - 1 or sum([part.shape[1] for part in waiting]) >= shape[side]:
-            vectors = torch.cat(waiting, dim=1)
-            gram.addmm_(vectors, vectors.T)
-            waiting = []
-    return group.all_reduce(gram)
+        found.append((mixed * own * weights.to(mixed)[:, None, None]).transpose(0, 1).flatten(1))
+    return found
+
+
+def _both_sides(seen: Seen, position: int, shape: tuple[int, int]) -> tuple[tuple[_Side, _Side], float]:
+    """Find the leading directions of both sides of one block, and the energy of its gradients.
+
+    First from random combinations of the other side, then from its leading directions: a random combination of columns
+    has an expectation of G Gᵀ, but its noise takes most of the small directions.
+    """
+    examples = seen.group.all_reduce_int(sum(len(g) for g, _ in seen.of(position)))
+    mixers, energy = [torch.empty(0), torch.empty(0)], 1.0
+    for side, width in enumerate(shape):
+        other, stream = shape[1 - side], 4 * position + side
+        if width > _WIDEST:
+            mixers[side] = random_signs(seen.seed, stream + 2, (_RANDOM_WIDTH, width))
+            continue
+        count = min(_COMBINATIONS, other, max(1, -(-_VECTORS * width // examples)))
+        vectors = _vectors(seen, position, side, random_signs(seen.seed, stream, (count, other)))
+        energy = float(seen.group.all_reduce(torch.stack([v.double().square().sum() for v in vectors]).sum()))
+        mixers[side] = _Side.principal(vectors, seen.seed, seen.group).basis[:_REFINED]
+    sides = [
+        _Side(mixers[side], [])
+        if width > _WIDEST
+        else _Side.principal(_vectors(seen, position, side, mixers[1 - side]), seen.seed, seen.group)
+        for side, width in enumerate(shape)
+    ]
+    return (sides[0], sides[1]), energy
 
 
 def _share_out(sides: dict[int, tuple[_Side, _Side]], weights: dict[int, float], k: int) -> dict[int, tuple[int, int]]:
@@ -206,18 +243,15 @@ def principal_bases(blocks: Sequence[Block], seen: Seen, k: int) -> dict[int, tu
     for position, block in enumerate(blocks):
         if block.matrix is None:
             continue
-        mine = seen.of(position)
-        pair, energy = [], 1.0
-        few = 1 if max(block.matrix) > _WIDEST else most
-        for side, width in enumerate(block.matrix):
-            stream = 4 * position + side
-            if mine and width <= _WIDEST:
-                gram = _gram(seen, position, side, stream)
-                pair.append(_Side.principal(gram, seen.seed))
-                energy = float(gram.trace())
-            else:
-                pair.append(_Side.random(width, few, seen.seed, stream + 2))
-        sides[position] = (pair[0], pair[1])
-        weights[position] = energy**0.5
+        if seen.of(position):
+            sides[position], energy = _both_sides(seen, position, block.matrix)
+            weights[position] = energy**0.5
+            continue
+        few, (rows, columns) = 1 if max(block.matrix) > _WIDEST else most, block.matrix
+        sides[position] = (
+            _Side.random(rows, few, seen.seed, 4 * position + 2),
+            _Side.random(columns, few, seen.seed, 4 * position + 3),
+        )
+        weights[position] = 1.0
     sizes = _share_out(sides, weights, k)
     return {p: (sides[p][0].first(a), sides[p][1].first(b)) for p, (a, b) in sizes.items()}
