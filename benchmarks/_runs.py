@@ -37,6 +37,8 @@ class Job:
         autocast: Whether the model runs in bfloat16, its parameters staying in float32.
         projection: As the recorder takes it.
         tolerance: Of the quadrature, as the explainer takes it.
+        loss: The training loss, of a prediction and labels.
+        output: Makes what is explained from the queries' labels.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Job:
     autocast: bool = False
     projection: Any = None
     tolerance: float = 0.01
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
+    output: Callable[[Tensor], pk.Output] = lambda labels: pk.Logit()
 
 
 def take(inputs: Any, ids: Any) -> Any:
@@ -83,7 +87,7 @@ def training(job: Job, model: nn.Module, run: Any = None) -> Iterator[int]:
                 with recorder.step(ids) if recorder else contextlib.nullcontext():
                     optimizer.zero_grad()
                     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=job.autocast):
-                        loss = nn.functional.cross_entropy(predict(model, take(inputs, ids)), labels[ids])
+                        loss = job.loss(predict(model, take(inputs, ids)), labels[ids])
                     loss.backward()
                     if job.clip is not None:
                         nn.utils.clip_grad_norm_(model.parameters(), job.clip)
@@ -138,7 +142,7 @@ def displaced(explainer: pk.Explainer, x: Any, output: pk.Output) -> np.ndarray:
 
 
 def make(job: Job, *, with_displaced: bool = False) -> Run:
-    """Train, record to disk, and explain the logit of the predicted class of each query."""
+    """Train, record to disk, and explain each query: the logit of the predicted class, or what the job asks."""
     (_, labels), (tests, truth) = job.data()
     model = job.build()
     with tempfile.TemporaryDirectory() as folder:
@@ -147,13 +151,13 @@ def make(job: Job, *, with_displaced: bool = False) -> Run:
         model.eval()
         with torch.no_grad():
             parts = [predict(model, take(tests, part)) for part in torch.arange(len(truth)).split(100)]
-        accuracy = float((torch.cat(parts).argmax(1) == truth).float().mean())
+        accuracy = float((torch.cat(parts).argmax(-1) == truth).float().mean())
         explainer = pk.Explainer(Path(folder) / "run", model, tolerance=job.tolerance)
         size = sum(file.stat().st_size for file in (Path(folder) / "run").rglob("*") if file.is_file())
         segments = len(explainer.trajectory)
         explanations: list[pk.Explanation] = []
         for part in torch.arange(job.queries).split(job.at_once):
-            found = explainer.explain(take(tests, part), output=pk.Logit())
+            found = explainer.explain(take(tests, part), output=job.output(truth[part]))
             for explanation in found:
                 _ = explanation.contributions
             explanations += found

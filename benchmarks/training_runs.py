@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from _figures import machine, table, write
-from _models import ResNet, VisionTransformer, load_sentences, minilm, seeded
+from _models import GPT, ResNet, VisionTransformer, load_sentences, load_text, minilm, seeded, token_loss
 from _runs import Job, Run, make, overhead
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -96,6 +96,11 @@ def sentences() -> tuple[tuple[Any, Tensor], tuple[Any, Tensor]]:
     return load_sentences(1500, 200)
 
 
+@functools.cache
+def text() -> tuple[tuple[Any, Tensor], tuple[Any, Tensor]]:
+    return load_text(960, 100)
+
+
 def small_cnn() -> nn.Module:
     return build_cnn(channels=(16, 32))
 
@@ -146,6 +151,10 @@ JOBS = {
     ),
     "batchnorm_adamw": Job(
         "ResNet with BatchNorm, AdamW", functools.partial(seeded, ResNet), using("AdamW", lr=1e-3), digits, epochs=6
+    ),
+    "gpt": Job(
+        "GPT, AdamW with warm-up", functools.partial(seeded, GPT), using("AdamW", lr=5e-4), text, epochs=3, batch=16,
+        queries=50, at_once=10, loss=token_loss, output=lambda labels: pk.TokenLogProbability(labels[:, -8:], 121),
     ),
     "minilm": tuned("all parameters, AdamW", "all", 5e-5),
     "minilm_head": tuned("frozen but for the head, AdamW", "head", 1e-3),
@@ -210,12 +219,18 @@ def sentence_encoder(job: Job) -> Result:
     return {"row": row(job, make(job), ratio)}
 
 
+def language_model(job: Job) -> Result:
+    ratio = overhead(job, steps=20, pairs=3, skip=60)
+    return {"row": row(job, make(job), ratio)}
+
+
 SPECIAL: dict[str, Callable[[Job], Result]] = {
     "overhead_cnn": functools.partial(overhead_only, steps=71, pairs=5, skip=71),
     "vit": vision_transformer,
     "batchnorm": batch_norm,
     "batchnorm_adamw": batch_norm,
     "compression": compression,
+    "gpt": language_model,
     "minilm": sentence_encoder,
     "minilm_head": functools.partial(overhead_only, steps=24, pairs=5, skip=24),
     "minilm_lora": functools.partial(overhead_only, steps=24, pairs=3, skip=48),

@@ -209,9 +209,7 @@ class Curvature:
             return mean
         return mean if largest <= 1.1 * mean * loss.largest else largest / loss.largest
 
-    def _shrinking(
-        self, segment: Segment, projector: Projector, chosen: Tensor | slice, curved: Tensor
-    ) -> _Shrinking:
+    def _shrinking(self, segment: Segment, projector: Projector, chosen: Tensor | slice, curved: Tensor) -> _Shrinking:
         device, dtype = projector.device, projector.dtype
         scale = _rates(segment, projector).sqrt().to(device, dtype)
         factor = curved.to(dtype).sqrt()[:, None]

@@ -38,6 +38,11 @@ class ConvolutionGradient(MatrixGradient):
         """Rows and columns of the matrix."""
         return self.output_gradients.shape[1], self.weight * self.inputs.shape[1] * math.prod(self.kernel) + self.bias
 
+    @property
+    def positions(self) -> int:
+        """Terms in the sum that one example's gradient is."""
+        return self.output_gradients.shape[2]
+
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""
         g = self.output_gradients

@@ -17,16 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "DenseGradient",
-    "ExampleGradients",
-    "FormedGradient",
-    "LinearGradient",
-    "MatrixGradient",
-    "ScaledGradient",
-    "as_matrix",
-    "outer_product",
-]
+__all__ = ["DenseGradient", "ExampleGradients", "FormedGradient", "LinearGradient", "MatrixGradient", "ScaledGradient"]
+__all__ += ["as_matrix", "outer_product"]
 
 _NUMBERS_AT_ONCE = 1 << 19
 """The most numbers formed at a time; gradients that stay in a core's cache are several times faster."""
@@ -175,6 +167,11 @@ class MatrixGradient(ExampleGradients):
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of the matrix, the bias counted as a column."""
 
+    @property
+    def positions(self) -> int:
+        """Terms in the sum that one example's gradient is."""
+        return 1
+
     def _split(self, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Split R into the columns for the weight and the column for the bias."""
         if right is None:
@@ -288,6 +285,11 @@ class LinearGradient(MatrixGradient):
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
         return self.output_gradients.shape[-1], self.weight * self.inputs.shape[-1] + self.bias
+
+    @property
+    def positions(self) -> int:
+        """Terms in the sum that one example's gradient is."""
+        return self.inputs.shape[1]
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""

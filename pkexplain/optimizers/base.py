@@ -166,7 +166,7 @@ class Totals:
         examples: The sum of all displacements, without projection, ``(parameters,)``.
         projector: The segment's projection.
         balance: What each block's rate is multiplied by, because its operator is not the same for all coordinates.
-        row_sum: What the rows of all processes should add up to, ``(columns,)``: the sum followed in full space, projected.
+        row_sum: What all rows should add up to, ``(columns,)``: the sum followed in full space, projected.
     """
 
     rows: Tensor

@@ -134,8 +134,8 @@ class Carry:
             buffer: The momentum buffer now, ``(parameters,)``.
 
         Returns:
-            What moved, over −B, ``(parameters,)``, and the sum of the rows that stand for it, ``(columns,)``; both empty
-            if the rows are exact.
+            What moved, over −B, ``(parameters,)``, and the sum of the rows that stand for it, ``(columns,)``; both
+            empty if the rows are exact.
         """
         moved, rows = self.start[:0], self.start[:0]
         if self.rows is not None:

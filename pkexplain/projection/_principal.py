@@ -22,8 +22,10 @@ from pkexplain.projection.maps import Pieces, RowFactors, random_signs
 
 _WIDEST = 4096
 """The widest side whose principal directions are computed; a wider one (a vocabulary) gets random signs."""
-_LEADING = 256
+_LEADING = 128
 """The number of directions computed for a wide side; no layer gets more."""
+_NARROW = 512
+"""The widest side of which all directions are computed."""
 _COMBINATIONS = 16
 """The most random combinations of each example's columns, or rows, from which the first directions are estimated."""
 _REFINED = 64
@@ -32,8 +34,10 @@ _VECTORS = 64
 """Vectors for each row of a covariance from which it is estimated at first."""
 _WORK = 1 << 32
 """The most multiplications with which a covariance is computed."""
-_VECTORS_WIDE = 4096
+_VECTORS_WIDE = 1024
 """The most vectors from which the directions of a wide side are computed."""
+_WORK_SHARE = 0.1
+"""The share of the training's work at which projecting weighs as much as storing the rows."""
 _RANDOM_WIDTH = 32
 """Random directions for a side that is too wide; also the most for a layer whose gradients were not seen."""
 _NORM_SKETCH = 8
@@ -54,7 +58,7 @@ class _Side:
     def principal(cls, vectors: Sequence[Tensor], seed: int, group: ProcessGroup) -> _Side:
         """Find the leading directions of some vectors, ``(side, n)`` each, of which every process has its own."""
         side = len(vectors[0])
-        if side > 2 * _LEADING:
+        if side > _NARROW:
             energies, directions, total = _leading(torch.cat(list(vectors), dim=1), seed, group)
         else:
             gram = vectors[0].new_zeros(side, side)
@@ -82,7 +86,7 @@ class _Side:
 def _leading(vectors: Tensor, seed: int, group: ProcessGroup) -> tuple[Tensor, Tensor, float]:
     """Find the `_LEADING` largest eigenvalues of V Vᵀ, ascending, its eigenvectors and its trace, by iteration."""
     block = random_signs(seed, len(vectors), (_LEADING, len(vectors))).T.to(vectors)
-    for _ in range(3):
+    for _ in range(2):
         block = torch.linalg.qr(group.all_reduce(vectors @ (vectors.T @ block)).double().cpu())[0].to(vectors)
     along = vectors.T @ block
     energies, turn = torch.linalg.eigh(group.all_reduce(along.T @ along).double().cpu())
@@ -127,6 +131,11 @@ class Seen:
         factors = self.factors.get(position)
         return mixer if factors is None or isinstance(factors, Tensor) else mixer * factors[side].to(mixer)
 
+    def energy(self, position: int) -> float:
+        """Estimate Σ_i w_i² ‖G_i‖² of one block."""
+        own = [(self._squared_norms(position, g) * w.square()).sum() for g, w in self.of(position)]
+        return float(self.group.all_reduce(torch.stack(own).sum()))
+
     def of(self, position: int) -> list[tuple[MatrixGradient, Tensor]]:
         """Return one block's gradients, with the weights of their examples."""
         return [
@@ -148,7 +157,7 @@ def _vectors(seen: Seen, position: int, side: int, mixer: Tensor) -> list[Tensor
     """
     mine, group = seen.of(position), seen.group
     width = mine[0][0].matrix[side]
-    most = (_WORK // width**2 if width <= 2 * _LEADING else _VECTORS_WIDE) // len(mixer)
+    most = (_WORK // width**2 if width <= _NARROW else _VECTORS_WIDE) // len(mixer)
     mine = mine[:: max(1, group.all_reduce_int(sum(len(g) for g, _ in mine)) // max(1, most))]
     like = mine[0][0].output_gradients
     mixer = seen.multiplied(mixer.to(like), position, 1 - side)
@@ -160,56 +169,96 @@ def _vectors(seen: Seen, position: int, side: int, mixer: Tensor) -> list[Tensor
     return found
 
 
-def _both_sides(seen: Seen, position: int, shape: tuple[int, int]) -> tuple[tuple[_Side, _Side], float]:
-    """Find the leading directions of both sides of one block, and the energy of its gradients.
+def _both_sides(seen: Seen, position: int, shape: tuple[int, int]) -> tuple[_Side, _Side]:
+    """Find the leading directions of both sides of one block.
 
     First from random combinations of the other side, then from its leading directions: a random combination of columns
     has an expectation of G Gᵀ, but its noise takes most of the small directions.
     """
+    narrow = min((0, 1), key=lambda side: shape[side])
+    if shape[narrow] <= _REFINED:
+        everything = torch.eye(shape[narrow], dtype=torch.float64, device="cpu")
+        first = _side(seen, position, 1 - narrow, shape, everything)
+        second = _side(seen, position, narrow, shape, first.basis[:_REFINED])
+        return (second, first) if narrow == 0 else (first, second)
     examples = seen.group.all_reduce_int(sum(len(g) for g, _ in seen.of(position)))
-    mixers, energy = [torch.empty(0), torch.empty(0)], 1.0
+    mixers: list[Tensor] = []
     for side, width in enumerate(shape):
-        other, stream = shape[1 - side], 4 * position + side
-        if width > _WIDEST:
-            mixers[side] = random_signs(seen.seed, stream + 2, (_RANDOM_WIDTH, width))
-            continue
-        count = min(_COMBINATIONS, other, max(1, -(-_VECTORS * width // examples)))
-        vectors = _vectors(seen, position, side, random_signs(seen.seed, stream, (count, other)))
-        energy = float(seen.group.all_reduce(torch.stack([v.double().square().sum() for v in vectors]).sum()))
-        mixers[side] = _Side.principal(vectors, seen.seed, seen.group).basis[:_REFINED]
-    sides = [
-        _Side(mixers[side], [])
-        if width > _WIDEST
-        else _Side.principal(_vectors(seen, position, side, mixers[1 - side]), seen.seed, seen.group)
-        for side, width in enumerate(shape)
-    ]
-    return (sides[0], sides[1]), energy
+        count = min(_COMBINATIONS, max(1, -(-_VECTORS * width // examples)))
+        random = random_signs(seen.seed, 4 * position + side, (count, shape[1 - side]))
+        mixers.append(_side(seen, position, side, shape, random).basis[:_REFINED])
+    return _side(seen, position, 0, shape, mixers[1]), _side(seen, position, 1, shape, mixers[0])
 
 
-def _share_out(sides: dict[int, tuple[_Side, _Side]], weights: dict[int, float], k: int) -> dict[int, tuple[int, int]]:
-    """Give each layer (n_rows, n_columns) directions, Σ n_rows·n_columns ≤ k, adding the best gain per cost first."""
+def _side(seen: Seen, position: int, side: int, shape: tuple[int, int], mixer: Tensor) -> _Side:
+    """Find the leading directions of one side from combinations of the other; random ones if it is too wide."""
+    if shape[side] > _WIDEST:
+        return _Side(random_signs(seen.seed, 4 * position + side + 2, (_RANDOM_WIDTH, shape[side])), [])
+    return _Side.principal(_vectors(seen, position, side, mixer), seen.seed, seen.group)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that gets some of the columns.
+
+    Attributes:
+        sides: Its sides.
+        weight: The root of its gradients' energy.
+        positions: Terms in the sum that an example's gradient is: the tokens of a sequence, the places of an image.
+    """
+
+    sides: tuple[_Side, _Side]
+    weight: float
+    positions: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of its matrix."""
+        return self.sides[0].basis.shape[1], self.sides[1].basis.shape[1]
+
+    def held(self, size: tuple[int, int]) -> float:
+        """The root of the energy that so many directions hold."""
+        shares = [side.shares[n - 1] if side.shares else 1.0 for side, n in zip(self.sides, size, strict=True)]
+        return self.weight * shares[0] * shares[1]
+
+    def work(self, size: tuple[int, int]) -> int:
+        """Multiplications to project an example's gradient; a side that keeps everything costs nothing."""
+        (rows, columns), (a, b) = self.shape, size
+        return self.positions * ((a < rows) * a * rows + (b < columns) * b * columns + a * b)
+
+    def training(self) -> int:
+        """Multiplications of a forward and a backward pass."""
+        return 3 * self.positions * math.prod(self.shape)
+
+
+def _share_out(layers: Mapping[int, _Layer], k: int) -> dict[int, tuple[int, int]]:
+    """Give each layer (n_rows, n_columns) directions, Σ n_rows·n_columns ≤ k, adding the best gain per price first.
+
+    The price of directions is the share that they take of k, plus the share that their projection takes of a tenth of
+    the training's work.
+    """
     sizes: dict[int, tuple[int, int]] = {}
-    for position, pair in sides.items():
-        sizes[position] = tuple(1 if side.shares else len(side.basis) for side in pair)  # pyright: ignore
+    for position, layer in layers.items():
+        sizes[position] = tuple(1 if side.shares else len(side.basis) for side in layer.sides)  # pyright: ignore
     left = k - sum(a * b for a, b in sizes.values())
-
-    def held(position: int, size: tuple[int, int]) -> float:
-        shares = [side.shares[n - 1] if side.shares else 1.0 for side, n in zip(sides[position], size, strict=True)]
-        return weights[position] * shares[0] * shares[1]
+    work = max(1.0, _WORK_SHARE * sum(layer.training() for layer in layers.values()))
 
     def options(position: int) -> list[tuple[float, int, tuple[int, int], tuple[int, int]]]:
-        a, b = size = sizes[position]
-        first, second = sides[position]
-        grown = [((a + 1, b), b)] if first.shares and a < len(first.basis) else []
-        grown += [((a, b + 1), a)] if second.shares and b < len(second.basis) else []
-        now = held(position, size)
-        return [(-(held(position, new) - now) / cost, position, size, new) for new, cost in grown]
+        layer, (a, b) = layers[position], sizes[position]
+        now, (first, second) = (a, b), layer.sides
+        grown = [(a + 1, b)] if first.shares and a < len(first.basis) else []
+        grown += [(a, b + 1)] if second.shares and b < len(second.basis) else []
+        found = []
+        for new in grown:
+            price = (math.prod(new) - a * b) / max(k, 1) + max(0, layer.work(new) - layer.work(now)) / work
+            found.append((-(layer.held(new) - layer.held(now)) / price, position, now, new))
+        return found
 
-    heap = [option for position in sides for option in options(position)]
+    heap = [option for position in layers for option in options(position)]
     heapq.heapify(heap)
     while heap:
         _, position, old, new = heapq.heappop(heap)
-        cost = new[0] * new[1] - old[0] * old[1]
+        cost = math.prod(new) - math.prod(old)
         if old != sizes[position] or cost > left:
             continue
         sizes[position], left = new, left - cost
@@ -237,21 +286,17 @@ def principal_bases(blocks: Sequence[Block], seen: Seen, k: int) -> dict[int, tu
     Returns:
         For each matrix block's position, L ``(n_rows, rows)`` and R ``(n_columns, columns)``, rows orthonormal.
     """
-    sides: dict[int, tuple[_Side, _Side]] = {}
-    weights: dict[int, float] = {}
+    layers: dict[int, _Layer] = {}
     most = max(1, math.isqrt(max(k, 0) // (2 * len(blocks))))  # a layer without gradients gets half an even share
     for position, block in enumerate(blocks):
         if block.matrix is None:
             continue
-        if seen.of(position):
-            sides[position], energy = _both_sides(seen, position, block.matrix)
-            weights[position] = energy**0.5
+        if mine := seen.of(position):
+            sides, weight = _both_sides(seen, position, block.matrix), seen.energy(position) ** 0.5
+            layers[position] = _Layer(sides, weight, mine[0][0].positions)
             continue
         few, (rows, columns) = 1 if max(block.matrix) > _WIDEST else most, block.matrix
-        sides[position] = (
-            _Side.random(rows, few, seen.seed, 4 * position + 2),
-            _Side.random(columns, few, seen.seed, 4 * position + 3),
-        )
-        weights[position] = 1.0
-    sizes = _share_out(sides, weights, k)
-    return {p: (sides[p][0].first(a), sides[p][1].first(b)) for p, (a, b) in sizes.items()}
+        left = _Side.random(rows, few, seen.seed, 4 * position + 2)
+        layers[position] = _Layer((left, _Side.random(columns, few, seen.seed, 4 * position + 3)), 1.0, 1)
+    sizes = _share_out(layers, k)
+    return {p: (layers[p].sides[0].first(a), layers[p].sides[1].first(b)) for p, (a, b) in sizes.items()}

@@ -40,8 +40,8 @@ class Recorder:
             then each steps once in a recorded step.
         num_examples: The number of training examples; ids run from 0 to ``num_examples - 1``.
         projection: How gradients are compressed; ``Kronecker()`` by default.
-        segments: ``"epoch"`` for a checkpoint after every ``num_examples`` visits, or a number of optimizer steps. If the
-            optimizer divides by a second moment (Adam), the first segments are shorter: 1, 1, 2, 4, … steps.
+        segments: ``"epoch"`` for a checkpoint after every ``num_examples`` visits, or a number of optimizer steps. If
+            the optimizer divides by a second moment (Adam), the first segments are shorter: 1, 1, 2, 4, … steps.
         dtype: Dtype of the arithmetic and of the checkpoints, `torch.float32` or `torch.float64`.
 
     Raises:

@@ -34,9 +34,7 @@ __all__ = [
 
 FORMAT_VERSION = 7
 FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
-FILE_NAME = re.compile(
-    r"(?:checkpoints|segments|rows|states)/[0-9]{5,9}(?:\.[0-9]{3,6})?(?:-[0-9]{1,9})?\.safetensors"
-)
+FILE_NAME = re.compile(r"(?:checkpoints|segments|rows|states)/[0-9]{5,9}(?:\.[0-9]{3,6})?(?:-[0-9]{1,9})?\.safetensors")
 """The names that files of tensors have."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]

@@ -83,7 +83,6 @@ def pair(make, optimizer, options, schedule=None, clip_norm=None, groups=None, s
         num_examples=EXAMPLES,
         projection=pk.Identity(),
         segments=segment,
-        lookahead="exact",
         dtype=torch.float64,
     )
     train(model, applied, inputs, targets, loop, recorder=recorder, schedule=schedule, clip_norm=clip_norm)

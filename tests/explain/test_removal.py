@@ -190,7 +190,7 @@ def test_carrying_back_is_that_of_dense_matrices(projection):
     trajectory = explainer.trajectory
     segments, projector = (
         [trajectory.segment(t) for t in range(len(trajectory))],
-        trajectory.projector(torch.device("cpu")),
+        [trajectory.projector(t, torch.device("cpu")) for t in range(len(trajectory))],
     )
     curvature = Curvature(trajectory, segments, projector, loss)
     final = torch.randn(4, projector.columns, generator=torch.Generator().manual_seed(1)).double()

@@ -60,7 +60,7 @@ def test_examples_and_decay_explain_every_step(kind):
     model, run = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double(), pk.MemoryStore()
     make, options = CASES[kind]
     optimizer = make(model.parameters(), **options)
-    recording = {"num_examples": N, "projection": pk.Identity(), "dtype": torch.float64, "lookahead": "exact"}
+    recording = {"num_examples": N, "projection": pk.Identity(), "dtype": torch.float64}
     with pk.Recorder(run, model, optimizer, segments=3, **recording) as recorder:
         for _ in range(3):
             for ids in torch.arange(N).split(4):

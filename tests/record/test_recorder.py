@@ -291,7 +291,6 @@ def test_running_statistics_have_a_line_of_their_own(frozen):
         ({"num_examples": True}, r"Recorder\(num_examples=…\): .* Got True; "),
         ({"segments": "step"}, r"Recorder\(segments=…\): .* Got 'step'; expected \"epoch\" or a number of steps"),
         ({"segments": 0}, r"Recorder\(segments=…\): .* Got 0; "),
-        ({"lookahead": -1}, r"Recorder\(lookahead=…\): .* Got -1; "),
         ({"dtype": torch.float16}, r"Recorder\(dtype=…\): .* Got torch\.float16; expected float32 or float64"),
     ],
 )

@@ -10,7 +10,7 @@ from pkexplain.errors import ConfigurationError, ModelMismatchError, RecordingEr
 
 N = 12
 X = torch.randn(N, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-SETTINGS = {"num_examples": N, "projection": pk.Identity(), "dtype": torch.float64, "lookahead": "exact"}
+SETTINGS = {"num_examples": N, "projection": pk.Identity(), "dtype": torch.float64}
 
 
 def network():

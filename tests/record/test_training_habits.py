@@ -9,14 +9,15 @@ from torch.nn import functional as F
 
 import pkexplain as pk
 from pkexplain.errors import NonFiniteGradientError, RecordingError
+from pkexplain.optimizers.accumulator import DisplacementAccumulator
 from tests.conftest import RecordedTraining, batches, cnn, mlp
 
 EXAMPLES = 48
 
 
 def adamw(make=mlp, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3), dtype=torch.float64, **options):
-    """AdamW around a small model, exact lookahead in double precision unless told otherwise."""
-    options = {"examples": EXAMPLES, "lookahead": "exact", "segments": 6, **options}
+    """AdamW around a small model, every coordinate in double precision unless told otherwise."""
+    options = {"examples": EXAMPLES, "segments": 6, **options}
     return RecordedTraining(make(dtype=dtype), optimizer, dtype=dtype, **options)
 
 
@@ -120,32 +121,43 @@ def test_a_parameter_without_a_gradient_stands_still():
 
 
 @pytest.mark.parametrize("projection", [pk.SparseSign(300), pk.Kronecker(200, 20)], ids=lambda p: p.kind)
-@pytest.mark.parametrize("lookahead", ["auto", 1, 5])
-@pytest.mark.filterwarnings("ignore:pkexplain. .* give the recorder a longer lookahead")
-def test_every_lookahead_closes_the_account_in_projection_space(projection, lookahead):
-    loop = adamw(cnn, image=True, projection=projection, lookahead=lookahead).train()
+@pytest.mark.parametrize("segments", [1, 3, 12])
+@pytest.mark.filterwarnings("ignore:pkexplain. .* record shorter segments")
+def test_the_account_closes_in_projection_space(projection, segments):
+    loop = adamw(cnn, image=True, projection=projection, segments=segments).train()
     values = loop.values()
     assert values["displacement gap"] < 1e-8
     assert values["capture gap"] < 1e-8
-    assert values["optimizer share"] < 0.2
+    assert values["optimizer share"] < (1e-9 if segments == 1 else 0.2)
 
 
-@pytest.mark.filterwarnings("ignore:pkexplain. .* give the recorder a longer lookahead")
-def test_a_longer_lookahead_leaves_less_on_the_optimizer_line():
+@pytest.mark.filterwarnings("ignore:pkexplain. .* record shorter segments")
+def test_shorter_segments_leave_less_on_the_optimizer_line():
     shares = []
-    for lookahead in (1, 4, 12, "exact"):
-        loop = adamw(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), segments=12, lookahead=lookahead).train(
-            epochs=6
-        )
-        shares.append(max(s.optimizer_share for s in loop.store.trajectory().summaries))
+    for segments in (24, 6, 2, 1):
+        options = {"segments": segments, "projection": pk.Kronecker(300)}
+        loop = adamw(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **options).train(epochs=6)
+        shares.append(max(s.optimizer_share for s in loop.store.trajectory().summaries[8:]))
     assert shares[0] > shares[1] > shares[2] > shares[3]
-    assert shares[0] < 0.3
+    assert shares[0] < 0.5
     assert shares[3] < 1e-9
 
 
-def test_a_balanced_projection_with_room_for_everything_is_exact():
-    exact = adamw().train()
-    roomy = adamw(projection=pk.Kronecker(100_000)).train()
+def test_the_first_segments_under_a_second_moment_are_short():
+    def boundaries(optimizer, **options):
+        options = {"segments": 12, "projection": pk.Kronecker(300), **options}
+        return adamw(optimizer=optimizer, **options).train(epochs=4).store.trajectory().boundaries
+
+    adam, sgd = (lambda p: torch.optim.Adam(p, lr=1e-3)), (lambda p: torch.optim.SGD(p, lr=1e-2))
+    assert boundaries(adam) == (0, 1, 2, 4, 12, 24)
+    assert boundaries(adam, segments="epoch") == (0, 1, 2, 6, 12, 18, 24)
+    assert boundaries(adam, projection=pk.Identity()) == (0, 12, 24)
+    assert boundaries(sgd) == (0, 12, 24)
+
+
+def test_a_projection_with_room_for_everything_is_exact_if_every_step_is_a_segment():
+    exact = adamw(segments=1).train()
+    roomy = adamw(projection=pk.Kronecker(100_000), segments=1).train()
     found, expected = (
         pk.Explainer(run.store, run.model, tolerance=1e-9, quadrature=pk.Quadrature(8, 512)).contributions(
             run.inputs[:3]
@@ -153,14 +165,14 @@ def test_a_balanced_projection_with_room_for_everything_is_exact():
         for run in (roomy, exact)
     )
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=1e-9)
-    assert "preconditioner" in roomy.store.read("projection.safetensors")
+    assert len(roomy.store.trajectory().segment(0).operator)
 
 
 # ------------------------------------------------------------------------------------------------------ low precision
 
 
 def test_autocast_leaves_little_to_the_optimizer_line():
-    loop = adamw(cnn, image=True, dtype=torch.float32, lookahead="auto")
+    loop = adamw(cnn, image=True, dtype=torch.float32)
     with loop.recorder:
         for ids in batches(EXAMPLES, 8, 3):
             with loop.recorder.step(ids):
@@ -268,22 +280,20 @@ def test_an_input_buffer_that_is_written_over_while_gradients_accumulate_does_no
 
 
 def test_a_segment_of_many_visits_is_added_up_on_its_way(monkeypatch):
-    from pkexplain.optimizers.adaptive import AdaptiveAccumulator
-
-    settled, settle = [], AdaptiveAccumulator._settle_visits
+    folded, fold = [], DisplacementAccumulator._fold
 
     def counting(self, target):
-        settled.append(len(self._visits))
-        settle(self, target)
+        folded.append(len(self._visits))
+        fold(self, target)
 
-    monkeypatch.setattr(AdaptiveAccumulator, "_settle_visits", counting)
-    options = {"segments": 60, "lookahead": 4, "projection": pk.SparseSign(300)}
+    monkeypatch.setattr(DisplacementAccumulator, "_fold", counting)
+    options = {"segments": 60, "projection": pk.SparseSign(300)}
     loop = adamw(cnn, image=True, **options).train(epochs=10)
     values = loop.values()
     assert values["displacement gap"] < 1e-8
     assert values["audit error"] < 1.0
-    assert len(settled) > 5
-    assert max(settled) * 8 <= EXAMPLES + 5 * 8  # no more wait than there are examples, and one lookahead
+    assert len(folded) > 5
+    assert max(folded) * 8 <= EXAMPLES  # no more wait than there are examples
 
 
 def test_nan_under_a_loss_scaler_is_named_once():

@@ -40,7 +40,7 @@ MANIFEST = Manifest(
     ended="finished",
     num_examples=4,
     dtype="float64",
-    recording=RecordingEntry(segments="epoch", lookahead="auto"),
+    recording=RecordingEntry(segments="epoch"),
     optimizer=OptimizerEntry(kind="SGD", groups=({"lr": 0.1, "nesterov": False, "name": "all", "maximize": 1},)),
     projection={"kind": "Identity"},
     columns=None,
