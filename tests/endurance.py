@@ -87,15 +87,13 @@ def endure(run: Path, steps: int, *, segment: int, every: int) -> Iterator[Readi
 def look(run: Path, last: int = 100) -> int:
     """Open a run that may be growing, and check the account of its last segments; return how many it holds."""
     trajectory = pk.DirectoryStore(run).trajectory()
-    projector = trajectory.projector(torch.device("cpu"))
     for t in range(max(0, len(trajectory) - last), len(trajectory)):
         segment = trajectory.segment(t)
         moved = trajectory.checkpoint(t + 1).parameters - trajectory.checkpoint(t).parameters
-        explained = projector.project_displacements((moved - segment.weight_decay - segment.optimizer)[None])[0]
         rows = segment.read_rows(slice(None), torch.float64).sum(0)
-        scale = float(moved.norm())
-        assert torch.allclose(rows, segment.row_sum, rtol=0, atol=1e-9 * scale)
-        assert torch.allclose(explained, rows, rtol=0, atol=1e-9 * scale)
+        assert torch.allclose(rows, segment.row_sum, rtol=0, atol=1e-9 * float(moved.norm()))
+        assert trajectory.summaries[t].displacement_gap < 1e-9
+        assert float(segment.optimizer.norm()) < 1e-9 * float(moved.norm())
     return len(trajectory)
 
 

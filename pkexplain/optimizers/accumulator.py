@@ -134,8 +134,14 @@ class DisplacementAccumulator:
         self._enter_held(target)
         self._fold(target)
         carried = self._carry.close(target.projector.spans, self._fit.buffer if self._fit else self._full.buffer)
-        rows, derivatives = target.rows.close()
-        audit_rows, balance, projector = self._audit.rows.close()[0], {}, target.projector
+        rows, derivatives, ids = target.rows.close()
+        audited, _, at = self._audit.rows.close()
+        audit_rows, balance, projector = (
+            self._spec.like.new_zeros(len(self._audit.ids), self._spec.size),
+            {},
+            target.projector,
+        )
+        audit_rows[at] = audited
         if self._fit is None or self._exactly is None:
             examples = self._full.close()
             expected = -examples
@@ -161,7 +167,7 @@ class DisplacementAccumulator:
         row_sum = -projector.project_plain(expected[None])[0]
         if len(carried[1]):
             row_sum += carried[1]
-        return Totals(rows, derivatives, audit_rows, examples, projector, balance, row_sum)
+        return Totals(rows, derivatives, ids, audit_rows, examples, projector, balance, row_sum)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two segments: tensors, numbers and dataclasses of them."""
@@ -203,9 +209,12 @@ class DisplacementAccumulator:
         """Fix the projection from the waiting gradients, and from what is left of earlier ones."""
         spec, group, earlier = self._spec, self._spec.group, self._earlier
         seen = [batch.pieces for _, batch, _ in self._held]
+        sizes = [_entering(self._steps[at], scale) for at, _, scale in self._held]
         factors = choose_factors(spec, self._last, earlier.factors if earlier else {}) if self._fit else {}
         left = earlier.left_over(spec) if earlier else []
-        projector = spec.projection.bind(spec.blocks, spec.like, WarmUp([*seen, *left], factors, group))
+        projector = spec.projection.bind(
+            spec.blocks, spec.like, WarmUp([*seen, *left], [*sizes, *[1.0] * len(left)], factors, group)
+        )
         if group.world_size > 1:  # identical to the last bit in every process
             projector = spec.projection.restore(spec.blocks, spec.like, group.broadcast(projector.tensors()))
         self._target = Target.of(spec, projector, factors)
@@ -289,6 +298,14 @@ class DisplacementAccumulator:
 def _factors(reaches: dict[int, dict[int, Reach]], position: int) -> tuple[Factors, Factors]:
     moved = {block: by_step[position].moved for block, by_step in reaches.items()}
     return moved, {block: by_step[position].buffered for block, by_step in reaches.items()}
+
+
+def _entering(step: Mapping[int, LinearStep], scale: Factors) -> float:
+    """What a step's captured gradients are multiplied by, on the whole, when they enter the momentum buffer."""
+    gains = [
+        abs(float(scale[b])) * abs(float(n.gain) or 1.0) for b, n in step.items() if not isinstance(n.gain, Tensor)
+    ]
+    return max(gains, default=1.0)
 
 
 def _scale(rows: Tensor, columns: Mapping[int, slice], scale: Factors) -> None:

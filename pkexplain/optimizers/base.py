@@ -160,8 +160,9 @@ class Totals:
     """The sums of a segment.
 
     Attributes:
-        rows: Displacements in projection space of this process's examples, ``(kept, columns)``.
+        rows: Displacements in projection space of those of this process's examples that moved, ``(kept, columns)``.
         derivatives: Their loss derivatives, ``(kept,)``.
+        ids: Whose they are, counted from the first of this process's examples, ``(kept,)``.
         audit_rows: The audited examples' displacements, ``(audited, parameters)``.
         examples: The sum of all displacements, without projection, ``(parameters,)``.
         projector: The segment's projection.
@@ -171,6 +172,7 @@ class Totals:
 
     rows: Tensor
     derivatives: Tensor
+    ids: Tensor
     audit_rows: Tensor
     examples: Tensor
     projector: Projector

@@ -160,15 +160,17 @@ class RowAccumulator:
         else:
             self._buffer = None
 
-    def close(self) -> tuple[Tensor, Tensor]:
+    def close(self) -> tuple[Tensor, Tensor, Tensor]:
         """End the segment and start the next.
 
         Returns:
-            Rows ``(examples, width)`` in parameter units, and for each row the kernel-weighted mean of the loss
-            derivatives that it holds, ``(examples,)``.
+            The rows that are not zero ``(kept, width)`` in parameter units, for each row the kernel-weighted mean of
+            the loss derivatives that it holds, ``(kept,)``, and whose they are, ``(kept,)``.
         """
         moved, self._moved = self._moved, self._new_sum()
-        return moved.rows.neg_(), moved.derivatives()
+        ids = moved.weight.nonzero()[:, 0]
+        rows = moved.rows if len(ids) == self._examples else moved.rows[ids]
+        return rows.neg_(), moved.derivatives()[ids], ids
 
 
 @dataclass

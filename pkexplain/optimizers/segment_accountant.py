@@ -209,7 +209,8 @@ class SegmentAccountant:
         remainder = displacement - totals.examples - named
         row_dtype = self._spec.projection.row_dtype(self._spec.like.dtype)
         empty = partial(empty_on_disk, directory=self._spec.scratch) if totals.rows.device.type == "cpu" else None
-        rows = Rows.pack(totals.rows, totals.derivatives, row_dtype, empty)
+        mine = self._spec.group.shard(self._spec.num_examples)
+        rows = Rows.pack(totals.rows, totals.derivatives, row_dtype, empty, totals.ids, mine.stop - mine.start)
         segment = Segment(
             shards=(rows,),
             row_sum=self._spec.group.all_reduce(rows.sum().to(remainder.device)),

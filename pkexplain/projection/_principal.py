@@ -100,6 +100,7 @@ class Seen:
 
     Attributes:
         batches: Batches of captured gradients.
+        sizes: What each batch's gradients are multiplied by.
         factors: What rows are multiplied by before they are projected, for each block; none for ones.
         seed: Seed of the random combinations.
         group: The processes, each with its own batches.
@@ -107,6 +108,7 @@ class Seen:
     """
 
     batches: Sequence[Pieces]
+    sizes: Sequence[float]
     factors: Mapping[int, RowFactors]
     seed: int
     group: ProcessGroup
@@ -114,10 +116,10 @@ class Seen:
 
     def __post_init__(self) -> None:
         """Hold back examples with large gradients."""
-        for pieces in self.batches:
+        for pieces, size in zip(self.batches, self.sizes, strict=True):
             squares = sum(self._squared_norms(p, g) for p, g in pieces if isinstance(g, MatrixGradient))
-            weights = torch.as_tensor(squares, device="cpu").double().clamp_min(1e-60) ** (-_HELD_BACK / 2)
-            self.weights.append(weights)
+            norms = size * torch.as_tensor(squares, device="cpu").double().sqrt()
+            self.weights.append(size * norms.clamp_min(1e-30) ** -_HELD_BACK)
 
     def _squared_norms(self, position: int, gradients: MatrixGradient) -> Tensor:
         mixers = []

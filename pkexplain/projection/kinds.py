@@ -34,11 +34,13 @@ class WarmUp:
 
     Attributes:
         batches: The first batches of captured gradients of a segment.
+        sizes: What each batch's gradients are multiplied by when they enter the optimizer; empty for ones.
         factors: What rows are multiplied by before they are projected, for each block; None for ones.
         group: The processes, each with its own batches.
     """
 
     batches: Sequence[Pieces] = ()
+    sizes: Sequence[float] = ()
     factors: Mapping[int, RowFactors] | None = None
     group: ProcessGroup = field(default_factory=ProcessGroup)
 
@@ -203,7 +205,8 @@ class Kronecker(Projection):
     def bind(self, blocks: Sequence[Block], like: Tensor, warm_up: WarmUp) -> Projector:
         """Find the principal directions of the gradients seen and make the map."""
         loose = sum(width for width in self._loose_widths(blocks).values())
-        seen = Seen(warm_up.batches, warm_up.factors or {}, self.seed, warm_up.group)
+        sizes = warm_up.sizes or [1.0] * len(warm_up.batches)
+        seen = Seen(warm_up.batches, sizes, warm_up.factors or {}, self.seed, warm_up.group)
         bases = principal_bases(blocks, seen, self.k - loose)
         kept = {}
         for position, (left, right) in bases.items():

@@ -111,11 +111,17 @@ class Layout:
 
     def _check_rows(self, tensors: Mapping[str, Tensor], count: int) -> None:
         kind = self.trajectory.projection.row_dtype(self.trajectory.dtype)
-        each = (count,)
-        wanted: dict[str, Format] = {"rows": ((count, self.columns), (kind,)), "scale": (each, (torch.float32,))}
+        each = (min(count, _length(tensors.get("ids"))),)
+        wanted: dict[str, Format] = {"rows": ((*each, self.columns), (kind,)), "scale": (each, (torch.float32,))}
         wanted["loss_derivatives"] = (each, (self.trajectory.dtype,))
         wanted["norms"] = (each, (torch.float64 if kind == torch.float64 else torch.float32,))
+        wanted["ids"] = (each, (torch.int64,))
         _check_tensors(tensors, wanted, may_be_odd=("loss_derivatives",))
+        ids = tensors["ids"]
+        if len(ids) and (int(ids[0]) < 0 or int(ids[-1]) >= count or not bool((ids.diff() > 0).all())):
+            raise MisfitError(
+                "it holds rows of examples that do not exist", "other ids", f"ascending ids below {count}"
+            )
         if set(tensors) != set(wanted):
             raise MisfitError("it holds other tensors", sorted(tensors), sorted(wanted))
 

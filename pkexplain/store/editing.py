@@ -99,7 +99,7 @@ def withdraw(
         parts, start = [], 0
         for shard in segment.shards:
             here = known[(known >= start) & (known < start + len(shard))] - start
-            parts.append(_without(_copy(store, (shard,)), here) if len(here) else shard)
+            parts.append(_copy(store, (shard,), here) if len(here) else shard)
             start += len(shard)
         kept = ~torch.isin(segment.audit_ids, chosen)
         return replace(
@@ -113,26 +113,33 @@ def withdraw(
     _rewrite(store, "withdrawing", without, chosen.tolist(), progress)
 
 
-def _without(rows: Rows, places: Tensor) -> Rows:
-    for value in (rows.rows, rows.loss_derivatives, rows.norms):
-        value[places] = 0
-    rows.scale[places] = 1
-    return rows
+def _copy(store: Store, shards: Sequence[Rows], without: Tensor | None = None) -> Rows:
+    """Join some rows as they are stored, block by block, in a file if there are many.
 
-
-def _copy(store: Store, shards: Sequence[Rows]) -> Rows:
-    """Join some rows as they are stored, block by block, in a file if there are many."""
+    Args:
+        store: Where a file goes.
+        shards: The rows.
+        without: Examples of the first shard whose rows are left out.
+    """
     directory = store.path if isinstance(store, DirectoryStore) else None
-    shards = [shard for shard in shards if len(shard)] or shards[:1]
-    first, count = shards[0], sum(map(len, shards))
-    rows = empty_on_disk((count, first.rows.shape[1]), first.rows.dtype, directory)
+    places = [torch.arange(len(shard.ids), device="cpu") for shard in shards]
+    if without is not None:
+        places[0] = (~torch.isin(shards[0].ids, without)).nonzero()[:, 0]
+    first = shards[0].rows
+    rows = empty_on_disk((sum(map(len, places)), first.shape[1]), first.dtype, directory)
     start = 0
-    for shard in shards:
-        for some in shard.rows.split(_ROWS_AT_ONCE):
-            rows[start : start + len(some)] = some
+    for shard, kept in zip(shards, places, strict=True):
+        for some in kept.split(_ROWS_AT_ONCE):
+            rows[start : start + len(some)] = shard.rows[some]
             start += len(some)
-    others = [torch.cat([vars(shard)[name] for shard in shards]) for name in ("scale", "loss_derivatives", "norms")]
-    return Rows(rows, *others)
+    starts = [0, *itertools.accumulate(map(len, shards))]
+    pairs = list(zip(shards, places, strict=True))
+    others = [
+        torch.cat([vars(shard)[n][kept] for shard, kept in pairs]) for n in ("scale", "loss_derivatives", "norms")
+    ]
+    ids = torch.cat([shard.ids[kept] + before for (shard, kept), before in zip(pairs, starts, strict=False)])
+    scale, derivatives, norms = others
+    return Rows(rows, scale, derivatives, norms, ids, starts[-1])
 
 
 def _rewrite(

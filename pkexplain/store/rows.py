@@ -21,25 +21,36 @@ _SMALLEST_EXPONENT = -126
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of consecutive examples in one segment.
+    """The rows of consecutive examples in one segment; examples that it did not see have none, and count as zeros.
 
     Attributes:
-        rows: Displacement rows P D_i,t as stored, ``(examples, k)``, divided by ``scale``.
-        scale: The factor of each row, ``(examples,)``.
-        loss_derivatives: ∂ℓ_i/∂y_i of each row along its unit direction u_i, ``(examples,)``, the mean over the row's
+        rows: Displacement rows P D_i,t as stored, ``(kept, k)``, divided by ``scale``.
+        scale: The factor of each row, ``(kept,)``.
+        loss_derivatives: ∂ℓ_i/∂y_i of each row along its unit direction u_i, ``(kept,)``, the mean over the row's
             visits weighted by the kernel; signed if the output is one number, otherwise −‖∂ℓ_i/∂y_i‖ (u_i is the
             direction in which the loss falls); nan if the output was not seen.
-        norms: ‖P D_i,t‖ of each row as stored, rounded up, ``(examples,)``.
+        norms: ‖P D_i,t‖ of each row as stored, rounded up, ``(kept,)``.
+        ids: Whose rows they are, counted from the first of these examples, ascending, ``(kept,)``.
+        examples: How many examples there are.
     """
 
     rows: Tensor
     scale: Tensor
     loss_derivatives: Tensor
     norms: Tensor
+    ids: Tensor
+    examples: int
 
     def __len__(self) -> int:
         """Return the number of examples."""
-        return len(self.rows)
+        return self.examples
+
+    def spread(self, name: str) -> Tensor:
+        """Return the loss derivatives or norms of all examples, ``(examples,)``."""
+        values: Tensor = getattr(self, name)
+        return (
+            values if len(values) == self.examples else values.new_zeros(self.examples).index_copy_(0, self.ids, values)
+        )
 
     @classmethod
     def pack(
@@ -48,15 +59,20 @@ class Rows:
         loss_derivatives: Tensor,
         row_dtype: torch.dtype,
         empty: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
+        ids: Tensor | None = None,
+        examples: int | None = None,
     ) -> Rows:
         """Round rows to ``row_dtype``, each with its own power of two.
 
         Args:
-            rows: ``(examples, k)``.
-            loss_derivatives: ``(examples,)``.
+            rows: ``(kept, k)``.
+            loss_derivatives: ``(kept,)``.
             row_dtype: Dtype to store them in.
             empty: Allocates them; by default in memory.
+            ids: Whose rows they are, ascending, ``(kept,)``; None for all.
+            examples: How many examples there are; None for as many as rows.
         """
+        ids = torch.arange(len(rows), device=rows.device) if ids is None else ids
         if row_dtype == torch.float16:
             largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).double()
             exponent = torch.where(largest > 0, largest.log2().ceil() - 14, 0.0).clamp_min(_SMALLEST_EXPONENT)
@@ -76,7 +92,7 @@ class Rows:
                 error.index_add_(0, size_of[some], (part - rounded.to(rows.dtype) * factors).double())
         if row_dtype != rows.dtype and len(rows):
             _hand_down(rows, stored, sizes, size_of, error)
-        return cls(stored, scale, loss_derivatives, _norms(stored, scale))
+        return cls(stored, scale, loss_derivatives, _norms(stored, scale), ids, examples or len(rows))
 
     def sum(self) -> Tensor:
         """Sum the rows as stored, in float64, ``(k,)``."""
@@ -87,20 +103,52 @@ class Rows:
 
     def read(self, ids: Tensor | slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Read rows as stored, ``(ids, k)``, in parameter units of the projection space."""
-        return self.rows[ids].to(dtype) * self.scale[ids, None].to(dtype)
+        if len(self.rows) == self.examples:
+            return self._at(ids, dtype)
+        places, wanted = self.places(ids)
+        count = len(range(*ids.indices(self.examples))) if isinstance(ids, slice) else len(ids)
+        found = torch.zeros(count, self.rows.shape[1], dtype=dtype, device=self.rows.device)
+        found[wanted] = self._at(places, dtype)
+        return found
+
+    def places(self, ids: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Find the rows that there are of some examples.
+
+        Args:
+            ids: Examples, or consecutive ones.
+
+        Returns:
+            Positions of rows, and which of the examples have them, ``(found,)`` each.
+        """
+        if isinstance(ids, slice):
+            start, stop, _ = ids.indices(self.examples)
+            first, last = torch.searchsorted(self.ids, self.ids.new_tensor([start, stop])).tolist()
+            return torch.arange(first, last, device=self.ids.device), self.ids[first:last] - start
+        if not len(self.ids):
+            return self.ids, self.ids
+        places = torch.searchsorted(self.ids, ids).clamp_max(len(self.ids) - 1)
+        wanted = (self.ids[places] == ids).nonzero()[:, 0]
+        return places[wanted], wanted
+
+    def _at(self, places: Tensor | slice, dtype: torch.dtype) -> Tensor:
+        return self.rows[places].to(dtype) * self.scale[places, None].to(dtype)
 
     def subset(self, some: slice) -> Rows:
-        """Return the rows of some of the examples, without a copy."""
-        return Rows(**{name: value[some] for name, value in vars(self).items()})
+        """Return the rows of some consecutive examples, without a copy."""
+        start, stop, _ = some.indices(self.examples)
+        first, last = torch.searchsorted(self.ids, self.ids.new_tensor([start, stop])).tolist()
+        kept = {name: value[first:last] for name, value in self.tensors().items()}
+        return Rows(**{**kept, "ids": kept["ids"] - start}, examples=max(0, stop - start))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to store."""
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Rows:
-        """Rebuild the rows from stored tensors."""
-        return cls(**{name: tensors[name] for name in ("rows", "scale", "loss_derivatives", "norms")})
+    def from_tensors(cls, tensors: Mapping[str, Tensor], examples: int) -> Rows:
+        """Rebuild the rows of so many examples from stored tensors."""
+        names = ("rows", "scale", "loss_derivatives", "norms", "ids")
+        return cls(**{name: tensors[name] for name in names}, examples=examples)
 
 
 def _norms(stored: Tensor, scale: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -97,13 +97,13 @@ class Segment:
     @property
     def loss_derivatives(self) -> Tensor:
         """The loss derivatives of all rows, ``(examples,)``."""
-        known = [shard.loss_derivatives for shard in self.shards]
+        known = [shard.spread("loss_derivatives") for shard in self.shards]
         return torch.cat([*known, known[0].new_zeros(self.examples - sum(map(len, known)))])
 
     @property
     def norms(self) -> Tensor:
         """The norms of all rows, rounded up, ``(examples,)``."""
-        known = [shard.norms for shard in self.shards]
+        known = [shard.spread("norms") for shard in self.shards]
         return torch.cat([*known, known[0].new_zeros(self.examples - sum(map(len, known)))])
 
     def subset(self, some: slice) -> Segment:
@@ -127,7 +127,7 @@ class Segment:
 
     def read_loss_derivatives(self, ids: Tensor) -> Tensor:
         """Read the loss derivatives of some rows, ``(ids,)``."""
-        return self._pick(ids, lambda shard, mine: shard.loss_derivatives[mine])
+        return self._pick(ids, lambda shard, mine: shard.spread("loss_derivatives")[mine])
 
     def _pick(self, ids: Tensor, read: Callable[[Rows, Tensor], Tensor]) -> Tensor:
         """Read something of some rows, from whichever shard holds them; zeros for examples that were added later."""
@@ -160,12 +160,16 @@ class Segment:
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Tensor], shards: Iterable[Mapping[str, Tensor]], examples: int
+        cls,
+        tensors: Mapping[str, Tensor],
+        shards: Iterable[Mapping[str, Tensor]],
+        counts: Sequence[int],
+        examples: int,
     ) -> Segment:
-        """Rebuild the segment from stored tensors."""
+        """Rebuild the segment of so many examples from stored tensors; each shard has the rows of so many of them."""
         named = {name: tensors[name] for name in _VECTORS}
         directions = {n.removeprefix(DIRECTIONS): v for n, v in tensors.items() if n.startswith(DIRECTIONS)}
-        rows = tuple(Rows.from_tensors(shard) for shard in shards)
+        rows = tuple(Rows.from_tensors(*shard) for shard in zip(shards, counts, strict=True))
         return cls(rows, examples=examples, directions=directions, **named)
 
 
@@ -245,7 +249,10 @@ class Trajectory:
     def _read_segment(self, t: int) -> Segment:
         files = self.files[t]
         whole = Segment.from_tensors(
-            self.read(files.vectors), map(self.read, files.rows), max(sum(files.counts), self.first + self.num_examples)
+            self.read(files.vectors),
+            map(self.read, files.rows),
+            files.counts,
+            max(sum(files.counts), self.first + self.num_examples),
         )
         if self.first or whole.examples > self.num_examples:
             return whole.subset(slice(self.first, self.first + self.num_examples))
@@ -265,7 +272,8 @@ class Trajectory:
         """Rebuild the projection of segment t as it was recorded."""
         self.checkpoint(0)  # shows that θ, and so P's tables, may be as large as the manifest says
         segment, like = self.segment(t), torch.empty(0, dtype=self.dtype, device=device)
-        projector = self.projection.restore(self.fingerprint.blocks, like, segment.directions)
+        directions = {name: value.clone() for name, value in segment.directions.items()}  # in a file, they lie anywhere
+        projector = self.projection.restore(self.fingerprint.blocks, like, directions)
         return projector.with_operator(segment.operator) if len(segment.operator) else projector
 
     @classmethod
