@@ -16,17 +16,13 @@ import torch
 from torch import Tensor
 
 from pkexplain.errors import PkexplainError
-from pkexplain.gradients._convolution import ConvolutionGradient
-from pkexplain.gradients._embedding import EmbeddingGradient
 from pkexplain.gradients._step_capture import StepCapture
 from pkexplain.gradients._uses import NotedUse, noting_uses, split_use
-from pkexplain.gradients.batch_norm import RowMixture
 from pkexplain.gradients.factors import (
     DenseGradient,
     ExampleGradients,
     FormedGradient,
     LinearGradient,
-    ScaledGradient,
     as_matrix,
 )
 from pkexplain.gradients.graph import backward_listener
@@ -36,18 +32,7 @@ from pkexplain.gradients.layout import Layout
 from pkexplain.gradients.split import Split
 from pkexplain.gradients.watch import Watch
 
-__all__ = ["GRADIENT_CLASSES", "Capture"]
-
-GRADIENT_CLASSES = (
-    ConvolutionGradient,
-    DenseGradient,
-    EmbeddingGradient,
-    FormedGradient,
-    LinearGradient,
-    RowMixture,
-    ScaledGradient,
-)
-"""The classes of captured gradients; a saved state may contain these and no others."""
+__all__ = ["Capture"]
 
 Sink = Callable[[int, ExampleGradients], None]
 

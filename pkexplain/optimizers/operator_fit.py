@@ -29,6 +29,8 @@ __all__ = ["FittedOperator", "OperatorFit", "levels_of", "row_factors", "spread"
 
 _DAMPING = 0.1
 """Share of a block's mean √v̂ that is added to every coordinate's: one with hardly any gradient must not set a mean."""
+_DAMPING_OF_ROWS = 0.01
+"""The same where rows are multiplied: the removal reading takes rows and covectors to be multiplied alike."""
 _SAMPLE = 4096
 """Coordinates of a block from which the size of its numbers is computed."""
 _SUM_COUNTS = 10.0
@@ -37,12 +39,12 @@ _NUMBERS_AT_ONCE = 1 << 16
 """Coordinates that are followed at a time: few enough to stay in a core's cache."""
 
 
-def _damped(number: Tensor) -> Tensor:
+def _damped(number: Tensor, damping: float = _DAMPING) -> Tensor:
     """Return sizes with those of coordinates that hardly have a gradient cut down, ``(numel,)``; 0 stays 0."""
     inverse = number.abs().reciprocal()
     usable = torch.isfinite(inverse)
     mean = torch.where(usable, inverse, 0.0).sum() / usable.sum().clamp_min(1)
-    return torch.where(usable, (inverse + _DAMPING * mean).reciprocal(), 0.0)
+    return torch.where(usable, (inverse + damping * mean).reciprocal(), 0.0)
 
 
 def _level(number: Number) -> float:
@@ -79,7 +81,7 @@ def row_factors(step: LinearStep, block: Block, sides: bool, like: Tensor) -> Ro
     """
     operator = step.gradient_step + step.gain * step.buffer_step
     flat = operator if isinstance(operator, Tensor) else like.new_full((block.numel,), operator)
-    sizes = _damped(flat)
+    sizes = _damped(flat, _DAMPING_OF_ROWS)
     if not sides or block.matrix is None:
         return torch.where(sizes > 0, sizes, sizes.mean().clamp_min(torch.finfo(sizes.dtype).tiny)).sqrt()
     return geometric_sides(sizes.sqrt(), block)

@@ -193,8 +193,8 @@ def test_carrying_back_is_that_of_dense_matrices(projection):
         [trajectory.projector(t, torch.device("cpu")) for t in range(len(trajectory))],
     )
     curvature = Curvature(trajectory, segments, projector, loss)
-    final = torch.randn(4, projector.columns, generator=torch.Generator().manual_seed(1)).double()
-    found, left = curvature.carry(final, 0.7), final
+    final = torch.randn(4, projector[0].columns, generator=torch.Generator().manual_seed(1)).double()
+    found, left = curvature.carry(final[:, None].expand(-1, len(trajectory), -1), 0.7), final
     for t in reversed(range(len(trajectory))):
         m = 0.7 * dense_curvature(explainer, loss, t)
         # A is the upper right block of exp [[-M, I], [0, 0]]: ∫₀¹ e^{−sM} ds

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 
 import numpy as np
@@ -14,8 +13,6 @@ from torch.nn import functional as F
 
 import pkexplain as pk
 from pkexplain.errors import ConfigurationError, ModelMismatchError, RecordingError, RunBusyError
-from pkexplain.gradients.capture import GRADIENT_CLASSES
-from pkexplain.gradients.factors import ExampleGradients
 from tests.conftest import batches, digits
 from tests.trainings import EPOCHS, EXAMPLES, Training, small_model
 
@@ -335,15 +332,3 @@ def test_examples_that_no_segment_holds_do_not_count_yet(tmp_path):
     trajectory = pk.DirectoryStore(training.run).trajectory()
     assert trajectory.num_examples == EXAMPLES
     assert trajectory.segment(0).read_rows(slice(None)).shape[0] == EXAMPLES
-
-
-def below(kind):
-    for each in kind.__subclasses__():
-        yield each
-        yield from below(each)
-
-
-def test_the_list_of_gradients_that_a_state_may_hold_is_complete():
-    concrete = {kind for kind in below(ExampleGradients) if not inspect.isabstract(kind)}
-    ours = {kind for kind in concrete if kind.__module__.startswith("pkexplain.")}
-    assert ours == set(GRADIENT_CLASSES)

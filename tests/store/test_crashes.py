@@ -121,7 +121,7 @@ def sweep(runs, tmp_path, truncations, flipped):
     run = damaged_copy(runs, tmp_path)
     names = sorted(name for name in content_of(run) if name != "lock")
     kinds = {name.partition("/")[0] for name in names}
-    assert kinds == {"manifest.json", "projection.safetensors", "checkpoints", "segments", "rows", "states"}
+    assert kinds == {"manifest.json", "checkpoints", "segments", "rows", "states"}
     last = max(name for name in names if name.startswith("states/"))
     for name in names:
         whole = (run / name).read_bytes()

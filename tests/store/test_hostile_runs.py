@@ -23,7 +23,7 @@ from tests.store.test_crashes import go_on, use
 from tests.trainings import EXAMPLES, Training
 
 SEGMENT, ROWS, CHECKPOINT = "segments/00001.safetensors", "rows/00001.000.safetensors", "checkpoints/00002.safetensors"
-PROJECTION, STATE = "projection.safetensors", "states/00004.000.safetensors"
+STATE = "states/the last"
 MOST_MEMORY = 1 << 30
 """Address space that a refusal may take: room for threads and libraries that load late, not for what was forged."""
 
@@ -50,8 +50,14 @@ def run(training, tmp_path):
     return tmp_path / "home" / "run"
 
 
+def real(run, name):
+    """Return the file's name; the last state's depends on the optimizer, which may have short first segments."""
+    return f"states/{max(file.name for file in (run / 'states').iterdir())}" if name == STATE else name
+
+
 def assert_refused(training, run, name, wrong=""):
     """Read a run in a process with little memory; it must be refused by the file's name, and left as it was."""
+    name = real(run, name)
     before = content_of(run)
     kind, text, peak = outcome(lambda: use(training, run), prepare=lambda: limit_memory(MOST_MEMORY))
     assert kind == "RunDamagedError", (kind, text)
@@ -160,7 +166,7 @@ def test_manifests_that_say_what_cannot_be(recorded, tmp_path):
             use(training, run)
             refusals.append((change.__name__, "was read"))
         except RunDamagedError as error:
-            named = str(error).startswith((f"reading manifest.json of the run in {run}: ", f"reading {PROJECTION} of"))
+            named = str(error).startswith((f"reading manifest.json of the run in {run}: ", f"reading {SEGMENT} of"))
             if not named or content_of(run) != before:
                 refusals.append((change.__name__, str(error)))
         except Exception as error:
@@ -251,10 +257,10 @@ def test_huge_maps_are_not_made(recorded, tmp_path):
 
     reseal(run, change)
     told = outcome(
-        lambda: pk.DirectoryStore(run).trajectory().projector(torch.device("cpu")), lambda: limit_memory(MOST_MEMORY)
+        lambda: pk.DirectoryStore(run).trajectory().projector(0, torch.device("cpu")), lambda: limit_memory(MOST_MEMORY)
     )
     assert told[0] == "RunDamagedError", told
-    assert "checkpoints/00000" in told[1] or PROJECTION in told[1]
+    assert "checkpoints/00000" in told[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- tensors
@@ -287,7 +293,8 @@ TENSORS = [
     *((ROWS, put("scale", f)) for f in (poke(inf), poke(nan), poke(-inf), lambda s: s[:-1], lambda s: s.double(),
                                         lambda s: s[:, None], lambda s: s[0])),
     *((ROWS, put("loss_derivatives", f)) for f in (lambda d: d[:-1], lambda d: d.float(), lambda d: d[:, None])),
-    *((ROWS, without(name)) for name in ("rows", "scale", "loss_derivatives", "norms")),
+    *((ROWS, without(name)) for name in ("rows", "scale", "loss_derivatives", "norms", "ids")),
+    *((ROWS, put("ids", f)) for f in (poke(-1), poke(EXAMPLES), lambda i: i[:-1], lambda i: i.int(), lambda i: i.flip(0))),
     *((ROWS, put("norms", f)) for f in (poke(nan), poke(inf), lambda n: n[:-1], lambda n: n.float())),
     (ROWS, lambda t: {**t, "self": t["scale"].clone()}),
     *((SEGMENT, put("row_sum", f)) for f in (lambda s: s[:-1], lambda s: s.float(), poke(nan), lambda s: s[0])),
@@ -303,15 +310,15 @@ TENSORS = [
                                                    poke(inf), lambda p: p[0])),
     (CHECKPOINT, without("parameters")),
     ("checkpoints/00000.safetensors", put("parameters", lambda p: p[:1])),
-    *((PROJECTION, put("0.left", f)) for f in (lambda m: m[:-1], lambda m: m[:, :-1], lambda m: m.float(), poke(nan),
+    *((SEGMENT, put("directions.0.left", f)) for f in (lambda m: m[:-1], lambda m: m[:, :-1], lambda m: m.float(), poke(nan),
                                                lambda m: m.flatten(), lambda m: m[:0], lambda m: m[0, 0],
                                                lambda m: m.repeat(9, 1))),
-    (PROJECTION, without("0.left")),
-    (PROJECTION, without("1.right")),
-    (PROJECTION, lambda t: {**t, "9.left": t["0.left"].clone()}),
-    (PROJECTION, lambda t: {**t, "-1.left": t["0.left"].clone()}),
-    (PROJECTION, lambda t: {**t, "preconditioner": torch.ones(3, dtype=torch.float64)}),
-    (PROJECTION, lambda t: {**t, "code": torch.ones(3)}),
+    (SEGMENT, without("directions.0.left")),
+    (SEGMENT, without("directions.1.right")),
+    (SEGMENT, lambda t: {**t, "directions.9.left": t["directions.0.left"].clone()}),
+    (SEGMENT, lambda t: {**t, "directions.-1.left": t["directions.0.left"].clone()}),
+    (SEGMENT, lambda t: {**t, "operator": torch.ones(3, dtype=torch.float64)}),
+    (SEGMENT, lambda t: {**t, "directions.code": torch.ones(3)}),
 ]  # fmt: skip
 
 
@@ -380,10 +387,11 @@ def test_forged_headers(recorded, tmp_path, kind):
     assert_refused(recorded["sgd"], run, ROWS, "it cannot be read")
 
 
-@pytest.mark.parametrize("name", [ROWS, SEGMENT, CHECKPOINT, PROJECTION, STATE])
+@pytest.mark.parametrize("name", [ROWS, SEGMENT, CHECKPOINT, STATE])
 def test_a_pickle_is_not_executed(recorded, tmp_path, name):
     run, sign = tmp_path / "run", tmp_path / "sign"
     shutil.copytree(recorded["sgd"].run, run)
+    name = real(run, name)
     forge(run, name, pickle.dumps(Writes(sign)))
     assert_refused(recorded["sgd"], run, name, "it cannot be read")
     assert not sign.exists()
@@ -395,17 +403,25 @@ def test_a_pickle_is_not_executed(recorded, tmp_path, name):
 
 
 def plan_of(run):
-    tensors = safetensors.torch.load_file(run / STATE)
+    tensors = safetensors.torch.load_file(run / real(run, STATE))
     return json.loads(bytes(tensors["plan"].tolist()))
 
 
 def forge_plan(run, plan):
     text = plan if isinstance(plan, bytes) else json.dumps(plan).encode()
-    forge_tensors(run, STATE, lambda tensors: {**tensors, "plan": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+    forge_tensors(
+        run, real(run, STATE), lambda tensors: {**tensors, "plan": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+    )
 
 
 def accounts(**inside):
-    frozen = {"mapping": [["attributed", False], ["accounts", {"mapping": [list(pair) for pair in inside.items()]}]]}
+    frozen = {
+        "mapping": [
+            ["attributed", False],
+            ["age", 3],
+            ["accounts", {"mapping": [list(pair) for pair in inside.items()]}],
+        ]
+    }
     return frozen
 
 
@@ -455,7 +471,7 @@ def test_forged_plans_of_what_is_in_flight(training, run, kind):
 def test_tensors_of_a_state_in_other_shapes(training, run):
     """Every tensor of a state in turn, cut, longer, of one number that could be stretched, or empty; ids of nobody."""
     whole, wrong, tried = content_of(run), [], 0
-    tensors = safetensors.torch.load_file(run / STATE)
+    tensors = safetensors.torch.load_file(run / real(run, STATE))
     for name in sorted(tensors)[::3]:
         for change in (
             lambda t: t[:1],
@@ -463,12 +479,12 @@ def test_tensors_of_a_state_in_other_shapes(training, run):
             lambda t: t - 99 if t.dtype == torch.int64 else t[:0],
         ):
             tried += 1
-            forge_tensors(run, STATE, put(name, change))
+            forge_tensors(run, real(run, STATE), put(name, change))
             try:
                 go_on(training, run)
                 wrong.append((name, tuple(tensors[name].shape), tensors[name].dtype, "was read"))
             except RunDamagedError as error:
-                if not str(error).startswith(f"reading {STATE} of the run in {run}: it is not a state"):
+                if not str(error).startswith(f"reading {real(run, STATE)} of the run in {run}: it is not a state"):
                     wrong.append((name, str(error)))
             except Exception as error:
                 wrong.append((name, repr(error)))
@@ -481,8 +497,9 @@ def test_tensors_of_a_state_in_other_shapes(training, run):
 # ------------------------------------------------------------------------------------------------------------- links
 
 
-@pytest.mark.parametrize("name", ["manifest.json", ROWS, SEGMENT, CHECKPOINT, PROJECTION, STATE])
+@pytest.mark.parametrize("name", ["manifest.json", ROWS, SEGMENT, CHECKPOINT, STATE])
 def test_a_link_that_leaves_the_run(training, run, name):
+    name = real(run, name)
     shutil.move(run / name, run.parent / "outside")
     (run / name).symlink_to(run.parent / "outside")
     assert_refused(training, run, name, "it is a link that leaves the run")

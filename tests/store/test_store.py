@@ -117,19 +117,19 @@ def test_tensors_come_back_bit_for_bit(store):
 def test_what_is_stored_does_not_follow_the_tensor(store):
     store.create(MANIFEST)
     changing = torch.ones(3)
-    store.put("projection.safetensors", {"a": changing})
+    store.put("checkpoints/00000.safetensors", {"a": changing})
     store.commit(MANIFEST)
     changing.zero_()
-    assert store.read("projection.safetensors")["a"].tolist() == [1, 1, 1]
+    assert store.read("checkpoints/00000.safetensors")["a"].tolist() == [1, 1, 1]
 
 
 def test_a_manifest_comes_back(store):
     store.create(MANIFEST)
-    store.put("projection.safetensors", {"a": torch.ones(3)})
+    store.put("checkpoints/00000.safetensors", {"a": torch.ones(3)})
     changed = replace(MANIFEST, ended="interrupted", withdrawn=(3, 1))
     store.commit(changed)
     found = reopened(store).manifest()
-    assert set(found.files) == {"projection.safetensors"}
+    assert set(found.files) == {"checkpoints/00000.safetensors"}
     assert found.format_version == FORMAT_VERSION
     assert replace(found, files={}) == changed
 
@@ -271,7 +271,6 @@ FILES = [
     "segments/00001.safetensors",
     "rows/00000.000.safetensors",
     "rows/00001.000.safetensors",
-    "projection.safetensors",
 ]
 
 
@@ -332,7 +331,7 @@ def test_a_flipped_bit_is_named_with_both_checksums(damaged, name, place):
     refused(path, run, name, "it was altered", f"Got sha256 {found}; ", f"expected sha256 {stated(path, name)} ")
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "projection.safetensors"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_of_another_run_is_named_with_both_checksums(damaged, name):
     path, run = damaged
     size = (path / name).stat().st_size
@@ -412,7 +411,7 @@ def test_a_manifest_of_another_format_is_refused(damaged):
 
 @pytest.mark.parametrize(
     "name",
-    ["../other/projection.safetensors", "/etc/passwd", "segments/../../other/segments/00000.safetensors", "a.pt",
+    ["../other/segments/00000.safetensors", "/etc/passwd", "segments/../../other/segments/00000.safetensors", "a.pt",
      "segments/00000.safetensors\n", "segments/0.safetensors"],
 )  # fmt: skip
 def test_a_manifest_that_points_elsewhere_is_refused(damaged, name):
@@ -489,20 +488,19 @@ def test_a_store_that_is_recorded_into_reads_what_it_wrote_last(tmp_path):
     store = DirectoryStore(tmp_path / "run")
     store.create(MANIFEST)
     for value in (1.0, 2.0):
-        store.put("projection.safetensors", {"a": torch.full((2,), value)})
+        store.put("checkpoints/00000.safetensors", {"a": torch.full((2,), value)})
         store.commit(MANIFEST)
-        assert store.read("projection.safetensors")["a"].tolist() == [value, value]
+        assert store.read("checkpoints/00000.safetensors")["a"].tolist() == [value, value]
 
 
 def test_a_store_whose_run_was_deleted_remembers_nothing_of_it(tmp_path):
     store = DirectoryStore(tmp_path / "run")
     store.create(MANIFEST)
-    for name in ("projection.safetensors", "checkpoints/00000.safetensors"):
-        store.put(name, {"a": torch.zeros(2)})
+    store.put("checkpoints/00000.safetensors", {"a": torch.zeros(2)})
     store.commit(MANIFEST)
-    store.read("projection.safetensors")
+    store.read("checkpoints/00000.safetensors")
     shutil.rmtree(tmp_path / "run")
     store.create(MANIFEST)
     assert store.manifest().files == {}
     with pytest.raises(RunDamagedError, match="the manifest does not list it"):
-        store.read("projection.safetensors")
+        store.read("checkpoints/00000.safetensors")

@@ -84,7 +84,7 @@ def test_other_files_in_the_directory_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoints/00003.safetensors", "rows/00000.000.safetensors", "projection.safetensors"]
+    "name", ["checkpoints/00003.safetensors", "rows/00000.000.safetensors", "segments/00001.safetensors"]
 )
 def test_a_file_of_somebody_else_that_a_run_would_replace_is_refused(tmp_path, name):
     file = tmp_path / "run" / name
