@@ -98,4 +98,4 @@ class SegmentEnds:
                 parts = ended.segment, ended.summary, ended.checkpoint, self._describe()
                 self._writer.segment(*parts)
             self._waiting = []
-            self.warnings.of(ended.position, ended.summary, ended.segment.optimizer, ended.displacement, ended.apart)
+            self.warnings.of(ended.position, ended.segment, ended.summary, ended.displacement, ended.apart)

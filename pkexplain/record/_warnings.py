@@ -10,9 +10,12 @@ from pkexplain.errors import warn
 from pkexplain.optimizers.base import CapturedBatch
 from pkexplain.record._gradient_check import CAPTURE_TOLERANCE
 from pkexplain.store.manifest import SegmentSummary
+from pkexplain.store.trajectory import Segment
 
 _UNEXPLAINED = 0.2
 """The largest share of a parameter's displacement that may be on the optimizer line without a warning."""
+_UNEXPLAINED_ELEMENTWISE = 0.5
+"""The same if one operator stands for all steps of a segment, whose misfit is on that line, too."""
 _BEND = 1e-3
 """The largest share of the applied gradient, not a multiple of the captured one, that passes for rounding error."""
 
@@ -30,22 +33,23 @@ class SegmentWarnings:
         self._names, self._sizes = names, list(sizes)
         self._warned, self._named = False, False
 
-    def of(self, segment: int, summary: SegmentSummary, remainder: Tensor, moved: Tensor, apart: bool) -> None:
+    def of(self, position: int, segment: Segment, summary: SegmentSummary, moved: Tensor, apart: bool) -> None:
         """Warn about what a finished segment could not attribute to examples, and why.
 
         Args:
-            segment: Which segment.
+            position: Which segment.
+            segment: The segment.
             summary: Its numbers.
-            remainder: What is on the optimizer line, ``(parameters,)``.
             moved: Δθ, ``(parameters,)``.
             apart: Whether a penalty in the loss is known; there was a warning about it already.
         """
         if not self._warned and not apart and summary.bent <= _BEND:
-            self._of_unexplained(segment, remainder, moved)
+            most = _UNEXPLAINED_ELEMENTWISE if len(segment.operator) else _UNEXPLAINED
+            self._of_unexplained(position, segment.optimizer, moved, most)
         if summary.bent > _BEND and not self._warned:
             self._warned = True
             warn(
-                f"pkexplain: in segment {segment} the gradient that the optimizer was given is not a multiple of the "
+                f"pkexplain: in segment {position} the gradient that the optimizer was given is not a multiple of the "
                 f"one that backward computed, by up to {summary.bent:.1%}. Clipping by value, gradient noise and a "
                 "forgotten zero_grad() do that: they change each coordinate separately, which belongs to no single "
                 "example, so the difference goes to the ledger's optimizer line. Clipping by norm "
@@ -53,18 +57,18 @@ class SegmentWarnings:
             )
         if summary.capture_gap > CAPTURE_TOLERANCE:
             warn(
-                f"pkexplain: in segment {segment} the captured gradients missed up to {summary.capture_gap:.0%} of a "
+                f"pkexplain: in segment {position} the captured gradients missed up to {summary.capture_gap:.0%} of a "
                 "step's gradient: the loss gained a penalty, or a weight was used outside its module's forward. "
                 "From the step where this was found, what is missing goes to the ledger's optimizer line; before that, "
                 "the displacement gap shows it."
             )
 
-    def _of_unexplained(self, segment: int, remainder: Tensor, moved: Tensor) -> None:
+    def _of_unexplained(self, segment: int, remainder: Tensor, moved: Tensor, most: float) -> None:
         floor = 0.01 * float(moved.norm())  # a parameter that hardly moved does not matter
         pairs = zip(remainder.split(self._sizes), moved.split(self._sizes), strict=True)
         shares = [float(a.norm()) / max(float(b.norm()), floor, 1e-30) for a, b in pairs]
         share = max(shares)
-        if share > _UNEXPLAINED:
+        if share > most:
             self._warned, parameter = True, self._names[shares.index(share)]
             warn(
                 f"pkexplain: {share:.0%} of what moved {parameter} in segment {segment} came from no "

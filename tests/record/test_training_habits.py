@@ -137,7 +137,7 @@ def test_shorter_segments_leave_less_on_the_optimizer_line():
     for segments in (24, 6, 2, 1):
         options = {"segments": segments, "projection": pk.Kronecker(300)}
         loop = adamw(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), **options).train(epochs=6)
-        shares.append(max(s.optimizer_share for s in loop.store.trajectory().summaries[8:]))
+        shares.append(max(s.optimizer_share for s in loop.store.trajectory().summaries[-2:]))
     assert shares[0] > shares[1] > shares[2] > shares[3]
     assert shares[0] < 0.5
     assert shares[3] < 1e-9
@@ -263,7 +263,7 @@ def test_a_run_without_surprises_warns_of_nothing():
 def test_an_input_buffer_that_is_written_over_while_gradients_accumulate_does_no_harm(optimizer):
     found = []
     for reused in (False, True):
-        loop = adamw(optimizer=optimizer, projection=pk.Kronecker(100_000))
+        loop = adamw(optimizer=optimizer, projection=pk.Kronecker(100_000), segments=1)
         buffer = torch.empty(8, 64, dtype=torch.float64)
         with loop.recorder:
             for place, ids in enumerate(batches(EXAMPLES, 8, 2)):

@@ -405,7 +405,7 @@ def test_a_whole_run_is_not_changed_by_salvaging(training):
     assert content_of(training.run) == before
 
 
-@pytest.mark.parametrize("name", ["checkpoints/00000", "projection", "segments/00000", "rows/00000.000"])
+@pytest.mark.parametrize("name", ["checkpoints/00000", "segments/00000", "rows/00000.000"])
 def test_a_run_of_which_nothing_is_whole_stays_as_it_is(training, name):
     (training.run / f"{name}.safetensors").write_bytes(b"")
     before = content_of(training.run)
