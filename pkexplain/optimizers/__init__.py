@@ -1,5 +1,5 @@
 """How a gradient becomes a displacement: the update rules, and each example's rows over a segment.
 
-`rules` holds the supported optimizers and registers new ones; `scalar` is for rules that scale a gradient by
-one number (SGD), `adaptive` for rules with a diagonal preconditioner (Adam).
+`rules` holds the supported optimizers; `accumulator` adds up rows, `operator_fit` finds the operator of rules that divide
+by a second moment (Adam), `row_target` what a segment's gradients are projected to.
 """
