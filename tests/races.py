@@ -158,7 +158,8 @@ def _left(directory: Path, gone: tuple[int, ...]) -> list[str]:
         segment = before.segment(t)
         (shard,) = segment.shards
         for i in gone:
-            stored = shard.rows[i].contiguous().view(torch.uint8).numpy().tobytes()
-            scaled = segment.read_rows(torch.tensor([i])).numpy().tobytes()
-            found += [f"{f}: {i}" for f, content in contents.items() if stored in content or scaled in content]
+            for place in shard.places(torch.tensor([i]))[0].tolist():
+                stored = shard.rows[place].contiguous().view(torch.uint8).numpy().tobytes()
+                scaled = segment.read_rows(torch.tensor([i])).numpy().tobytes()
+                found += [f"{f}: {i}" for f, content in contents.items() if stored in content or scaled in content]
     return found

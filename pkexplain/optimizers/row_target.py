@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pkexplain.gradients._compressed import CompressedGradient
+from pkexplain.gradients.compressed import CompressedGradient
 from pkexplain.gradients.batch_norm import RowMixture
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block

@@ -151,8 +151,8 @@ def rows_of(run, ids):
     for t in range(len(trajectory)):
         start = 0
         for shard in trajectory.segment(t).shards:
-            found |= {shard.rows[i - start].contiguous().view(torch.uint8).numpy().tobytes() for i in ids
-                      if start <= i < start + len(shard)}  # fmt: skip
+            places, _ = shard.places(torch.tensor([i - start for i in ids if start <= i < start + len(shard)]).long())
+            found |= {row.contiguous().view(torch.uint8).numpy().tobytes() for row in shard.rows[places]}
             start += len(shard)
     unseen = {0, 0x80}  # zeros, some of them negative
     return {row for row in found if not unseen.issuperset(row)}
