@@ -135,7 +135,7 @@ class LayerScaledRule:
 
 
 pk.register_update_rule(LayerScaledRule())
-right = show(record(LayerScaled))
+right = show(record(LayerScaled, projection=pk.Identity()))
 assert right.passed
 assert right.value < 1e-9
 
