@@ -111,7 +111,7 @@ check-tutorials: $(HAVE_TEST)
 	@rm -rf $(BUILD)/tutorials && mkdir -p $(BUILD)/tutorials
 	@if [ -n '$(NOTEBOOKS)' ]; then \
 	    cp $(NOTEBOOKS) $(BUILD)/tutorials/; \
-	    $(BIN)/python -m pytest -q -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=600 $(BUILD)/tutorials/; \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=600 $(BUILD)/tutorials/; \
 	fi
 
 site: $(HAVE_TEST)
