@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pkexplain.gradients.compressed import CompressedGradient
 from pkexplain.gradients.batch_norm import RowMixture
+from pkexplain.gradients.compressed import CompressedGradient
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.base import RecordingSpec
