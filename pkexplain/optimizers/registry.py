@@ -26,7 +26,8 @@ def register_update_rule(rule: UpdateRule) -> None:
 
     If a rule's step differs from the optimizer's, the difference is on the ledger's ``optimizer`` line. Try a new rule
     with every option switched on and ``projection=Identity()``: what is left there should be rounding error. A rule
-    that copies the step (``gradient_step`` as the step divided by the gradient) makes any optimizer close and means nothing.
+    that copies the step (``gradient_step`` as the step divided by the gradient) makes any optimizer close and means
+    nothing.
 
     Args:
         rule: An object with the attribute ``optimizer`` and the method ``read`` of `UpdateRule`.
