@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class QueryBatch:
         Raises:
             QueryError: The model did not return a tensor with one row per query.
         """
-        output = first_tensor(model(*self.args, **self.kwargs), self._path)
+        with _differentiable(model):
+            output = first_tensor(model(*self.args, **self.kwargs), self._path)
         if output is None or output.ndim == 0 or len(output) != len(self):
             raise QueryError(
                 "explaining a query",
@@ -60,6 +62,12 @@ class QueryBatch:
                 fix="Make the model's forward pass keep the batch as the first dimension",
             )
         return output
+
+
+def _differentiable(model: nn.Module) -> AbstractContextManager[None]:
+    """Let a recurrent layer be differentiated in evaluation mode, which cuDNN refuses; torch's own kernels do it."""
+    recurrent = torch.backends.cudnn.enabled and any(isinstance(part, nn.RNNBase) for part in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
 
 
 def _map(change: Callable[[Tensor], Any], value: Any) -> Any:

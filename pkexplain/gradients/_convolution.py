@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from pkexplain.gradients.factors import MatrixGradient, outer_product
+from pkexplain.gradients.factors import MatrixGradient
+from pkexplain.gradients.matrices import outer_product
 
 _NARROW = 64
 """Below this many columns, a matrix product with the patches is faster than a convolution's own gradient."""

@@ -29,7 +29,8 @@ from pkexplain.gradients._layer_rules import (
     normalises_with_the_batch,
     over_space,
 )
-from pkexplain.gradients.factors import ExampleGradients, MatrixGradient, as_matrix
+from pkexplain.gradients.factors import ExampleGradients, MatrixGradient
+from pkexplain.gradients.matrices import as_matrix
 
 __all__ = ["RowMixture", "before_norms", "is_before_norm"]
 

@@ -23,12 +23,12 @@ from pkexplain.gradients.factors import (
     ExampleGradients,
     FormedGradient,
     LinearGradient,
-    as_matrix,
 )
 from pkexplain.gradients.graph import backward_listener
 from pkexplain.gradients.interrupts import deferred_interrupts
 from pkexplain.gradients.layers import Block, Layer, refusal
 from pkexplain.gradients.layout import Layout
+from pkexplain.gradients.matrices import as_matrix
 from pkexplain.gradients.split import Split
 from pkexplain.gradients.watch import Watch
 

@@ -17,8 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pkexplain.devices import at_once
+from pkexplain.gradients.matrices import as_matrix, outer_product
+
 __all__ = ["DenseGradient", "ExampleGradients", "FormedGradient", "LinearGradient", "MatrixGradient", "ScaledGradient"]
-__all__ += ["as_matrix", "outer_product"]
 
 _NUMBERS_AT_ONCE = 1 << 19
 """The most numbers formed at a time; gradients that stay in a core's cache are several times faster."""
@@ -60,6 +62,11 @@ class ExampleGradients(ABC):
     def nbytes(self) -> int:
         """Bytes of memory held."""
 
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where they are."""
+
     def compact(self) -> ExampleGradients:
         """Return the same gradients in the form that takes less memory."""
         return self
@@ -92,6 +99,11 @@ class DenseGradient(ExampleGradients):
         return DenseGradient(self.values * factors)
 
     @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.values.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory held."""
         return self.values.nbytes
@@ -108,6 +120,11 @@ class MatrixGradient(ExampleGradients):
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.output_gradients)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.output_gradients.device
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Sum over the examples, each times its weight: every form is linear in its output gradients."""
@@ -224,7 +241,7 @@ class ScaledGradient(MatrixGradient):
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""
-        some = max(1, _NUMBERS_AT_ONCE // self.factors.numel())
+        some = max(1, at_once(_NUMBERS_AT_ONCE, self.device) // self.factors.numel())
         starts = range(0, len(self), some)
         return torch.cat([self._some(self.inner.select(slice(at, at + some)), left, right) for at in starts])
 
@@ -327,21 +344,3 @@ class LinearGradient(MatrixGradient):
     def nbytes(self) -> int:
         """Bytes of memory held."""
         return self.inputs.nbytes + self.output_gradients.nbytes
-
-
-def as_matrix(flat: Tensor, rows: int, both: bool) -> Tensor:
-    """Reshape numbers in a block's parameter order, ``(numel,)``, to ``(rows, columns)``, a bias as the last column."""
-    if not both:
-        return flat.view(rows, -1)
-    return torch.cat([flat[:-rows].view(rows, -1), flat[-rows:, None]], dim=1)
-
-
-def outer_product(left: Tensor | None, g: Tensor, x: Tensor) -> Tensor:
-    """Compute L Σ_t g_t ⊗ x_t from g ``(n, rows, t)`` and x ``(n, columns, t)``, the cheaper product first."""
-    (_, rows, t), columns = g.shape, x.shape[1]
-    if left is None and t == 1:
-        return g * x.transpose(1, 2)
-    if left is not None and len(left) * t * (rows + columns) < rows * columns * (t + len(left)):
-        return torch.bmm(left @ g, x.transpose(1, 2))
-    outer = torch.bmm(x, g.transpose(1, 2)).transpose(1, 2)  # this order is twice as fast
-    return outer if left is None else left @ outer

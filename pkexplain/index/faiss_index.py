@@ -82,7 +82,7 @@ class CompressedSearch:
     def __init__(self, dimension: int, factory: str) -> None:
         """Make the empty index."""
         self._faiss, self.factory = load_faiss(), factory
-        self._radii = np.zeros(0, dtype=np.float32)
+        self._radii, self._resources = np.zeros(0, dtype=np.float32), None
         self._take(self._make(dimension, self._faiss.METRIC_L2))
         if self._cells is None:
             self._take(self._make(dimension, self._faiss.METRIC_INNER_PRODUCT))
@@ -128,18 +128,24 @@ class CompressedSearch:
         """Root mean square distance of the rows of each cell from its centre, ``(cells,)``; empty without cells."""
         return self._radii
 
-    def build(self, rows: RunRows, progress: Progress) -> None:
+    @property
+    def searches_on_gpu(self) -> bool:
+        """Whether rows are searched on a GPU: graphs and some codes only work on the CPU."""
+        return self._on_device is not self._core
+
+    def build(self, rows: RunRows, progress: Progress, device: torch.device | None = None) -> None:
         """Train the index and fill it, in blocks.
 
         Args:
             rows: The rows of the run.
             progress: Told how many rows were added, and how many there are.
+            device: A GPU to do that on, where faiss has this kind of index there; None for the CPU.
 
         Raises:
             ConfigurationError: faiss cannot train this index on this run.
         """
         try:
-            self._train(rows)
+            self._train(rows, device)
         except RuntimeError as error:
             raise ConfigurationError(
                 f"Explainer(index={self.factory!r})",
@@ -151,19 +157,22 @@ class CompressedSearch:
             ) from error
         cells = self._cells.nlist if self._cells is not None else 0
         squares, counts = np.zeros(cells), np.zeros(cells)
+        filled = self._copy_on(device) or self._core
         for block in rows.blocks(self._core.d):
             vectors = self._transformed(rows.read(block).numpy())
             if self._cells is not None:
-                distances, cell = self._cells.quantizer.search(vectors, 1)
+                distances, cell = filled.quantizer.search(vectors, 1)
                 squares += np.bincount(cell[:, 0], np.maximum(distances[:, 0], 0), cells)
                 counts += np.bincount(cell[:, 0], minlength=cells)
-            self._core.add(vectors)
+            filled.add(vectors)
             progress("index", block.stop, len(rows))
+        if filled is not self._core:
+            filled.copyTo(self._core)
         self._radii = np.sqrt(squares / np.maximum(counts, 1)).astype(np.float32)
         self._index.ntotal = self._core.ntotal
         self._finish()
 
-    def _train(self, rows: RunRows) -> None:
+    def _train(self, rows: RunRows, device: torch.device | None) -> None:
         cells = self._cells.nlist if self._cells is not None else 0
         most = min(len(rows), max(_TRAINING_ROWS, _TRAINING_ROWS_A_CELL * cells))
         if any(not transform.is_trained for transform in self._transforms):
@@ -188,7 +197,12 @@ class CompressedSearch:
             chosen = _spread_evenly(len(rows), min(most, _sample_size(self._core.d)))
             step = max(1, _sample_size(rows.dimension) // 4)
             parts = [self._transformed(rows.read(ids).numpy()) for ids in chosen.split(step)]
-            self._core.train(np.concatenate(parts))
+            trained = self._copy_on(device) or self._core
+            if trained is not self._core and hasattr(trained, "cp"):
+                trained.cp.seed, trained.cp.min_points_per_centroid = 0, 1
+            trained.train(np.concatenate(parts))
+            if trained is not self._core:
+                trained.copyTo(self._core)
         self._index.is_trained = True
 
     def _train_transform(self, transform: Any, sample: Tensor) -> None:
@@ -229,13 +243,17 @@ class CompressedSearch:
 
     def move(self, device: torch.device) -> None:
         """Search on a GPU, where faiss has been built for it and has this kind of index there."""
-        if device.type != "cuda" or not getattr(self._faiss, "get_num_gpus", int)():
-            return
+        self._on_device = self._copy_on(device) or self._core
+
+    def _copy_on(self, device: torch.device | None) -> Any:
+        """Copy the index after its transforms to a GPU; None if faiss has no such index there."""
+        if device is None or device.type != "cuda" or not getattr(self._faiss, "get_num_gpus", int)():
+            return None
+        self._resources = self._resources or self._faiss.StandardGpuResources()
         try:
-            self._resources = self._faiss.StandardGpuResources()
-            self._on_device = self._faiss.index_cpu_to_gpu(self._resources, device.index or 0, self._core)
+            return self._faiss.index_cpu_to_gpu(self._resources, device.index or 0, self._core)
         except (AttributeError, RuntimeError):
-            return  # graphs and some codes only work on the CPU
+            return None
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Propose rows with large inner products.

@@ -110,6 +110,12 @@ class RowIndex:
         return self._ready
 
     @property
+    def searches_on(self) -> str:
+        """Where rows are searched: ``"cpu"`` or the GPU's name for torch, such as ``"cuda"``."""
+        on_gpu = self.exact or (self._compressed is not None and self._compressed.searches_on_gpu)
+        return str(self._device) if on_gpu else "cpu"
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes of the index kept with the run; 0 if none is kept."""
         return self._kept.size if self._kept else 0
@@ -127,7 +133,7 @@ class RowIndex:
             return
         if self._kept is None or not self._kept.load(self._compressed, len(self._rows)):
             self._compressed = self._empty()
-            self._compressed.build(self._rows, progress)
+            self._compressed.build(self._rows, progress, self._device)
             if self._kept is not None:
                 self._kept.save(self._compressed)
         self._compressed.move(self._device)

@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
+from pkexplain.devices import place
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers.base import Audit, CapturedBatch, Factors, RecordingSpec, Totals
 from pkexplain.optimizers.displacement import MomentumBuffer, Reach, look_back
 from pkexplain.optimizers.exact_audit import ExactAudit
-from pkexplain.optimizers.operator_fit import OperatorFit, levels_of
+from pkexplain.optimizers.levels import Levels
+from pkexplain.optimizers.operator_fit import OperatorFit
 from pkexplain.optimizers.row_target import (
     Carry,
     Target,
@@ -39,6 +41,9 @@ HELD_BYTES = 192 << 20
 class DisplacementAccumulator:
     """Accumulates the examples' displacements.
 
+    Attributes:
+        arrived: The numbers by which rows move, of the steps since this was last emptied, as far as they are known.
+
     Args:
         spec: What is recorded, and in which dtype.
         elementwise: Whether the optimizer has numbers for each coordinate.
@@ -57,6 +62,8 @@ class DisplacementAccumulator:
         self._held: list[tuple[int, CapturedBatch, Factors]] = []
         self._visits: list[tuple[int, CapturedBatch, Tensor]] = []
         self._steps: list[Mapping[int, LinearStep]] = []
+        self._levels: list[Levels] = []  # of the same steps, if an operator is fitted
+        self.arrived: list[Mapping[int, LinearStep]] = []
         self._last: Mapping[int, LinearStep] = {}
         self._still: dict[int, Tensor] = {}
         self._waiting = 0
@@ -81,7 +88,7 @@ class DisplacementAccumulator:
 
     def step(
         self, batches: Sequence[CapturedBatch], numbers: Mapping[int, LinearStep], scale: Factors, gradient: Tensor
-    ) -> Mapping[int, LinearStep]:
+    ) -> None:
         """Follow one optimizer step.
 
         Args:
@@ -89,18 +96,18 @@ class DisplacementAccumulator:
             numbers: The step's numbers for each block.
             scale: The factor between captured and applied gradients, for each block.
             gradient: The sum of the examples' gradients, scaled, ``(parameters,)``.
-
-        Returns:
-            The numbers by which the rows will move; scalars unless the projection keeps everything.
         """
-        self._last, levels = numbers, numbers
+        self._last = numbers
+        position = len(self._levels) + len(self._steps)
         if self._fit is not None:
-            levels = {block: levels_of(n) for block, n in numbers.items()}
+            levels = Levels.of(numbers)
             self._fit.step(numbers, levels, gradient)
+            self._levels.append(levels)
         else:
             self._full.step(numbers, {block: gradient[span] for block, span in self._spec.spans.items()})
-        self._steps.append(levels)
-        self._held += [(len(self._steps) - 1, batch, scale) for batch in batches]
+            self._steps.append(numbers)
+            self.arrived.append(numbers)
+        self._held += [(position, batch, scale) for batch in batches]
         if self._target is None and self._warm():
             self._bind()
         if self._exactly is not None:
@@ -109,7 +116,10 @@ class DisplacementAccumulator:
             self._enter_held(self._target)
             if self._waiting >= self._spec.num_examples:
                 self._fold(self._target)  # as many gradients wait as there are rows: folding frees memory
-        return levels
+
+    def _known_steps(self) -> list[Mapping[int, LinearStep]]:
+        """The numbers by which rows move, of the steps since the last fold; on an accelerator this waits for them."""
+        return [*Levels.known(self._levels)] if self._fit is not None else self._steps
 
     def projected_total(self, batches: Sequence[CapturedBatch], vector: Tensor) -> tuple[Tensor, Tensor] | None:
         """Sum the batches' rows as they were captured; None if they wait, with all their gradients.
@@ -209,7 +219,8 @@ class DisplacementAccumulator:
         """Fix the projection from the waiting gradients, and from what is left of earlier ones."""
         spec, group, earlier = self._spec, self._spec.group, self._earlier
         seen = [batch.pieces for _, batch, _ in self._held]
-        sizes = [_entering(self._steps[at], scale) for at, _, scale in self._held]
+        steps = self._known_steps()
+        sizes = [_entering(steps[at], scale) for at, _, scale in self._held]
         factors = choose_factors(spec, self._last, earlier.factors if earlier else {}) if self._fit else {}
         left = earlier.left_over(spec) if earlier else []
         projector = spec.projection.bind(
@@ -245,9 +256,12 @@ class DisplacementAccumulator:
 
     def _fold(self, target: Target) -> None:
         """Turn the waiting gradients into displacements so far and momentum buffers."""
-        if not self._steps:
+        steps = self._known_steps()
+        if not steps:
             return
-        reaches = {block: {r.step: r for r in look_back([s[block] for s in self._steps])} for block in self._steps[0]}
+        if self._fit is not None:
+            self.arrived += steps
+        reaches = {block: {r.step: r for r in look_back([s[block] for s in steps])} for block in steps[0]}
         earlier = _factors(reaches, -1)
         self._carry.pass_on(*earlier)
         for rows in (target.rows, self._audit.rows):
@@ -260,8 +274,9 @@ class DisplacementAccumulator:
             target.rows.add(ids, rows, mean, *factors)
             if batch.audited is not None and batch.audit_rows is not None:
                 places = self._audit.places(batch.ids[batch.audited])
-                self._audit.rows.add(places, batch.audit_rows, derivatives[batch.audited], *factors)
-        self._visits, self._steps, self._waiting = [], [], 0
+                chosen = place(batch.audited, derivatives.device)
+                self._audit.rows.add(places, batch.audit_rows, derivatives[chosen], *factors)
+        self._visits, self._steps, self._levels, self._waiting = [], [], [], 0
 
     def _audited(self, batch: CapturedBatch, scale: Factors) -> tuple[Tensor, Tensor]:
         """Return a batch's audited examples and their gradients as applied, in full space."""
@@ -273,7 +288,7 @@ class DisplacementAccumulator:
         elif len(chosen):
             for position, piece in batch.pieces:
                 span = self._spec.blocks[position].span
-                gradients[:, span] += piece.select(chosen).dense() * scale[position]
+                gradients[:, span] += piece.select(place(chosen, piece.device)).dense() * scale[position]
         return self._audit.places(batch.ids[chosen]), gradients
 
     def _project(self, target: Target, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
@@ -282,7 +297,7 @@ class DisplacementAccumulator:
         self._rows_of(target, batch)[:, part.columns] += part.gradients(gradients)
         if batch.audited is not None and batch.audit_rows is not None:
             span = self._spec.blocks[position].span
-            batch.audit_rows[:, span] += gradients.select(batch.audited).dense()
+            batch.audit_rows[:, span] += gradients.select(place(batch.audited, gradients.device)).dense()
 
     def _rows_of(self, target: Target, batch: CapturedBatch) -> Tensor:
         """Return a batch's rows in projection space, zero before the first block arrives."""

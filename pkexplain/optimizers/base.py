@@ -36,10 +36,10 @@ class CapturedBatch:
     """What one backward pass produced.
 
     Attributes:
-        ids: Row numbers in the training set, ``(batch,)``.
+        ids: Row numbers in the training set, ``(batch,)``, on the CPU.
         pieces: Block positions and their per-example gradients, while they wait to be projected.
         rows: Their sum in projection space, ``(batch, columns)``, once they are projected.
-        audited: Positions of the audited examples in the batch, ``(chosen,)``.
+        audited: Positions of the audited examples in the batch, ``(chosen,)``, on the CPU.
         audit_rows: Their gradients without projection, ``(chosen, parameters)``.
         derivatives: Loss derivatives, ``(batch,)``; None if the model's output was not seen.
         summed: Parameters whose gradient has arrived.
@@ -72,11 +72,15 @@ class CapturedBatch:
 
     def compact(self) -> None:
         """Keep the waiting gradients in the form that takes less memory."""
-        everyone = torch.arange(len(self.ids), device=self.ids.device)
+        everyone: dict[torch.device, Tensor] = {}
         for index, (position, gradients) in enumerate(self.pieces):
             compact = gradients.compact()
             # a copy: a layer's input may be a parameter that changes, or a buffer that the next batch is written into
-            self.pieces[index] = position, gradients.select(everyone) if compact is gradients else compact
+            if compact is gradients:
+                device = gradients.device
+                everyone.setdefault(device, torch.arange(len(self.ids), device=device))
+                compact = gradients.select(everyone[device])
+            self.pieces[index] = position, compact
 
     def loss_derivatives(self, factor: float, like: Tensor) -> Tensor:
         """Return the loss derivatives as the optimizer saw them, nan if there are none, ``(batch,)``."""
@@ -137,8 +141,8 @@ class Audit:
     """
 
     def __init__(self, spec: RecordingSpec) -> None:
-        """Choose them, evenly spaced in the training set."""
-        count, device = spec.num_examples, spec.like.device
+        """Choose them, evenly spaced in the training set; which they are is asked on the CPU, where ids are."""
+        count, device = spec.num_examples, torch.device("cpu")
         chosen = min(_AUDIT_EXAMPLES, count, _AUDIT_NUMBERS // spec.size)
         evenly = torch.arange(chosen, device=device) * count // max(chosen, 1)
         self.ids = evenly if spec.audited is None else spec.audited.to(device)

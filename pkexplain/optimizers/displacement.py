@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pkexplain.devices import place, tensor_on
 from pkexplain.optimizers.rules import LinearStep, Number
 
-__all__ = ["Factors", "MomentumBuffer", "Reach", "RowAccumulator", "RowSum", "copy_exactly", "look_back"]
+__all__ = ["Factors", "MomentumBuffer", "Reach", "RowAccumulator", "RowSum", "add_product", "copy_exactly", "look_back"]
 
 
 Factors = Mapping[int, Number]
@@ -136,13 +137,12 @@ class RowAccumulator:
             moved: How far they moved the parameters, for each block.
             buffered: How much of them is left in the momentum buffer, for each block.
         """
-        ids, rows, derivatives = (value.to(self._moved.rows.device) for value in (ids, rows, derivatives))
-        parts = _Parts.of(ids, rows, derivatives, self._columns)
-        self._moved.add(parts, moved, self._columns)
+        ids, rows, derivatives = (place(value, self._moved.rows.device) for value in (ids, rows, derivatives))
+        self._moved.add(ids, rows * self._by_column(moved), derivatives)
         if _any(buffered):
             if self._buffer is None:
                 self._buffer = self._new_sum()
-            self._buffer.add(parts, buffered, self._columns)
+            self._buffer.add(ids, rows * self._by_column(buffered), derivatives)
 
     def pass_on(self, moved: Factors, buffered: Factors) -> None:
         """Let the momentum buffer move the parameters.
@@ -153,12 +153,27 @@ class RowAccumulator:
         """
         if self._buffer is None:
             return
-        parts = _Parts.of(None, self._buffer.rows, self._buffer.derivatives(), self._columns)
-        self._moved.add(parts, moved, self._columns)
-        if _any(buffered):
-            self._buffer.shrink(parts, buffered, self._columns)
-        else:
+        moves, stays = self._by_column(moved), self._by_column(buffered)
+        derivatives = self._buffer.derivatives()
+        for start in range(0, self._examples, _ROWS_AT_ONCE):
+            some = slice(start, min(start + _ROWS_AT_ONCE, self._examples))
+            self._moved.add(some, self._buffer.rows[some] * moves, derivatives[some])
+            self._buffer.shrink(some, stays, derivatives[some])
+        if not _any(buffered):
             self._buffer = None
+
+    def _by_column(self, factors: Factors) -> Tensor:
+        """Spread the blocks' factors over their columns, ``(width,)``."""
+        like = self._moved.rows
+        if not any(isinstance(factor, Tensor) for factor in factors.values()):
+            values: list[float] = [0.0] * self._width
+            for block, span in self._columns.items():
+                values[span] = [float(factors[block])] * (span.stop - span.start)
+            return tensor_on(values, like)
+        found = like.new_zeros(self._width)
+        for block, span in self._columns.items():
+            found[span] = factors[block]
+        return found
 
     def close(self) -> tuple[Tensor, Tensor, Tensor]:
         """End the segment and start the next.
@@ -174,30 +189,6 @@ class RowAccumulator:
 
 
 @dataclass
-class _Parts:
-    """Gradients of some examples, or of all (``ids`` None), with the squared norm of each block's columns."""
-
-    ids: Tensor | None
-    rows: Tensor
-    derivatives: Tensor
-    sizes: Tensor  # squared norms, (batch, blocks)
-
-    @classmethod
-    def of(cls, ids: Tensor | None, rows: Tensor, derivatives: Tensor, columns: Mapping[int, slice]) -> _Parts:
-        parts = [torch.linalg.vector_norm(rows[:, c], dim=1) for c in columns.values()]
-        return cls(ids, rows, derivatives, torch.stack(parts, dim=1).square_())
-
-    def weight(self, factors: Factors, columns: Mapping[int, slice]) -> Tensor:
-        """Compute ‖row‖ / |derivative| of each row times the factors; 0 where the row is zero."""
-        if any(isinstance(factor, Tensor) for factor in factors.values()):
-            parts = [(self.rows[:, span] * factors[block]).square().sum(1) for block, span in columns.items()]
-            size = torch.stack(parts).sum(0)
-        else:
-            size = self.sizes @ self.sizes.new_tensor([factors[block] for block in columns]).square()
-        return torch.where(size > 0, size.sqrt() / self.derivatives.abs(), 0.0)
-
-
-@dataclass
 class RowSum:
     """A sum of rows, and the mean of their loss derivatives weighted by the kernel, ‖row‖ / |derivative|."""
 
@@ -205,37 +196,31 @@ class RowSum:
     weight: Tensor
     weighted: Tensor
 
-    def add(self, parts: _Parts, factors: Factors, columns: Mapping[int, slice]) -> None:
-        """Add gradients, each block's columns times the block's factor."""
-        for span, factor in _spans(factors, columns):
-            rows, alpha = parts.rows[:, span], 1.0 if isinstance(factor, Tensor) else float(factor)
-            rows = rows * factor if isinstance(factor, Tensor) else rows
-            if parts.ids is None:
-                self.rows[:, span].add_(rows, alpha=alpha)
+    def add(self, ids: Tensor | slice, rows: Tensor, derivatives: Tensor) -> None:
+        """Add some rows, with their loss derivatives."""
+        weight = _kernel_weight(rows, derivatives)
+        parts = (self.rows, rows), (self.weight, weight), (self.weighted, _times(weight, derivatives))
+        for total, part in parts:
+            if isinstance(ids, slice):
+                total[ids] += part
             else:
-                self.rows[:, span].index_add_(0, parts.ids, rows, alpha=alpha)
-        weight = parts.weight(factors, columns)
-        for total, part in ((self.weight, weight), (self.weighted, _times(weight, parts.derivatives))):
-            total.add_(part) if parts.ids is None else total.index_add_(0, parts.ids, part)
+                total.index_add_(0, ids, part)
 
-    def shrink(self, parts: _Parts, factors: Factors, columns: Mapping[int, slice]) -> None:
-        """Scale the sum, whose own rows are ``parts``, in place; it counts as one visit from then on."""
-        self.weight = parts.weight(factors, columns)
-        for span, factor in _spans(factors, columns):
-            self.rows[:, span] *= factor
-        self.weighted = _times(self.weight, parts.derivatives)
+    def shrink(self, some: slice, factors: Tensor, derivatives: Tensor) -> None:
+        """Scale some rows in place, ``(width,)``; a row counts as one visit from then on."""
+        self.rows[some] *= factors
+        self.weight[some] = _kernel_weight(self.rows[some], derivatives)
+        self.weighted[some] = _times(self.weight[some], derivatives)
 
     def derivatives(self) -> Tensor:
         """Return the mean loss derivatives, 0 for empty rows, ``(examples,)``."""
         return torch.where(self.weight == 0, 0.0, self.weighted / self.weight)
 
 
-def _spans(factors: Factors, columns: Mapping[int, slice]) -> list[tuple[slice, Number]]:
-    """Pair columns and factors; one pair for all columns if their factors agree."""
-    pairs = [(columns[block], factors[block]) for block in columns]
-    scalars = {factor for _, factor in pairs if not isinstance(factor, Tensor)}
-    alike = len(scalars) == 1 and not any(isinstance(factor, Tensor) for _, factor in pairs)
-    return [(slice(None), scalars.pop())] if alike else pairs
+def _kernel_weight(rows: Tensor, derivatives: Tensor) -> Tensor:
+    """Compute ‖row‖ / |derivative|; 0 where the row is zero."""
+    size = torch.linalg.vector_norm(rows, dim=1)
+    return torch.where(size > 0, size / derivatives.abs(), 0.0)
 
 
 def _any(factors: Factors) -> bool:
@@ -272,15 +257,15 @@ class MomentumBuffer:
             buffer, moved = self._buffer[span], self._moved[span]
             buffer.mul_(n.momentum)
             if block in sources:
-                _add(buffer, n.gain, sources[block])
-                _add(moved, n.gradient_step, sources[block], -1)
-            _add(moved, n.buffer_step, buffer, -1)
+                add_product(buffer, n.gain, sources[block])
+                add_product(moved, n.gradient_step, sources[block], -1)
+            add_product(moved, n.buffer_step, buffer, -1)
         self._used.update(sources)
 
     def shrink(self, numbers: Mapping[int, LinearStep], parameters: Tensor) -> None:
         """Follow one step's decoupled weight decay from the parameters before it, ``(parameters,)``."""
         for block, span in self._spans.items():
-            _add(self._moved[span], numbers[block].decoupled_weight_decay, parameters[span], -1)
+            add_product(self._moved[span], numbers[block].decoupled_weight_decay, parameters[span], -1)
 
     @property
     def buffer(self) -> Tensor:
@@ -314,7 +299,8 @@ def copy_exactly(mine: Tensor, other: Tensor) -> None:
     mine.copy_(other)
 
 
-def _add(total: Tensor, factor: Number, vector: Tensor, sign: int = 1) -> None:
+def add_product(total: Tensor, factor: Number, vector: Tensor, sign: int = 1) -> None:
+    """Add a number, or one for each coordinate, times a vector, in place."""
     if isinstance(factor, Tensor):
         total.addcmul_(factor, vector, value=sign)
     elif factor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkexplain.optimizers.displacement import copy_exactly
+from pkexplain.optimizers.displacement import add_product, copy_exactly
 from pkexplain.optimizers.rules import LinearStep, Number
 
 __all__ = ["ExactAudit"]
@@ -33,7 +33,7 @@ class ExactAudit:
     def __init__(self, examples: int, spans: Mapping[int, slice], like: Tensor) -> None:
         """Begin with empty momentum buffers."""
         size = max((span.stop for span in spans.values()), default=0)
-        self._spans = spans
+        self._spans, self._sizes = spans, [span.stop - span.start for span in spans.values()]
         self._moved = like.new_zeros(examples, size)
         self._buffer = like.new_zeros(examples, size)  # the first rows are in use
         self._in_use: list[int] = []  # whose they are
@@ -44,28 +44,24 @@ class ExactAudit:
 
         Args:
             numbers: The step's numbers for each block.
-            visits: The examples in its batches, ``(examples,)``, with their gradients as applied, ``(examples,
-                parameters)``.
+            visits: The examples in its batches, ``(examples,)`` on the CPU, with their gradients as applied,
+                ``(examples, parameters)``.
         """
-        for places, _ in visits:
-            for place in places.tolist():
-                self._use(place)
-        count = len(self._in_use)
-        if not count:
+        visited = [pair for places, gradients in visits for pair in zip(places.tolist(), gradients, strict=True)]
+        for place, _ in visited:
+            self._use(place)
+        if not self._in_use:
             return
-        largest = max(_largest(n.momentum) for n in numbers.values())
-        for block, span in self._spans.items():
-            n, buffer = numbers[block], self._buffer[:count, span]
-            buffer *= n.momentum
-            for places, gradients in visits:
-                for place, gradient in zip(places.tolist(), gradients[:, span], strict=True):
-                    buffer[self._in_use.index(place)] += n.gain * gradient
-                    self._moved[place, span] -= n.gradient_step * gradient
-            for row, place in zip(buffer, self._in_use, strict=True):
-                self._moved[place, span] -= n.buffer_step * row
-        new = {place for places, _ in visits for place in places.tolist()}
+        n = LinearStep.joined([numbers[block] for block in self._spans], self._sizes, self._moved[:0])
+        self._buffer[: len(self._in_use)] *= n.momentum
+        for place, gradient in visited:
+            add_product(self._buffer[self._in_use.index(place)], n.gain, gradient)
+            add_product(self._moved[place], n.gradient_step, gradient, -1)
+        for slot, place in enumerate(self._in_use):
+            add_product(self._moved[place], n.buffer_step, self._buffer[slot], -1)
+        largest, new = max(_largest(number.momentum) for number in numbers.values()), {place for place, _ in visited}
         self._left = [1.0 if p in new else left * largest for p, left in zip(self._in_use, self._left, strict=True)]
-        for slot in reversed(range(count)):
+        for slot in reversed(range(len(self._in_use))):
             if self._left[slot] <= _FORGOTTEN:
                 self._forget(slot)
 

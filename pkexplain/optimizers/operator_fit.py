@@ -13,58 +13,29 @@ so the first segments are short.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from pkexplain import devices
+from pkexplain.devices import place
 from pkexplain.gradients.layers import Block
-from pkexplain.optimizers.displacement import copy_exactly
+from pkexplain.optimizers.displacement import add_product, copy_exactly
+from pkexplain.optimizers.levels import Levels, damped
 from pkexplain.optimizers.rules import LinearStep, Number
 from pkexplain.projection.maps import RowFactors, geometric_sides
 
-__all__ = ["FittedOperator", "OperatorFit", "levels_of", "row_factors", "spread"]
+__all__ = ["FittedOperator", "OperatorFit", "row_factors", "spread"]
 
-_DAMPING = 0.1
-"""Share of a block's mean √v̂ that is added to every coordinate's: one with hardly any gradient must not set a mean."""
 _DAMPING_OF_ROWS = 0.01
-"""The same where rows are multiplied: the removal reading takes rows and covectors to be multiplied alike."""
-_SAMPLE = 4096
-"""Coordinates of a block from which the size of its numbers is computed."""
+"""Share of the mean that is added to every coordinate's √v̂ before rows are multiplied by it: little, as the removal
+reading takes rows and covectors to be multiplied alike."""
 _SUM_COUNTS = 10.0
 """How much the sum of a segment's updates counts in the fit, beside the updates themselves."""
 _NUMBERS_AT_ONCE = 1 << 16
 """Coordinates that are followed at a time: few enough to stay in a core's cache."""
-
-
-def _damped(number: Tensor, damping: float = _DAMPING) -> Tensor:
-    """Return sizes with those of coordinates that hardly have a gradient cut down, ``(numel,)``; 0 stays 0."""
-    inverse = number.abs().reciprocal()
-    usable = torch.isfinite(inverse)
-    mean = torch.where(usable, inverse, 0.0).sum() / usable.sum().clamp_min(1)
-    return torch.where(usable, (inverse + damping * mean).reciprocal(), 0.0)
-
-
-def _level(number: Number) -> float:
-    """The size of a number that differs from coordinate to coordinate: its geometric mean."""
-    if not isinstance(number, Tensor):
-        return number
-    sample = number[:: max(1, len(number) // _SAMPLE)]
-    sizes = _damped(sample)
-    sizes = sizes[sizes > 0]
-    if not len(sizes):
-        return 0.0
-    return math.copysign(float(sizes.log().mean().exp()), float(sample.sum()))
-
-
-def levels_of(step: LinearStep) -> LinearStep:
-    """Reduce a step's numbers to scalars, τ: those of a rule that divides by a second moment to their size."""
-    if not step.elementwise:
-        return step
-    numbers = {field.name: _level(getattr(step, field.name)) for field in fields(step)}
-    return LinearStep(**numbers)
 
 
 def row_factors(step: LinearStep, block: Block, sides: bool, like: Tensor) -> RowFactors:
@@ -81,7 +52,7 @@ def row_factors(step: LinearStep, block: Block, sides: bool, like: Tensor) -> Ro
     """
     operator = step.gradient_step + step.gain * step.buffer_step
     flat = operator if isinstance(operator, Tensor) else like.new_full((block.numel,), operator)
-    sizes = _damped(flat, _DAMPING_OF_ROWS)
+    sizes = damped(flat, _DAMPING_OF_ROWS)
     if not sides or block.matrix is None:
         return torch.where(sizes > 0, sizes, sizes.mean().clamp_min(torch.finfo(sizes.dtype).tiny)).sqrt()
     return geometric_sides(sizes.sqrt(), block)
@@ -123,6 +94,7 @@ class OperatorFit:
     def __init__(self, spans: Mapping[int, slice], like: Tensor) -> None:
         """Begin with empty momentum buffers."""
         self._spans, self._buffer = spans, torch.zeros_like(like)
+        self._sizes = [span.stop - span.start for span in spans.values()]
         self._true: Tensor | None = None  # the momentum buffer as it is; None while it is the same
         self._begin()
 
@@ -131,7 +103,7 @@ class OperatorFit:
         self._moved, self._truly = new(self._buffer), new(self._buffer)
         self._products, self._energy = new(self._buffer), new(self._buffer)
 
-    def step(self, numbers: Mapping[int, LinearStep], levels: Mapping[int, LinearStep], gradient: Tensor) -> None:
+    def step(self, numbers: Mapping[int, LinearStep], levels: Levels, gradient: Tensor) -> None:
         """Follow one optimizer step.
 
         Args:
@@ -142,21 +114,38 @@ class OperatorFit:
         kept = any(isinstance(n.momentum, Tensor) or isinstance(n.gain, Tensor) for n in numbers.values())
         if kept and self._true is None:
             self._true = self._buffer.clone()
+        if devices.accelerated(gradient.device):
+            everything = slice(0, len(gradient))
+            joined = LinearStep.joined([numbers[block] for block in self._spans], self._sizes, gradient[:0])
+            self._follow(joined, self._spread(levels), gradient, everything, everything)
+            return
+        scalars = Levels.known([levels])[0]
         for block, span in self._spans.items():
             for start in range(span.start, span.stop, _NUMBERS_AT_ONCE):
                 some = slice(start, min(start + _NUMBERS_AT_ONCE, span.stop))
                 within = slice(some.start - span.start, some.stop - span.start)
-                self._follow(numbers[block], levels[block], gradient[some], some, within)
+                self._follow(numbers[block], scalars[block], gradient[some], some, within)
+
+    def _spread(self, levels: Levels) -> LinearStep:
+        """Spread scalars over all coordinates, where the blocks' differ."""
+        plain = LinearStep.joined([levels.scalars[block] for block in self._spans], self._sizes, self._buffer[:0])
+        counts = torch.tensor(self._sizes, device="cpu")
+        spread = {
+            name: torch.repeat_interleave(vector, place(counts, vector.device), output_size=len(self._buffer))
+            for name, vector in levels.vectors.items()
+        }
+        return replace(plain, **spread)
 
     def _follow(self, n: LinearStep, level: LinearStep, gradient: Tensor, some: slice, within: slice) -> None:
         buffer = self._buffer[some]
-        buffer.mul_(level.momentum).add_(gradient, alpha=float(level.gain))
+        buffer.mul_(level.momentum)
+        add_product(buffer, level.gain, gradient)
         true = buffer
         if self._true is not None:
             true = self._true[some].mul_(_at(n.momentum, within)).add_(_at(n.gain, within) * gradient)
         modelled, update = buffer * level.buffer_step, true * _at(n.buffer_step, within)
         if isinstance(n.gradient_step, Tensor) or n.gradient_step:
-            modelled.add_(gradient, alpha=float(level.gradient_step))
+            add_product(modelled, level.gradient_step, gradient)
             update += _at(n.gradient_step, within) * gradient
         self._moved[some] += modelled
         self._truly[some] += update

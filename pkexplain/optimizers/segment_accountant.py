@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pkexplain import devices
+from pkexplain.devices import fetch
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers._learning_rates import RateSums
 from pkexplain.optimizers.accumulator import DisplacementAccumulator
@@ -36,9 +38,9 @@ class AppliedStep:
         batches: The batches whose gradients it applied.
         captured: The gradient that their backward passes computed, ``(parameters,)``.
         attributed: The share of it that belongs to examples, ``(parameters,)``; the same vector if that is all of it.
-        applied: The gradient that the optimizer was given, ``(parameters,)``.
         numbers: The step's numbers for each block.
         parameters: θ before the step, ``(parameters,)``.
+        factors: What `SegmentAccountant.compare` found.
         unsplit: The part of the captured gradient that was not split among examples, ``(parameters,)``; None if there
             is none.
     """
@@ -46,9 +48,9 @@ class AppliedStep:
     batches: Sequence[CapturedBatch]
     captured: Tensor
     attributed: Tensor
-    applied: Tensor
     numbers: Mapping[int, LinearStep]
     parameters: Tensor
+    factors: Sequence[Sequence[float]]
     unsplit: Tensor | None = None
 
 
@@ -93,15 +95,27 @@ class SegmentAccountant:
         else:
             self._accumulator.receive(batch, position, gradients)
 
+    def compare(self, captured: Tensor, applied: Tensor) -> list[Tensor]:
+        """Find the factor between two gradients in each parameter group (clipping, loss scaling), by least squares.
+
+        Args:
+            captured: The gradient that the backward passes computed, ``(parameters,)``.
+            applied: The gradient that the optimizer is given, ``(parameters,)``.
+
+        Returns:
+            For each group the factor, and the share of the applied gradient that is not a multiple of the captured
+            one, ``(2,)`` each: not waited for.
+        """
+        return [_factor(captured[span], applied[span]) for span in self._groups.values()]
+
     def step(self, step: AppliedStep) -> None:
         """Follow one optimizer step."""
-        batches, numbers, captured, applied = step.batches, step.numbers, step.captured, step.applied
-        attributed = step.attributed
+        batches, numbers, attributed = step.batches, step.numbers, step.attributed
         if self._accumulator is None:
             self._accumulator = self._open(elementwise=any(n.elementwise for n in numbers.values()))
-        found = {group: _factor(captured[span], applied[span]) for group, span in self._groups.items()}
-        self.bend = max(self.bend, *(bend for _, bend in found.values()))
-        scale = {position: found[block.group][0] for position, block in enumerate(self._spec.blocks)}
+        found = {group: factor for group, (factor, _) in zip(self._groups, step.factors, strict=True)}
+        self.bend = max(self.bend, *(bend for _, bend in step.factors))
+        scale = {position: found[block.group] for position, block in enumerate(self._spec.blocks)}
         rescaled = [factor * self._spec.group.world_size for factor in scale.values()]  # several processes are averaged
         self._smallest, self._largest = min(self._smallest, *rescaled), max(self._largest, *rescaled)
         for group, position in self._first_of.items():
@@ -113,9 +127,16 @@ class SegmentAccountant:
         if checked:
             self._check_capture(self._accumulator, batches, attributed)
         scaled = attributed if set(scale.values()) == {1.0} else self._scaled(attributed, scale)
-        self._rate_sums.step(self._accumulator.step(batches, numbers, scale, scaled), scaled)
+        self._accumulator.step(batches, numbers, scale, scaled)
+        self._sum_rates(self._accumulator, scaled)
         self._follow_unsplit(numbers, step.unsplit, scale)
         self._follow_decay(numbers, step.parameters)
+
+    def _sum_rates(self, accumulator: DisplacementAccumulator, gradient: Tensor) -> None:
+        """Sum learning rates, as far as they are known."""
+        for numbers in accumulator.arrived:
+            self._rate_sums.step(numbers, gradient)
+        accumulator.arrived = []
 
     def _open(self, elementwise: bool) -> DisplacementAccumulator:
         return DisplacementAccumulator(self._spec, elementwise, self._projector)
@@ -203,6 +224,7 @@ class SegmentAccountant:
         """
         accumulator = self._accumulator = self._accumulator or self._open(elementwise=False)
         totals, decay = accumulator.close(), self._decay.close()
+        self._sum_rates(accumulator, displacement)  # their sizes are known: no gradient is needed any more
         projector = totals.projector
         unsplit = self._unsplit.close() if self._unsplit else displacement[:0]
         named = decay + unsplit if len(unsplit) else decay
@@ -251,17 +273,15 @@ class SegmentAccountant:
 
 
 def _gap(found: Tensor, true: Tensor) -> float:
-    return float((found - true).norm() / true.norm().clamp_min(1e-300))
+    (miss,), (size,) = fetch([(found - true).norm(), true.norm()])
+    return miss / max(size, 1e-300)
 
 
-def _factor(captured: Tensor, applied: Tensor) -> tuple[float, float]:
-    """Find the factor between the captured and the applied gradient (clipping, loss scaling), by least squares.
-
-    Returns:
-        The factor, and the share of the applied gradient that is not a multiple of the captured one.
-    """
-    if torch.equal(captured, applied):
-        return 1.0, 0.0
-    size, whole = captured.double().square().sum(), applied.double().norm()
-    factor = float(captured.double() @ applied.double() / size) if size > 0 else 1.0
-    return factor, float((applied - factor * captured).norm() / whole) if whole > 0 else 0.0
+def _factor(captured: Tensor, applied: Tensor) -> Tensor:
+    if not devices.accelerated(captured.device) and torch.equal(captured, applied):
+        return torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
+    before, after = captured.double(), applied.double()
+    size, whole = (before * before).sum(), after.norm()
+    factor = torch.where(size > 0, (before * after).sum() / size, 1.0)
+    rest = torch.where(whole > 0, (after - factor * before).norm() / whole, 0.0)
+    return torch.stack([factor, rest])

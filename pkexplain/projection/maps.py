@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pkexplain.gradients.factors import ExampleGradients, MatrixGradient, as_matrix
+from pkexplain.gradients.factors import ExampleGradients, MatrixGradient
 from pkexplain.gradients.layers import Block
+from pkexplain.gradients.matrices import as_matrix
 
 __all__ = [
     "HashedMap",

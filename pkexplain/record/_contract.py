@@ -207,7 +207,7 @@ def not_finite(batches: Sequence[CapturedBatch]) -> NonFiniteGradientError:
         int(i)
         for batch in batches
         if batch.derivatives is not None
-        for i in batch.ids[~torch.isfinite(batch.derivatives)]
+        for i in batch.ids[~torch.isfinite(batch.derivatives).cpu()]
     ]
     ids = blamed or [int(i) for batch in batches for i in batch.ids]
     return NonFiniteGradientError(

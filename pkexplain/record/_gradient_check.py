@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from pkexplain.devices import fetch
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
 from pkexplain.record._contract import warn_of_missing
@@ -95,10 +96,10 @@ class GradientSums:
 
     def shares(self, names: Collection[str], unsplit: Tensor) -> dict[str, float]:
         """The size of each parameter's unsplit gradient relative to the whole gradient."""
-        whole = float(self.captured.norm())
-        sizes = [float(unsplit[span].norm()) for span in self._spans_of(names)]
+        norms = [self.captured.norm(), *(unsplit[span].norm() for span in self._spans_of(names))]
+        (whole,), *sizes = fetch(norms)
         ordered = [name for name in self._names if name in names]
-        return {name: size / whole if whole > 0 else 0.0 for name, size in zip(ordered, sizes, strict=True)}
+        return {name: size / whole if whole > 0 else 0.0 for name, (size,) in zip(ordered, sizes, strict=True)}
 
     @property
     def _names(self) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pkexplain import devices
 from pkexplain.gradients.layers import Block
-from pkexplain.optimizers.rules import LinearStep
+from pkexplain.optimizers.rules import LinearStep, UpdateRule
 from pkexplain.record._contract import broken, moved_by_another, unknown_parameter
 from pkexplain.record._optimizers import Optimizers
 
@@ -21,11 +22,17 @@ def skips(optimizer: torch.optim.Optimizer) -> bool:
     return found is not None and bool(found)
 
 
+def _of_torch(rule: UpdateRule) -> bool:
+    return isinstance(rule.optimizer, type) and rule.optimizer.__module__.startswith("torch.optim.")
+
+
 class StepReader:
     """Reads the optimizers' steps.
 
     Attributes:
         applied: The gradient that the last step was given, ``(parameters,)``.
+        counts: How many steps some parameters had taken before it, where an optimizer counts on a GPU; `know` is to be
+            told, so that nothing waits for each of them.
 
     Args:
         model: The model.
@@ -50,6 +57,8 @@ class StepReader:
         self._first: dict[int, bool] = {}
         self._before: dict[int, dict[str, Any]] = {}
         self.applied = like
+        self.counts: list[Tensor] = []
+        self._counted: list[int] = []  # the parameters that they belong to
 
     def refuse_closure(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Refuse a closure, which the optimizer may evaluate any number of times.
@@ -90,6 +99,7 @@ class StepReader:
         """Read, before an optimizer's step, the gradient it is given and which parameters have no state yet."""
         if len(self.applied) == 0:
             self.applied = self._like.new_zeros(sum(p.numel() for p in self._parameters))
+        self.counts, self._counted = [], []
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it
         holders, start = self._optimizers.holders(), 0
         for parameter in self._parameters:
@@ -104,11 +114,20 @@ class StepReader:
                 self.applied[span] /= scale.to(self.applied)
             state = self._optimizers.state(parameter)
             self._first[id(parameter)] = not any(isinstance(value, Tensor) for value in state.values())
+            count = state.get("step")
+            if isinstance(count, Tensor) and devices.accelerated(count.device) and _of_torch(rule):
+                self.counts.append(count)
+                self._counted.append(id(parameter))
             known = {"parameter": parameter, "gradient": gradient, **group, **state}
             kept = {name: known[name] for name in getattr(rule, "kept", ()) if name in known}
             self._before[id(parameter)] = {
                 f"before.{n}": v.detach().clone() if isinstance(v, Tensor) else v for n, v in kept.items()
             }
+
+    def know(self, counts: Sequence[float]) -> None:
+        """Take note of `counts`; torch's optimizers add one in every step that they do not skip."""
+        for parameter, count in zip(self._counted, counts, strict=True):
+            self._before[parameter]["step"] = count + 1
 
     def numbers(self) -> dict[int, LinearStep]:
         """Read the step that was just taken, for each block."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pkexplain.devices import fetch
 from pkexplain.errors import ExampleIdError, RecordingError
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.interrupts import deferred_interrupts
@@ -214,7 +215,7 @@ class Session:
         """Check the ids; if another process refuses its ids, none continues without it."""
         plan = self._plan
         try:
-            batch = CapturedBatch(check_ids(ids, plan.num_examples, gone=self._deleted).to(plan.like.device))
+            batch = CapturedBatch(check_ids(ids, plan.num_examples, gone=self._deleted))
         except ExampleIdError:
             self._roll_call.meet(REFUSED)
             raise
@@ -280,23 +281,29 @@ class Session:
         self._plan.steps.refuse_closure(args, kwargs)
         if not step.batch.summed:
             raise without_backward()
+        skipped = skips(optimizer)
         if not step.begun:
-            self._begin_steps(step, skips(optimizer))
-        elif skips(optimizer) != (step.before is None):
+            self._sums.join()
+        elif skipped != (step.before is None):
             raise not_all_skipped()
+        if not skipped:
+            self._read(step, optimizer)
         step.begun.append(optimizer)
-        if step.before is not None:
-            self._plan.steps.begin(optimizer)
 
-    def _begin_steps(self, step: Step, skipped: bool) -> None:
-        """Check the gradient before the first of the optimizers steps."""
-        self._sums.join()
-        if skipped:
+    def _read(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
+        """Read what the optimizer is given; a GPU is waited for here, before the step, and nowhere else in it."""
+        sums, reader, batches = self._sums, self._plan.steps, [*self._accumulated, step.batch]
+        reader.begin(optimizer)
+        last = len(step.begun) + 1 == len(self._plan.optimizers.all)
+        factors = self._accountant.compare(sums.captured, reader.applied) if last else []
+        (finite,), *found = fetch([torch.isfinite(sums.captured.sum()), *factors, *reader.counts])
+        step.factors = found[: len(factors)]
+        reader.know([count for (count,) in found[len(factors) :]])
+        if step.begun:
             return
-        batches = [*self._accumulated, step.batch]
-        if not torch.isfinite(self._sums.captured.sum()):
+        if not finite:
             raise not_finite(batches)
-        self._accountant.note_capture_gap(self._sums.check(batches, self._split.names, self._split.allowed))
+        self._accountant.note_capture_gap(sums.check(batches, self._split.names, self._split.allowed))
         step.batch.compact()  # before the step, as a layer's input may be a parameter
         step.before = self._plan.point()
 
@@ -313,10 +320,10 @@ class Session:
             return
         steps, sums = self._plan.steps, self._sums
         unsplit = self._split.share_of(sums)
-        applied, numbers = steps.applied, steps.numbers()
+        numbers = steps.numbers()
         with self._ends.as_a_whole():
             self._accountant.step(
-                AppliedStep(batches, sums.captured, sums.attributed, applied, numbers, step.before, unsplit)
+                AppliedStep(batches, sums.captured, sums.attributed, numbers, step.before, step.factors, unsplit)
             )
         if self._accountant.capture_gap > ROUNDING:
             sums.follow()

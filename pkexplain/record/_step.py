@@ -16,5 +16,6 @@ class Step:
 
     batch: CapturedBatch
     before: Tensor | None = None  # θ before the step; None if the optimizers skip it, or were not called yet
+    factors: list[list[float]] = field(default_factory=list)  # between captured and applied gradients
     begun: list[torch.optim.Optimizer] = field(default_factory=list)
     done: bool = False  # whether all have stepped

@@ -80,7 +80,7 @@ class SegmentWarnings:
 
     def of_skipped(self, batches: Sequence[CapturedBatch]) -> None:
         """Name single examples with a nan loss in a skipped step; an overflow makes whole batches nan."""
-        seen = [(batch.ids, batch.derivatives.isnan()) for batch in batches if batch.derivatives is not None]
+        seen = [(batch.ids, batch.derivatives.isnan().cpu()) for batch in batches if batch.derivatives is not None]
         ids = [int(i) for examples, odd in seen if not odd.all() for i in examples[odd]]
         if ids and not self._named:
             self._named = True

@@ -11,19 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pkexplain.devices import room_for
 from pkexplain.errors import RunError
 
 __all__ = ["MEMORY_BYTES", "SCRATCH", "empty_on_disk", "zeros_on_disk"]
 
 MEMORY_BYTES = 1 << 30
-"""A larger array is a file mapped into memory, deleted when it is no longer used."""
+"""A larger array is a file mapped into memory, deleted when it is no longer used; a GPU with room takes larger ones."""
 SCRATCH = "pkexplain-rows-"
 """How the names of such files begin."""
 
 
 def zeros_on_disk(*shape: int, like: Tensor, directory: Path | None = None) -> Tensor:
-    """Make a tensor of zeros: on ``like``'s device, or in a file if it would take too much memory."""
-    if math.prod(shape) * like.element_size() <= MEMORY_BYTES:
+    """Make a tensor of zeros: on ``like``'s device, or in a file if it would take too much of its memory."""
+    if math.prod(shape) * like.element_size() <= room_for(like.device, MEMORY_BYTES):
         return like.new_zeros(shape)
     return empty_on_disk(shape, like.dtype, directory)
 

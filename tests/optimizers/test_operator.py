@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import pkexplain as pk
+from pkexplain import devices
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers import accumulator
-from pkexplain.optimizers.operator_fit import OperatorFit, levels_of, row_factors, spread
+from pkexplain.optimizers.levels import Levels
+from pkexplain.optimizers.operator_fit import OperatorFit, row_factors, spread
 from pkexplain.optimizers.rules import LinearStep
-from tests.conftest import RecordedTraining, cnn, mlp
+from tests.conftest import RecordedTraining, batches, cnn, digits, mlp
 
 EXAMPLES = 48
 ADAPTIVE = {
@@ -27,6 +29,11 @@ ADAPTIVE = {
 def record(optimizer, make=mlp, epochs=4, **options):
     options = {"examples": EXAMPLES, "segments": 12, **options}
     return RecordedTraining(make(), optimizer, dtype=torch.float64, **options).train(epochs=epochs)
+
+
+def segments(run):
+    trajectory = run.store.trajectory()
+    return [trajectory.segment(t) for t in range(len(trajectory))]
 
 
 def total_displacements(run, ids):
@@ -70,8 +77,9 @@ def test_a_fitted_operator_is_the_least_squares_one():
     buffer, true, modelled = torch.zeros(6, dtype=torch.float64), [], []
     for gradient, operator in zip(gradients, operators, strict=True):
         step = LinearStep(0.9, 0.1, operator, 0.0)
-        level = levels_of(step)
-        fit.step({0: step}, {0: level}, gradient)
+        levels = Levels.of({0: step})
+        level = Levels.known([levels])[0][0]
+        fit.step({0: step}, levels, gradient)
         buffer = 0.9 * buffer + 0.1 * gradient
         true.append(operator * buffer)
         modelled.append(float(level.buffer_step) * buffer)
@@ -88,9 +96,58 @@ def test_one_step_has_no_misfit():
     fit = OperatorFit({0: slice(0, 4)}, torch.zeros(4, dtype=torch.float64))
     operator, gradient = torch.tensor([1e-4, 3.0, 1e6, 2.0]).double(), torch.tensor([1.0, -2.0, 1e-9, 0.5]).double()
     step = LinearStep(0.9, 0.1, operator, 0.0)
-    fit.step({0: step}, {0: levels_of(step)}, gradient)
+    fit.step({0: step}, Levels.of({0: step}), gradient)
     found = fit.close()
     torch.testing.assert_close(found.operator * found.moved, 0.1 * operator * gradient)
+
+
+TWO = {"adamw": ADAPTIVE["adamw"], "rmsprop": ADAPTIVE["rmsprop"], "adagrad": ADAPTIVE["adagrad"]}
+
+
+@pytest.mark.parametrize("optimizer", TWO.values(), ids=TWO)
+@pytest.mark.parametrize("projection", [pk.Kronecker(60), pk.Identity()], ids=["compressed", "whole"])
+def test_where_nothing_may_wait_the_numbers_are_the_same(optimizer, projection, monkeypatch):
+    """On an accelerator scalars stay where they are, and vectors are followed whole; tried here on the CPU."""
+    here = record(optimizer, projection=projection)
+    monkeypatch.setattr(devices, "accelerated", lambda device: True)
+    there = record(optimizer, projection=projection)
+    for t, (one, other) in enumerate(zip(segments(here), segments(there), strict=True)):
+        for name in ("rate_sums", "weight_decay", "optimizer", "audit_rows"):
+            a, b = getattr(one, name), getattr(other, name)
+            torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-9 * max(1e-3, float(a.abs().max())))
+        a, b = (segment.read_rows(slice(None), torch.float64) for segment in (one, other))
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-9 * float(a.abs().max()), msg=f"segment {t}")
+
+
+def test_where_nothing_may_wait_clipping_and_two_optimizers_are_followed(monkeypatch):
+    found = []
+    for accelerated in (False, True):
+        monkeypatch.setattr(devices, "accelerated", lambda device, accelerated=accelerated: accelerated)
+        torch.manual_seed(0)
+        model, run = mlp(), pk.MemoryStore()
+        weights, rest = [[p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
+        optimizers = [torch.optim.AdamW(weights, lr=3e-3), torch.optim.SGD(rest, lr=0.1, momentum=0.9)]
+        inputs, targets = digits(EXAMPLES, torch.float64)
+        recorder = pk.Recorder(
+            run, model, optimizers, num_examples=EXAMPLES, projection=pk.Kronecker(60), dtype=torch.float64
+        )
+        with recorder:
+            for ids in batches(EXAMPLES, 16, 2):
+                with recorder.step(ids):
+                    for optimizer in optimizers:
+                        optimizer.zero_grad()
+                    torch.nn.functional.cross_entropy(model(inputs[ids]), targets[ids]).backward()
+                    torch.nn.utils.clip_grad_norm_(weights, 0.05)
+                    for optimizer in optimizers:
+                        optimizer.step()
+        trajectory = run.trajectory()
+        found.append([trajectory.segment(t) for t in range(len(trajectory))])
+        assert min(entry.summary.rescaled[0] for entry in trajectory.manifest.segments) < 0.9  # it clipped
+        assert max(entry.summary.bent for entry in trajectory.manifest.segments) < 1e-6
+    for one, other in zip(*found, strict=True):
+        a, b = (segment.read_rows(slice(None), torch.float64) for segment in (one, other))
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-9 * float(a.abs().max()))
+        torch.testing.assert_close(other.rate_sums, one.rate_sums, rtol=1e-9, atol=0)
 
 
 def test_an_operator_of_rank_one_is_found_by_its_sides():
