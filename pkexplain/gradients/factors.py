@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pkexplain.devices import at_once
+from pkexplain.gradients.devices import at_once
 from pkexplain.gradients.matrices import as_matrix, outer_product
 
 __all__ = ["DenseGradient", "ExampleGradients", "FormedGradient", "LinearGradient", "MatrixGradient", "ScaledGradient"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pkexplain.devices import place
+from pkexplain.gradients.devices import place
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers.base import Audit, CapturedBatch, Factors, RecordingSpec, Totals
 from pkexplain.optimizers.displacement import MomentumBuffer, Reach, look_back

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pkexplain.devices import place, tensor_on
+from pkexplain.gradients.devices import place, tensor_on
 from pkexplain.optimizers.rules import LinearStep, Number
 
 __all__ = ["Factors", "MomentumBuffer", "Reach", "RowAccumulator", "RowSum", "add_product", "copy_exactly", "look_back"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pkexplain.devices import fetch, tensor_on
+from pkexplain.gradients.devices import fetch, tensor_on
 from pkexplain.optimizers.rules import LinearStep
 
 __all__ = ["Levels", "damped"]

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pkexplain import devices
-from pkexplain.devices import place
+from pkexplain.gradients import devices
+from pkexplain.gradients.devices import place
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.displacement import add_product, copy_exactly
 from pkexplain.optimizers.levels import Levels, damped

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkexplain import devices
-from pkexplain.devices import fetch
+from pkexplain.gradients import devices
+from pkexplain.gradients.devices import fetch
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers._learning_rates import RateSums
 from pkexplain.optimizers.accumulator import DisplacementAccumulator

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from pkexplain.devices import fetch
+from pkexplain.gradients.devices import fetch
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
 from pkexplain.record._contract import warn_of_missing

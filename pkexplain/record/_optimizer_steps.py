@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pkexplain import devices
+from pkexplain.gradients import devices
+from pkexplain.gradients.devices import fetch
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.rules import LinearStep, UpdateRule
 from pkexplain.record._contract import broken, moved_by_another, unknown_parameter
@@ -31,8 +32,6 @@ class StepReader:
 
     Attributes:
         applied: The gradient that the last step was given, ``(parameters,)``.
-        counts: How many steps some parameters had taken before it, where an optimizer counts on a GPU; `know` is to be
-            told, so that nothing waits for each of them.
 
     Args:
         model: The model.
@@ -57,8 +56,7 @@ class StepReader:
         self._first: dict[int, bool] = {}
         self._before: dict[int, dict[str, Any]] = {}
         self.applied = like
-        self.counts: list[Tensor] = []
-        self._counted: list[int] = []  # the parameters that they belong to
+        self._counts: dict[int, Tensor] = {}  # steps taken before, where an optimizer counts on a GPU
 
     def refuse_closure(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Refuse a closure, which the optimizer may evaluate any number of times.
@@ -99,7 +97,7 @@ class StepReader:
         """Read, before an optimizer's step, the gradient it is given and which parameters have no state yet."""
         if len(self.applied) == 0:
             self.applied = self._like.new_zeros(sum(p.numel() for p in self._parameters))
-        self.counts, self._counted = [], []
+        self._counts = {}
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it
         holders, start = self._optimizers.holders(), 0
         for parameter in self._parameters:
@@ -116,18 +114,22 @@ class StepReader:
             self._first[id(parameter)] = not any(isinstance(value, Tensor) for value in state.values())
             count = state.get("step")
             if isinstance(count, Tensor) and devices.accelerated(count.device) and _of_torch(rule):
-                self.counts.append(count)
-                self._counted.append(id(parameter))
+                self._counts[id(parameter)] = count
             known = {"parameter": parameter, "gradient": gradient, **group, **state}
             kept = {name: known[name] for name in getattr(rule, "kept", ()) if name in known}
             self._before[id(parameter)] = {
                 f"before.{n}": v.detach().clone() if isinstance(v, Tensor) else v for n, v in kept.items()
             }
 
-    def know(self, counts: Sequence[float]) -> None:
-        """Take note of `counts`; torch's optimizers add one in every step that they do not skip."""
-        for parameter, count in zip(self._counted, counts, strict=True):
+    def wait(self, *tensors: Tensor) -> list[list[float]]:
+        """Wait for some results, and for how many steps the optimizer has taken, all at once; return their numbers.
+
+        torch's optimizers add one to the latter in every step that they do not skip.
+        """
+        found = fetch([*tensors, *self._counts.values()])
+        for parameter, (count,) in zip(self._counts, found[len(tensors) :], strict=True):
             self._before[parameter]["step"] = count + 1
+        return found[: len(tensors)]
 
     def numbers(self) -> dict[int, LinearStep]:
         """Read the step that was just taken, for each block."""

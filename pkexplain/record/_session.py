@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkexplain.devices import fetch
 from pkexplain.errors import ExampleIdError, RecordingError
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.interrupts import deferred_interrupts
@@ -273,11 +272,12 @@ class Session:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         step = self._step
         if step is None:
-            got, fix = "a step without examples", "Call it inside 'with recorder.step(ids):'"
-            raise broken("optimizer.step() was called outside a recorded step", got, fix)
+            fix = "Call it inside 'with recorder.step(ids):'"
+            raise broken("optimizer.step() was called outside a recorded step", "a step without examples", fix)
         if optimizer in step.begun:
-            fix = "Record each step in its own block"
-            raise broken("optimizer.step() was called a second time", "two steps in one", fix)
+            raise broken(
+                "optimizer.step() was called a second time", "two steps in one", "Record each in its own block"
+            )
         self._plan.steps.refuse_closure(args, kwargs)
         if not step.batch.summed:
             raise without_backward()
@@ -294,11 +294,8 @@ class Session:
         """Read what the optimizer is given; a GPU is waited for here, before the step, and nowhere else in it."""
         sums, reader, batches = self._sums, self._plan.steps, [*self._accumulated, step.batch]
         reader.begin(optimizer)
-        last = len(step.begun) + 1 == len(self._plan.optimizers.all)
-        factors = self._accountant.compare(sums.captured, reader.applied) if last else []
-        (finite,), *found = fetch([torch.isfinite(sums.captured.sum()), *factors, *reader.counts])
-        step.factors = found[: len(factors)]
-        reader.know([count for (count,) in found[len(factors) :]])
+        factors = self._accountant.compare(sums.captured, reader.applied)
+        (finite,), *step.factors = reader.wait(torch.isfinite(sums.captured.sum()), *factors)
         if step.begun:
             return
         if not finite:
@@ -320,11 +317,9 @@ class Session:
             return
         steps, sums = self._plan.steps, self._sums
         unsplit = self._split.share_of(sums)
-        numbers = steps.numbers()
+        gradients, numbers = (sums.captured, sums.attributed), steps.numbers()
         with self._ends.as_a_whole():
-            self._accountant.step(
-                AppliedStep(batches, sums.captured, sums.attributed, numbers, step.before, step.factors, unsplit)
-            )
+            self._accountant.step(AppliedStep(batches, *gradients, numbers, step.before, step.factors, unsplit))
         if self._accountant.capture_gap > ROUNDING:
             sums.follow()
         self._lengths.count(sum(batch.everywhere for batch in batches), stepped=True)

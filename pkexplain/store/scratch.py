@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pkexplain.devices import room_for
 from pkexplain.errors import RunError
+from pkexplain.gradients.devices import room_for
 
 __all__ = ["MEMORY_BYTES", "SCRATCH", "empty_on_disk", "zeros_on_disk"]
 

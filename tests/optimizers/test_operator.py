@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pkexplain as pk
-from pkexplain import devices
+from pkexplain.gradients import devices
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers import accumulator
 from pkexplain.optimizers.levels import Levels
