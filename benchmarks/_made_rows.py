@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import pkexplain as pk
 from pkexplain.demo import build_cnn, load_digits, train_cnn
@@ -17,10 +18,10 @@ COLUMNS = 2048
 BLOCK = 20_000
 
 
-def record(seed: int) -> tuple[pk.MemoryStore, nn.Module, np.ndarray]:
+def record(seed: int, device: str = "cpu") -> tuple[pk.MemoryStore, nn.Module, np.ndarray]:
     """Train and record the demo's CNN; return run, model and the corrected covectors of 400 test digits' logits."""
-    train, test = load_digits()
-    model, run = build_cnn(seed), pk.MemoryStore()
+    train, test = (TensorDataset(*(part.to(device) for part in some.tensors)) for some in load_digits())
+    model, run = build_cnn(seed).to(device), pk.MemoryStore()
     train_cnn(model, train, run=run, seed=seed)
     explainer = pk.Explainer(run, model)
     queries = as_queries(test.tensors[0][:400], explainer.trajectory.inputs, explainer._first.trajectory_model.device)
@@ -28,7 +29,7 @@ def record(seed: int) -> tuple[pk.MemoryStore, nn.Module, np.ndarray]:
         explainer._first.corrected(some, out).projected.flatten(1)
         for some, out, _ in explainer._chunks(queries, pk.Logit())
     ]
-    return run, model, torch.cat(found).float().numpy()
+    return run, model, torch.cat(found).float().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -90,26 +91,30 @@ class MadeRun:
         return MadeSegment(mapped, scale, row_sum)
 
 
-def make_rows(spectrum: Spectrum, count: int, seed: int, folder: Path) -> np.ndarray:
+def make_rows(spectrum: Spectrum, count: int, seed: int, folder: Path, device: str = "cpu") -> np.ndarray:
     """Write rows: Gaussian with the spectrum, rescaled to norms drawn from the recorded ones, in random directions.
+
+    Made on ``device``; with another device, other rows of the same kind.
 
     Returns:
         The covectors in the coordinates of the rows, ``(queries, COLUMNS)``.
     """
     folder.mkdir()
-    generator = torch.Generator().manual_seed(seed)
-    turn = torch.linalg.qr(torch.randn(COLUMNS, COLUMNS, generator=generator)).Q
-    scales, row_sum = [], torch.zeros(COLUMNS, dtype=torch.float64)
+    generator = torch.Generator(device).manual_seed(seed)
+    spectrum = Spectrum(*(value.to(device) for value in vars(spectrum).values()))
+    new = {"generator": generator, "device": device}
+    turn = torch.linalg.qr(torch.randn(COLUMNS, COLUMNS, **new)).Q
+    scales, row_sum = [], torch.zeros(COLUMNS, dtype=torch.float64, device=device)
     with (folder / "rows").open("wb") as file:
         for start in range(0, count, BLOCK):
             size = min(BLOCK, count - start)
-            rows = torch.randn(size, COLUMNS, generator=generator) * spectrum.deviations
-            norms = spectrum.norms[torch.randint(len(spectrum.norms), (size,), generator=generator)]
+            rows = torch.randn(size, COLUMNS, **new) * spectrum.deviations
+            norms = spectrum.norms[torch.randint(len(spectrum.norms), (size,), **new)]
             rows = (rows * (norms / rows.norm(dim=1))[:, None]) @ turn
             scale = torch.exp2(rows.abs().amax(1).log2().ceil() - 14)
             stored = (rows / scale[:, None]).half()
             row_sum += scale.double() @ stored.double()
-            file.write(stored.numpy().data)
+            file.write(stored.cpu().numpy().data)
             scales.append(scale)
-    np.savez(folder / "scale.npz", scale=torch.cat(scales).numpy(), row_sum=row_sum.numpy())
-    return (spectrum.queries @ turn).numpy()
+    np.savez(folder / "scale.npz", scale=torch.cat(scales).cpu().numpy(), row_sum=row_sum.cpu().numpy())
+    return (spectrum.queries @ turn).cpu().numpy()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch import nn
 
 import pkexplain as pk
 from pkexplain.index.row_index import RowIndex
-from tests.conftest import batches, digits, mlp, train
+from tests.conftest import batches, cnn, digits, mlp, train
 from tests.trainings import Training
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +58,114 @@ def test_a_run_that_is_resumed_on_the_gpu_is_the_unbroken_one(tmp_path, kind):
         trajectory = pk.DirectoryStore(tmp_path / name / "run").trajectory()
         found.append(torch.cat([trajectory.segment(t).read_rows(slice(None), torch.float64) for t in range(6)]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "adamw, fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "adamw, capturable": lambda p: torch.optim.AdamW(p, lr=1e-3, capturable=True),
+    "sgd, fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9),
+}
+
+
+def small_run(device, optimizer, model=None, dtype=torch.float64, *, image=False, ids_there=False, **options):
+    """Train and record a small network; return run, model and the images."""
+    inputs, targets = (part.to(device) for part in digits(128, dtype, image))
+    model, run = (model or mlp(activation=nn.GELU)).to(device), pk.MemoryStore()
+    optimizer = optimizer(model.parameters())
+    recorder = pk.Recorder(run, model, optimizer, num_examples=96, dtype=dtype, **options)
+    with recorder:
+        for ids in batches(96, 16, 3):
+            ids = torch.tensor(ids, device=device if ids_there else "cpu")
+            with recorder.step(ids):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(inputs[ids]), targets[ids]).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+    return run, model, inputs
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("ids_there", [False, True], ids=["ids on the CPU", "ids on the GPU"])
+def test_rows_are_those_of_the_cpu_under_every_optimizer(optimizer, ids_there):
+    plain = OPTIMIZERS["adamw"] if optimizer is OPTIMIZERS["adamw, capturable"] else optimizer
+    found = []
+    for device, make in (("cpu", plain), ("cuda", optimizer)):
+        run, _, _ = small_run(device, make, projection=pk.SparseSign(256), ids_there=ids_there and device == "cuda")
+        trajectory = run.trajectory()
+        found.append([trajectory.segment(t) for t in range(len(trajectory))])
+    for here, there in zip(*found, strict=True):
+        a, b = (segment.read_rows(slice(None), torch.float64).cpu() for segment in (here, there))
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-7 * float(a.abs().max()))
+        a, b = here.audit_rows, there.audit_rows.cpu()
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-9 * float(a.abs().max()))
+        torch.testing.assert_close(there.rate_sums.cpu(), here.rate_sums, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_which_cudnn_does_not_differentiate_in_evaluation_mode_are_explained(kind):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = kind(8, 12, batch_first=True), nn.Linear(12, 10)
+
+        def forward(self, images):
+            return self.head(self.rnn(images.view(-1, 8, 8))[0][:, -1])
+
+    torch.manual_seed(0)
+    run, model, inputs = small_run("cuda", OPTIMIZERS["adamw"], Recurrent(), torch.float32)
+    explained = pk.Explainer(run, model).explain(inputs[96:100], output=pk.Logit(0))
+    for one in explained:
+        assert abs(one.ledger.gap) <= 0.01 * abs(one.ledger.final - one.ledger.initial)
+    assert torch.backends.cudnn.enabled
+
+
+def test_a_convolution_rounded_to_tf32_is_split_and_none_of_it_goes_to_another_line():
+    torch.manual_seed(0)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        run, _, _ = small_run("cuda", OPTIMIZERS["sgd, fused"], cnn(dtype=torch.float32), torch.float32, image=True)
+    for entry in run.trajectory().manifest.segments:
+        assert not entry.summary.split.unsplit
+        assert entry.summary.optimizer_share < 1e-3
+        assert entry.summary.capture_gap < 1e-2
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_step_waits_for_the_gpu_once(optimizer):
+    """Not counted: the first steps of a segment, in which directions are chosen."""
+    inputs, targets = (part.cuda() for part in digits(512, torch.float32))
+    model, run = mlp(activation=nn.GELU, dtype=torch.float32).cuda(), pk.MemoryStore()
+    optimizer = optimizer(model.parameters())
+    recorder = pk.Recorder(run, model, optimizer, num_examples=512, segments=10_000)
+    waits, steps = [], 0
+    with recorder:
+        for at, ids in enumerate(batches(512, 16, 3)):
+            there = torch.tensor(ids).cuda()
+            counted = 70 <= at < 90 and at % 16 not in (0, 1)  # apart from the checks of every 16th step
+            torch.cuda.set_sync_debug_mode("warn" if counted else "default")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                with recorder.step(ids):
+                    optimizer.zero_grad()
+                    nn.functional.cross_entropy(model(inputs[there]), targets[there]).backward()
+                    optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+            waits += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+            steps += counted
+    assert steps > 10
+    assert len(waits) <= steps, Counter(waits)
+
+
+def test_an_index_is_filled_on_the_gpu(run):
+    trajectory = run.store.trajectory()
+    index = RowIndex(trajectory, "PCA64,IVF8,SQ8", None, "cuda")
+    index.prepare()
+    assert index.searches_on == "cuda"
+    assert index._compressed.num_rows == trajectory.num_examples
+    rows = index.rows.read(torch.arange(trajectory.num_examples)).numpy()
+    kept = index.reconstruct(np.arange(trajectory.num_examples))
+    assert np.linalg.norm(kept - rows) < 0.5 * np.linalg.norm(rows)
 
 
 def test_a_search_on_the_gpu_finds_what_one_on_the_cpu_finds(run):

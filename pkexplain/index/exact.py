@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pkexplain.gradients.devices import room_for
 from pkexplain.store.trajectory import Trajectory
 
 __all__ = ["MEMORY_BUDGET", "ExactSearch", "RunRows"]
@@ -84,7 +85,7 @@ class RunRows:
 
 
 class ExactSearch:
-    """Multiply queries with all rows; the rows of a small run stay in memory once read.
+    """Multiply queries with all rows; those of a small run stay in memory once read, on a GPU as long as they fit.
 
     Args:
         rows: The rows of the run.
@@ -169,7 +170,11 @@ class ExactSearch:
         """Keep the rows of a small run on the device, so that they are converted once."""
         if self._cached and self._cached[0].dtype == dtype:
             return
-        self._cached = []
-        if dtype.itemsize * len(self._rows) * self._rows.dimension <= MEMORY_BUDGET // 2:
-            everything = slice(0, len(self._rows))
-            self._cached = [s.read_rows(everything, dtype).to(self._device) for s in self._rows.segments]
+        self._cached, rows = [], self._rows
+        if dtype.itemsize * len(rows) * rows.dimension > room_for(self._device, MEMORY_BUDGET // 2):
+            return
+        for segment, width in zip(rows.segments, rows.widths, strict=True):
+            kept = torch.empty(len(rows), width, dtype=dtype, device=self._device)
+            for block in rows.blocks():
+                kept[block] = segment.read_rows(block, dtype)
+            self._cached.append(kept)
