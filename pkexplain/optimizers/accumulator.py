@@ -18,7 +18,7 @@ from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers.base import Audit, CapturedBatch, Factors, RecordingSpec, Totals
 from pkexplain.optimizers.displacement import MomentumBuffer, Reach, look_back
 from pkexplain.optimizers.exact_audit import ExactAudit
-from pkexplain.optimizers.levels import Levels
+from pkexplain.optimizers.levels import Levels, LevelSampler
 from pkexplain.optimizers.operator_fit import OperatorFit
 from pkexplain.optimizers.row_target import (
     Carry,
@@ -55,6 +55,7 @@ class DisplacementAccumulator:
         self._spec, self._audit = spec, Audit(spec)
         fits = elementwise and not spec.projection.keeps_everything
         self._fit = OperatorFit(spec.spans, spec.like.new_zeros(spec.size)) if fits else None
+        self._sampler = LevelSampler(spec.spans, spec.like)
         self._exactly = ExactAudit(len(self._audit.ids), spec.spans, spec.like) if fits else None
         self._full = MomentumBuffer(spec.spans, spec.like.new_zeros(0 if fits else spec.size))
         self._target: Target | None = None
@@ -100,11 +101,11 @@ class DisplacementAccumulator:
         self._last = numbers
         position = len(self._levels) + len(self._steps)
         if self._fit is not None:
-            levels = Levels.of(numbers)
+            levels = self._sampler.levels(numbers)
             self._fit.step(numbers, levels, gradient)
             self._levels.append(levels)
         else:
-            self._full.step(numbers, {block: gradient[span] for block, span in self._spec.spans.items()})
+            self._full.step(numbers, gradient)
             self._steps.append(numbers)
             self.arrived.append(numbers)
         self._held += [(position, batch, scale) for batch in batches]
@@ -294,10 +295,10 @@ class DisplacementAccumulator:
     def _project(self, target: Target, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
         """Add one block's gradients to a batch's rows, and to those of its audited examples."""
         part = target.maps[position]
-        self._rows_of(target, batch)[:, part.columns] += part.gradients(gradients)
+        self._rows_of(target, batch)[:, part.columns].add_(part.gradients(gradients))
         if batch.audited is not None and batch.audit_rows is not None:
             span = self._spec.blocks[position].span
-            batch.audit_rows[:, span] += gradients.select(place(batch.audited, gradients.device)).dense()
+            batch.audit_rows[:, span].add_(gradients.select(place(batch.audited, gradients.device)).dense())
 
     def _rows_of(self, target: Target, batch: CapturedBatch) -> Tensor:
         """Return a batch's rows in projection space, zero before the first block arrives."""

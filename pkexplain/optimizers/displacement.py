@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pkexplain.gradients.devices import place, tensor_on
 from pkexplain.optimizers.rules import LinearStep, Number
+from pkexplain.optimizers.step_numbers import runs
 
 __all__ = ["Factors", "MomentumBuffer", "Reach", "RowAccumulator", "RowSum", "add_product", "copy_exactly", "look_back"]
 
@@ -245,27 +246,37 @@ class MomentumBuffer:
         self._spans, self._buffer, self._moved = spans, torch.zeros_like(like), torch.zeros_like(like)
         self._used: set[int] = set()
 
-    def step(self, numbers: Mapping[int, LinearStep], sources: Mapping[int, Tensor]) -> None:
+    def step(
+        self,
+        numbers: Mapping[int, LinearStep],
+        gradient: Tensor | None,
+        share: Callable[[LinearStep], Number] = lambda n: 1.0,
+    ) -> None:
         """Follow one optimizer step.
 
         Args:
             numbers: The step's numbers for each block.
-            sources: The gradient of each block that has one, ``(numel,)``.
+            gradient: What the source's gradient is a multiple of, ``(parameters,)``; None if there is none.
+            share: The multiple.
         """
-        for block in self._used.union(sources):
-            n, span = numbers[block], self._spans[block]
+        for n, span, blocks in runs(numbers, self._spans):
+            part = share(n) if gradient is not None else 0.0
+            feeds = isinstance(part, Tensor) or part != 0
+            if not feeds and self._used.isdisjoint(blocks):
+                continue
             buffer, moved = self._buffer[span], self._moved[span]
             buffer.mul_(n.momentum)
-            if block in sources:
-                add_product(buffer, n.gain, sources[block])
-                add_product(moved, n.gradient_step, sources[block], -1)
+            if feeds and gradient is not None:
+                source = gradient[span] if not isinstance(part, Tensor) and part == 1 else part * gradient[span]
+                add_product(buffer, n.gain, source)
+                add_product(moved, n.gradient_step, source, -1)
+                self._used.update(blocks)
             add_product(moved, n.buffer_step, buffer, -1)
-        self._used.update(sources)
 
     def shrink(self, numbers: Mapping[int, LinearStep], parameters: Tensor) -> None:
         """Follow one step's decoupled weight decay from the parameters before it, ``(parameters,)``."""
-        for block, span in self._spans.items():
-            add_product(self._moved[span], numbers[block].decoupled_weight_decay, parameters[span], -1)
+        for n, span, _ in runs(numbers, self._spans):
+            add_product(self._moved[span], n.decoupled_weight_decay, parameters[span], -1)
 
     @property
     def buffer(self) -> Tensor:

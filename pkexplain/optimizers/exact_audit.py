@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pkexplain.optimizers.displacement import add_product, copy_exactly
 from pkexplain.optimizers.rules import LinearStep, Number
+from pkexplain.optimizers.step_numbers import joined
 
 __all__ = ["ExactAudit"]
 
@@ -33,7 +34,7 @@ class ExactAudit:
     def __init__(self, examples: int, spans: Mapping[int, slice], like: Tensor) -> None:
         """Begin with empty momentum buffers."""
         size = max((span.stop for span in spans.values()), default=0)
-        self._spans, self._sizes = spans, [span.stop - span.start for span in spans.values()]
+        self._spans = spans
         self._moved = like.new_zeros(examples, size)
         self._buffer = like.new_zeros(examples, size)  # the first rows are in use
         self._in_use: list[int] = []  # whose they are
@@ -52,7 +53,7 @@ class ExactAudit:
             self._use(place)
         if not self._in_use:
             return
-        n = LinearStep.joined([numbers[block] for block in self._spans], self._sizes, self._moved[:0])
+        n = joined(numbers, self._spans, self._moved[:0])
         self._buffer[: len(self._in_use)] *= n.momentum
         for place, gradient in visited:
             add_product(self._buffer[self._in_use.index(place)], n.gain, gradient)

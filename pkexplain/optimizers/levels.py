@@ -12,10 +12,11 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pkexplain.gradients.devices import fetch, tensor_on
+from pkexplain.gradients.devices import fetch, place, tensor_on
 from pkexplain.optimizers.rules import LinearStep
+from pkexplain.optimizers.step_numbers import StepNumbers
 
-__all__ = ["Levels", "damped"]
+__all__ = ["LevelSampler", "Levels", "damped"]
 
 _DAMPING = 0.1
 """Share of a block's mean √v̂ that is added to every coordinate's: one with hardly any gradient must not set a mean."""
@@ -43,21 +44,6 @@ class Levels:
     scalars: Mapping[int, LinearStep]
     vectors: Mapping[str, Tensor]
 
-    @classmethod
-    def of(cls, numbers: Mapping[int, LinearStep]) -> Levels:
-        """Reduce a step's numbers, given for each block."""
-        scalars, vectors = dict(numbers), {}
-        for name in (field.name for field in fields(LinearStep)):
-            values = {block: getattr(n, name) for block, n in numbers.items()}
-            spread = {block: value for block, value in values.items() if isinstance(value, Tensor)}
-            if spread:
-                means = dict(zip(spread, _geometric_means(list(spread.values())), strict=True))
-                like = next(iter(means.values()))
-                plain = tensor_on([0.0 if block in spread else values[block] for block in values], like)
-                vectors[name] = torch.stack([means.get(b, v) for b, v in zip(values, plain, strict=True)])
-                scalars |= {block: replace(scalars[block], **{name: 0.0}) for block in spread}
-        return cls(scalars, vectors)
-
     @staticmethod
     def known(several: Sequence[Levels]) -> list[dict[int, LinearStep]]:
         """Wait for the scalars of several steps, and return their numbers for each block."""
@@ -70,13 +56,68 @@ class Levels:
         return found
 
 
-def _geometric_means(numbers: Sequence[Tensor]) -> Tensor:
-    """The geometric mean of some blocks' numbers, with the sign of their sum, ``(blocks,)``; 0 if all are 0."""
-    samples = [number[:: max(1, len(number) // _SAMPLE)] for number in numbers]
-    padded = samples[0].new_zeros(len(samples), max(map(len, samples)))  # a 0 counts for nothing
-    for row, sample in zip(padded, samples, strict=True):
-        row[: len(sample)] = sample
-    sizes = damped(padded)
+class LevelSampler:
+    """Reduces steps to scalars.
+
+    Args:
+        spans: Each block's slice of the flat vector.
+        like: A tensor of the dtype and device of the arithmetic.
+    """
+
+    def __init__(self, spans: Mapping[int, slice], like: Tensor) -> None:
+        """Choose the coordinates: evenly spaced in each block."""
+        self._spans, self._like = spans, like
+        self._places: tuple[Tensor, Tensor] | None = None
+
+    def levels(self, numbers: Mapping[int, LinearStep]) -> Levels:
+        """Reduce a step's numbers, given for each block."""
+        scalars, vectors = dict(numbers), {}
+        for name in (field.name for field in fields(LinearStep)):
+            values = {block: getattr(n, name) for block, n in numbers.items()}
+            spread = {block: value for block, value in values.items() if isinstance(value, Tensor)}
+            if spread:
+                vectors[name] = found = _geometric_means(self._samples(numbers, name, spread))
+                if len(spread) < len(values):
+                    means = dict(zip(spread, found, strict=True))
+                    plain = tensor_on([0.0 if block in spread else values[block] for block in values], self._like)
+                    vectors[name] = torch.stack([means.get(b, v) for b, v in zip(values, plain, strict=True)])
+                scalars |= {block: replace(scalars[block], **{name: 0.0}) for block in spread}
+        return Levels(scalars, vectors)
+
+    def _samples(self, numbers: Mapping[int, LinearStep], name: str, spread: Mapping[int, Tensor]) -> Tensor:
+        """Take a sample of some blocks' numbers, ``(blocks, most)``, filled up with 0, which counts for nothing."""
+        flat = getattr(numbers.flat, name) if isinstance(numbers, StepNumbers) and numbers.flat else None
+        if isinstance(flat, Tensor) and len(spread) == len(self._spans):
+            places, there = self._all_places()
+            return torch.where(there, flat[places], 0.0)
+        samples = [number[:: _every(len(number))] for number in spread.values()]
+        padded = samples[0].new_zeros(len(samples), max(map(len, samples)))
+        for row, sample in zip(padded, samples, strict=True):
+            row[: len(sample)] = sample
+        return padded
+
+    def _all_places(self) -> tuple[Tensor, Tensor]:
+        """The sampled coordinates of all blocks, ``(blocks, most)``, and where there is one."""
+        if self._places is None:
+            chosen = [
+                torch.arange(s.start, s.stop, _every(s.stop - s.start), device="cpu") for s in self._spans.values()
+            ]
+            padded = torch.full((len(chosen), max(map(len, chosen))), -1, device="cpu")
+            for row, sample in zip(padded, chosen, strict=True):
+                row[: len(sample)] = sample
+            there = padded >= 0
+            self._places = place(padded.clamp_min(0), self._like.device), place(there, self._like.device)
+        return self._places
+
+
+def _every(count: int) -> int:
+    """Which of so many coordinates belong to a sample."""
+    return max(1, count // _SAMPLE)
+
+
+def _geometric_means(samples: Tensor) -> Tensor:
+    """The geometric mean of each row's numbers, with the sign of their sum, ``(rows,)``; 0 if all are 0."""
+    sizes = damped(samples)
     positive = sizes > 0
     mean = torch.where(positive, sizes, 1.0).log().sum(1) / positive.sum(1).clamp_min(1)
-    return torch.where(positive.any(1), mean.exp(), 0.0).copysign(padded.sum(1))
+    return torch.where(positive.any(1), mean.exp(), 0.0).copysign(samples.sum(1))

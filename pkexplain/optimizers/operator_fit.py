@@ -25,6 +25,7 @@ from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.displacement import add_product, copy_exactly
 from pkexplain.optimizers.levels import Levels, damped
 from pkexplain.optimizers.rules import LinearStep, Number
+from pkexplain.optimizers.step_numbers import joined
 from pkexplain.projection.maps import RowFactors, geometric_sides
 
 __all__ = ["FittedOperator", "OperatorFit", "row_factors", "spread"]
@@ -94,7 +95,6 @@ class OperatorFit:
     def __init__(self, spans: Mapping[int, slice], like: Tensor) -> None:
         """Begin with empty momentum buffers."""
         self._spans, self._buffer = spans, torch.zeros_like(like)
-        self._sizes = [span.stop - span.start for span in spans.values()]
         self._true: Tensor | None = None  # the momentum buffer as it is; None while it is the same
         self._begin()
 
@@ -116,8 +116,8 @@ class OperatorFit:
             self._true = self._buffer.clone()
         if devices.accelerated(gradient.device):
             everything = slice(0, len(gradient))
-            joined = LinearStep.joined([numbers[block] for block in self._spans], self._sizes, gradient[:0])
-            self._follow(joined, self._spread(levels), gradient, everything, everything)
+            together = joined(numbers, self._spans, gradient[:0])
+            self._follow(together, self._spread(levels), gradient, everything, everything)
             return
         scalars = Levels.known([levels])[0]
         for block, span in self._spans.items():
@@ -128,8 +128,8 @@ class OperatorFit:
 
     def _spread(self, levels: Levels) -> LinearStep:
         """Spread scalars over all coordinates, where the blocks' differ."""
-        plain = LinearStep.joined([levels.scalars[block] for block in self._spans], self._sizes, self._buffer[:0])
-        counts = torch.tensor(self._sizes, device="cpu")
+        plain = joined(levels.scalars, self._spans, self._buffer[:0])
+        counts = torch.tensor([span.stop - span.start for span in self._spans.values()], device="cpu")
         spread = {
             name: torch.repeat_interleave(vector, place(counts, vector.device), output_size=len(self._buffer))
             for name, vector in levels.vectors.items()

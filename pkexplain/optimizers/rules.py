@@ -118,6 +118,9 @@ class UpdateRule(Protocol):
     The class may be given by its full name, such as ``"lion_pytorch.lion_pytorch.Lion"``, so that its library need not
     be imported. A rule may have an attribute ``kept``: names in the optimizer's state or in the parameter's group,
     ``"parameter"`` or ``"gradient"``, whose values before the step it finds in ``state`` as ``"before.…"``.
+
+    A rule whose numbers at a coordinate depend on the state at that coordinate alone may say so with an attribute
+    ``coordinatewise``: on a GPU it is then asked once for many parameters, whose tensors are joined.
     """
 
     @property
@@ -155,6 +158,7 @@ class SGD:
     """`torch.optim.SGD`: momentum, dampening, Nesterov, L2 weight decay; the first step has no dampening."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
+    coordinatewise = True
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
         """Read one parameter's numbers."""
@@ -170,6 +174,7 @@ class Adam:
     """`torch.optim.Adam` (Kingma & Ba 2015), AMSGrad included: v̂ as recorded after the step."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.Adam
+    coordinatewise = True
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
         """Read one parameter's numbers."""
@@ -197,6 +202,7 @@ class NAdam:
     """`torch.optim.NAdam` (Dozat 2016): the gradient also moves the parameters directly."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.NAdam
+    coordinatewise = True
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
         """Read one parameter's numbers."""
@@ -213,6 +219,7 @@ class RAdam:
     """`torch.optim.RAdam` (Liu et al. 2020): in its first steps the momentum buffer is not divided by √v̂."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.RAdam
+    coordinatewise = True
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
         """Read one parameter's numbers."""
@@ -235,6 +242,7 @@ class Adamax:
     """`torch.optim.Adamax` (Kingma & Ba 2015): the infinity norm as recorded."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.Adamax
+    coordinatewise = True
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
         """Read one parameter's numbers."""
@@ -247,6 +255,7 @@ class RMSprop:
     """`torch.optim.RMSprop`: the gradient is divided before it enters the momentum buffer; `centered` as recorded."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.RMSprop
+    coordinatewise = True
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
         """Read one parameter's numbers."""
@@ -263,6 +272,7 @@ class Adagrad:
     """`torch.optim.Adagrad` (Duchi et al. 2011): the sum of squares as recorded."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.Adagrad
+    coordinatewise = True
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
         """Read one parameter's numbers."""

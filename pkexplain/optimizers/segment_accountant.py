@@ -126,7 +126,7 @@ class SegmentAccountant:
         checked = self.steps % _CHECKED_STEP == 1
         if checked:
             self._check_capture(self._accumulator, batches, attributed)
-        scaled = attributed if set(scale.values()) == {1.0} else self._scaled(attributed, scale)
+        scaled = self._scaled(attributed, scale)
         self._accumulator.step(batches, numbers, scale, scaled)
         self._sum_rates(self._accumulator, scaled)
         self._follow_unsplit(numbers, step.unsplit, scale)
@@ -185,7 +185,10 @@ class SegmentAccountant:
                 total[self._spec.blocks[position].span] += gradients.total()
         return self._spec.group.all_reduce(total)
 
-    def _scaled(self, vector: Tensor, scale: dict[int, float]) -> Tensor:
+    def _scaled(self, vector: Tensor, scale: Mapping[int, float]) -> Tensor:
+        factors = {*scale.values()}
+        if len(factors) == 1:
+            return vector if factors == {1.0} else vector * factors.pop()
         scaled = vector.clone()
         for block, span in self._spec.spans.items():
             scaled[span] *= scale[block]
@@ -197,19 +200,13 @@ class SegmentAccountant:
         if gradient is not None and self._unsplit is None:
             self._unsplit = self._new_unsplit()
         if self._unsplit is not None:
-            spans = self._spec.spans.items() if gradient is not None else ()
-            self._unsplit.step(numbers, {b: gradient[s] * scale[b] for b, s in spans if gradient is not None})
+            self._unsplit.step(numbers, None if gradient is None else self._scaled(gradient, scale))
 
     def _new_unsplit(self) -> MomentumBuffer:
         return MomentumBuffer(self._spec.spans, self._spec.like.new_zeros(self._spec.size))
 
     def _follow_decay(self, numbers: Mapping[int, LinearStep], parameters: Tensor) -> None:
-        coupled = {
-            b: n.weight_decay * parameters[self._spec.blocks[b].span]
-            for b, n in numbers.items()
-            if isinstance(n.weight_decay, Tensor) or n.weight_decay
-        }
-        self._decay.step(numbers, coupled)
+        self._decay.step(numbers, parameters, lambda n: n.weight_decay)
         self._decay.shrink(numbers, parameters)
 
     def close(self, displacement: Tensor, split: SplitSummary) -> tuple[Segment, SegmentSummary]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from pkexplain.gradients import devices
 from pkexplain.gradients.devices import fetch
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.rules import LinearStep, UpdateRule
+from pkexplain.optimizers.step_numbers import StateOfSeveral, StepNumbers, some_of
 from pkexplain.record._contract import broken, moved_by_another, unknown_parameter
 from pkexplain.record._optimizers import Optimizers
 
@@ -21,6 +23,11 @@ def skips(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step will change nothing, because a loss scaler found a gradient that is not finite."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def _spread(value: Any) -> bool:
+    """Whether a value of an optimizer's state has a number for each coordinate."""
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _of_torch(rule: UpdateRule) -> bool:
@@ -100,6 +107,7 @@ class StepReader:
         self._counts = {}
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it
         holders, start = self._optimizers.holders(), 0
+        given: list[tuple[slice, Tensor]] = []
         for parameter in self._parameters:
             span, start = slice(start, start + parameter.numel()), start + parameter.numel()
             holder, rule, group = holders[id(parameter)]
@@ -107,9 +115,8 @@ class StepReader:
                 continue
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            self.applied[span] = gradient.flatten()  # a copy: a fused optimizer may change it in place
-            if scale is not None:
-                self.applied[span] /= scale.to(self.applied)
+            flat = gradient.flatten().to(self.applied)
+            given.append((span, flat if scale is None else flat / scale.to(flat)))
             state = self._optimizers.state(parameter)
             self._first[id(parameter)] = not any(isinstance(value, Tensor) for value in state.values())
             count = state.get("step")
@@ -120,6 +127,11 @@ class StepReader:
             self._before[id(parameter)] = {
                 f"before.{n}": v.detach().clone() if isinstance(v, Tensor) else v for n, v in kept.items()
             }
+        if len(given) == len(self._parameters):  # a copy: a fused optimizer may change the gradients in place
+            self.applied = torch.cat([flat for _, flat in given])
+            return
+        for span, flat in given:
+            self.applied[span] = flat
 
     def wait(self, *tensors: Tensor) -> list[list[float]]:
         """Wait for some results, and for how many steps the optimizer has taken, all at once; return their numbers.
@@ -131,8 +143,10 @@ class StepReader:
             self._before[parameter]["step"] = count + 1
         return found[: len(tensors)]
 
-    def numbers(self) -> dict[int, LinearStep]:
+    def numbers(self) -> Mapping[int, LinearStep]:
         """Read the step that was just taken, for each block."""
+        if devices.accelerated(self._like.device):
+            return self._together()
         holders = self._optimizers.holders()
         parameters = iter(self._parameters)
         numbers: dict[int, LinearStep] = {}
@@ -147,3 +161,35 @@ class StepReader:
                     steps.append(rule.read(group, state, self._first[id(parameter)]))
             numbers[position] = LinearStep.joined(steps, [math.prod(shape) for shape in block.shapes], self._like)
         return numbers
+
+    def _together(self) -> StepNumbers:
+        """Read together the parameters that a rule treats alike."""
+        holders, spans = self._optimizers.holders(), []
+        alike: dict[Any, list[int]] = {}
+        states: list[dict[str, Any]] = []
+        for at, parameter in enumerate(self._parameters):
+            holder, rule, group = holders[id(parameter)]
+            start = spans[-1].stop if spans else 0
+            spans.append(slice(start, start + parameter.numel()))
+            states.append({**holder.state.get(parameter, {}), **self._before[id(parameter)]})
+            if parameter.grad is None or not getattr(rule, "coordinatewise", False):
+                alike[at] = [at]
+                continue
+            plain = [float(v) if isinstance(v, Tensor) else v for v in states[at].values() if not _spread(v)]
+            alike.setdefault((id(group), self._first[id(parameter)], *states[at], *plain), []).append(at)
+        pieces: list[tuple[slice, LinearStep]] = []
+        for members in alike.values():
+            some = [self._parameters[at] for at in members]
+            _, rule, group = holders[id(some[0])]
+            if some[0].grad is None:
+                step = LinearStep.skipped(float(group["lr"] or 0.0))
+            else:
+                mine = [states[at] for at in members]
+                step = rule.read(group, StateOfSeveral(mine) if len(mine) > 1 else mine[0], self._first[id(some[0])])
+            sizes = [p.numel() for p in some]
+            step = LinearStep.joined([step], [sum(sizes)], self._like)
+            starts = itertools.accumulate(sizes, initial=0)
+            parts = [some_of(step, slice(a, b)) for a, b in itertools.pairwise(starts)]
+            pieces += zip([spans[at] for at in members], parts, strict=True)
+        blocks = {position: block.span for position, block in enumerate(self._blocks)}
+        return StepNumbers.of_pieces(sorted(pieces, key=lambda piece: piece[0].start), blocks, self._like)

@@ -11,7 +11,7 @@ import pkexplain as pk
 from pkexplain.gradients import devices
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers import accumulator
-from pkexplain.optimizers.levels import Levels
+from pkexplain.optimizers.levels import Levels, LevelSampler
 from pkexplain.optimizers.operator_fit import OperatorFit, row_factors, spread
 from pkexplain.optimizers.rules import LinearStep
 from tests.conftest import RecordedTraining, batches, cnn, digits, mlp
@@ -77,7 +77,7 @@ def test_a_fitted_operator_is_the_least_squares_one():
     buffer, true, modelled = torch.zeros(6, dtype=torch.float64), [], []
     for gradient, operator in zip(gradients, operators, strict=True):
         step = LinearStep(0.9, 0.1, operator, 0.0)
-        levels = Levels.of({0: step})
+        levels = LevelSampler({0: slice(0, 6)}, operator).levels({0: step})
         level = Levels.known([levels])[0][0]
         fit.step({0: step}, levels, gradient)
         buffer = 0.9 * buffer + 0.1 * gradient
@@ -96,7 +96,7 @@ def test_one_step_has_no_misfit():
     fit = OperatorFit({0: slice(0, 4)}, torch.zeros(4, dtype=torch.float64))
     operator, gradient = torch.tensor([1e-4, 3.0, 1e6, 2.0]).double(), torch.tensor([1.0, -2.0, 1e-9, 0.5]).double()
     step = LinearStep(0.9, 0.1, operator, 0.0)
-    fit.step({0: step}, Levels.of({0: step}), gradient)
+    fit.step({0: step}, LevelSampler({0: slice(0, 4)}, operator).levels({0: step}), gradient)
     found = fit.close()
     torch.testing.assert_close(found.operator * found.moved, 0.1 * operator * gradient)
 

@@ -56,8 +56,8 @@ def follow(options, steps=12, changes=lambda step, group: None, close_every=5, k
         first = not any(isinstance(v, torch.Tensor) for v in optimizer.state.get(parameter, {}).values())
         optimizer.step()
         numbers = {0: rule.read(optimizer.param_groups[0], optimizer.state.get(parameter, {}), first)}
-        of_examples.step(numbers, {0: parameter.grad})
-        of_decay.step(numbers, {0: numbers[0].weight_decay * before} if numbers[0].weight_decay else {})
+        of_examples.step(numbers, parameter.grad)
+        of_decay.step(numbers, before, lambda n: n.weight_decay)
         of_decay.shrink(numbers, before)
         if step % close_every == 0 or step == steps:
             segments.append((parameter.detach() - start, of_examples.close(), of_decay.close()))
@@ -118,7 +118,7 @@ def test_decay_that_starts_and_stops():
 def test_decoupled_decay_shrinks_the_parameters_alone():
     account = MomentumBuffer({0: slice(0, 2)}, torch.zeros(2, dtype=torch.float64))
     step = {0: LinearStep(0.5, 1.0, 0.1, 0.0, decoupled_weight_decay=0.01)}
-    account.step(step, {})
+    account.step(step, None)
     account.shrink(step, torch.tensor([10.0, -10.0]).double())
     torch.testing.assert_close(account.close(), torch.tensor([-0.1, 0.1]).double())
 
