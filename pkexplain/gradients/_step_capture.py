@@ -70,10 +70,6 @@ class StepCapture:
             self._capture.deliver(noted, layouts, self._examples, self._pass_on, split.rules)
 
     def _pass_on(self, position: int, gradients: ExampleGradients) -> None:
-        with without_autocast():
-            self._take(position, gradients)
-
-    def _take(self, position: int, gradients: ExampleGradients) -> None:
         if self._coded is not None:
             total = gradients.weighted(self._coded[0])
             known = self._totals.get(position)

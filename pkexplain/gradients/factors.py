@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pkexplain.gradients.devices import at_once
 from pkexplain.gradients.matrices import as_matrix, outer_product
@@ -310,14 +310,15 @@ class LinearGradient(MatrixGradient):
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""
-        x, ones = self.inputs, self.inputs.new_ones(*self.inputs.shape[:2], 1)
+        x = self.inputs
         for_weight, for_bias = self._split(right)
         if right is None:
-            x = torch.cat([part for part, wanted in ((x, self.weight), (ones, self.bias)) if wanted], dim=-1)
+            ones = [x.new_ones(*x.shape[:2], 1)] if self.bias else []
+            x = torch.cat([x, *ones], dim=-1) if self.weight else ones[0]
         elif for_weight is None:
-            x = ones * right[:, -1]  # only the bias is trained
+            x = right[:, -1].expand(*x.shape[:2], -1)  # only the bias is trained
         else:
-            x = x @ for_weight.T if for_bias is None else x @ for_weight.T + for_bias
+            x = nn.functional.linear(x, for_weight, for_bias)
         return outer_product(left, self.output_gradients.transpose(1, 2), x.transpose(1, 2))
 
     def formed(self) -> tuple[Tensor | None, Tensor | None]:

@@ -32,6 +32,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "UpdateRule",
+    "plain_number",
 ]
 
 Number = float | Tensor
@@ -84,7 +85,7 @@ class LinearStep:
         """
         numbers: dict[str, Any] = {"learning_rate": max(step.learning_rate for step in steps)}
         for field in fields(cls)[:-1]:
-            values = [_plain(getattr(step, field.name), size) for step, size in zip(steps, sizes, strict=True)]
+            values = [plain_number(getattr(step, field.name), size) for step, size in zip(steps, sizes, strict=True)]
             if not any(isinstance(value, Tensor) for value in values) and len(set(values)) == 1:
                 numbers[field.name] = values[0]
                 continue
@@ -96,7 +97,7 @@ class LinearStep:
         return cls(**numbers)
 
 
-def _plain(value: Number, size: int) -> Number:
+def plain_number(value: Number, size: int) -> Number:
     """Turn a 0-d tensor into a float, and refuse a tensor that does not fit the parameter."""
     if isinstance(value, Tensor) and value.ndim == 0:
         return float(value)

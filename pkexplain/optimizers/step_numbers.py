@@ -5,16 +5,19 @@ Where each operation costs more to begin than to do, as on a GPU, parameters are
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pkexplain.optimizers.rules import LinearStep
+from pkexplain.optimizers.rules import LinearStep, Number, plain_number
 
-__all__ = ["StateOfSeveral", "StepNumbers", "joined", "runs", "some_of"]
+__all__ = ["StateOfSeveral", "StepNumbers", "joined", "runs"]
+
+_NAMES = [field.name for field in fields(LinearStep)][:-1]  # without the learning rate
 
 
 class StepNumbers(dict[int, LinearStep]):
@@ -28,43 +31,57 @@ class StepNumbers(dict[int, LinearStep]):
 
     @classmethod
     def of_pieces(
-        cls, pieces: Sequence[tuple[slice, LinearStep]], spans: Mapping[int, slice], like: Tensor
+        cls,
+        pieces: Sequence[tuple[Sequence[int], LinearStep]],
+        sizes: Sequence[int],
+        counts: Sequence[int],
+        like: Tensor,
     ) -> StepNumbers:
-        """Make them from the numbers of some parameters each.
+        """Make them from numbers that some parameters have together.
 
         Args:
-            pieces: Slices of the flat vector, ascending and without gaps, with their numbers.
-            spans: Each block's slice.
+            pieces: Positions of parameters, and their numbers: scalars, or those of one parameter after another.
+            sizes: How many coordinates each parameter has.
+            counts: How many parameters each block has.
             like: A tensor of the dtype and device of the result.
         """
-        flat = LinearStep.joined([n for _, n in pieces], [span.stop - span.start for span, _ in pieces], like)
-        found, rest = cls(), iter(pieces)
-        for block, span in spans.items():
-            part, end = some_of(flat, span), span.start
-            members: list[LinearStep] = []
-            while end < span.stop:
-                covered, n = next(rest)
-                members.append(n)
-                end = covered.stop
-            found[block] = replace(part, **_scalars(members))  # a number that the whole block has stays one number
-        found.flat = flat
-        return found
+        flat, found = {}, [dict[str, Number]() for _ in counts]
+        for name in _NAMES:
+            values: list[Any] = [None] * len(sizes)
+            for members, step in pieces:
+                lengths = [sizes[at] for at in members]
+                value = plain_number(getattr(step, name), sum(lengths))
+                several = isinstance(value, Tensor)
+                parts = value.detach().to(like).flatten().split(lengths) if several else [value] * len(members)
+                for member, part in zip(members, parts, strict=True):
+                    values[member] = part
+            one = not isinstance(values[0], Tensor) and len({*map(_key, values)}) == 1
+            pairs = zip(values, sizes, strict=True)
+            spread = like[:0] if one else torch.cat([_filled(v, n, like) for v, n in pairs])
+            flat[name], at, start = values[0] if one else spread, 0, 0
+            for block, count in zip(found, counts, strict=True):
+                mine, end = values[at : at + count], start + sum(sizes[at : at + count])
+                alike = not isinstance(mine[0], Tensor) and len({*map(_key, mine)}) == 1
+                block[name] = mine[0] if alike else spread[start:end]  # a number that all of it has stays one number
+                at, start = at + count, end
+        rates = {at: step.learning_rate for members, step in pieces for at in members}
+        starts = list(itertools.accumulate(counts, initial=0))
+        steps = [
+            LinearStep(**numbers, learning_rate=max(rates[p] for p in range(a, b)))  # pyright: ignore[reportArgumentType]
+            for numbers, (a, b) in zip(found, itertools.pairwise(starts), strict=True)
+        ]
+        made = cls(enumerate(steps))
+        made.flat = LinearStep(**flat, learning_rate=max(rates.values()))
+        return made
 
 
-def _scalars(steps: Sequence[LinearStep]) -> dict[str, float]:
-    """The numbers that some parameters have in common."""
-    values = {field.name: [getattr(step, field.name) for step in steps] for field in fields(LinearStep)}
-    return {
-        name: several[0]
-        for name, several in values.items()
-        if not any(isinstance(value, Tensor) for value in several) and len(set(several)) == 1
-    }
+def _filled(value: Number, count: int, like: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else like.new_full((count,), value)
 
 
-def some_of(step: LinearStep, span: slice) -> LinearStep:
-    """The numbers of some coordinates."""
-    values = {field.name: getattr(step, field.name) for field in fields(step)}
-    return replace(step, **{name: value[span] for name, value in values.items() if isinstance(value, Tensor)})
+def _key(value: Number) -> Any:
+    """What tells numbers apart: a scalar's value, a tensor itself."""
+    return id(value) if isinstance(value, Tensor) else value
 
 
 def joined(numbers: Mapping[int, LinearStep], spans: Mapping[int, slice], like: Tensor) -> LinearStep:

@@ -70,9 +70,10 @@ class GradientSums:
             batch = active()
             if batch is not None:
                 batch.summed.add(index)
-                dense = (gradient.to_dense() if gradient.is_sparse else gradient).detach()
-                self.captured[start : start + gradient.numel()] += dense.flatten().to(self.captured.dtype)
+                mine.add_((gradient.to_dense() if gradient.is_sparse else gradient).detach())
 
+        parameter = self._parameters[index]
+        mine = self.captured[start : start + parameter.numel()].view(parameter.shape)
         return add
 
     def receive(self, position: int, gradients: ExampleGradients) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from pkexplain.gradients import devices
 from pkexplain.gradients.devices import fetch
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.rules import LinearStep, UpdateRule
-from pkexplain.optimizers.step_numbers import StateOfSeveral, StepNumbers, some_of
+from pkexplain.optimizers.step_numbers import StateOfSeveral, StepNumbers
 from pkexplain.record._contract import broken, moved_by_another, unknown_parameter
 from pkexplain.record._optimizers import Optimizers
 
@@ -117,16 +116,18 @@ class StepReader:
             gradient = gradient.to_dense() if gradient.is_sparse else gradient
             flat = gradient.flatten().to(self.applied)
             given.append((span, flat if scale is None else flat / scale.to(flat)))
-            state = self._optimizers.state(parameter)
+            state = optimizer.state.get(parameter, {})
             self._first[id(parameter)] = not any(isinstance(value, Tensor) for value in state.values())
             count = state.get("step")
             if isinstance(count, Tensor) and devices.accelerated(count.device) and _of_torch(rule):
                 self._counts[id(parameter)] = count
-            known = {"parameter": parameter, "gradient": gradient, **group, **state}
-            kept = {name: known[name] for name in getattr(rule, "kept", ()) if name in known}
-            self._before[id(parameter)] = {
-                f"before.{n}": v.detach().clone() if isinstance(v, Tensor) else v for n, v in kept.items()
-            }
+            self._before[id(parameter)] = {}
+            if names := getattr(rule, "kept", ()):
+                known = {"parameter": parameter, "gradient": gradient, **group, **state}
+                kept = {name: known[name] for name in names if name in known}
+                self._before[id(parameter)] = {
+                    f"before.{n}": v.detach().clone() if isinstance(v, Tensor) else v for n, v in kept.items()
+                }
         if len(given) == len(self._parameters):  # a copy: a fused optimizer may change the gradients in place
             self.applied = torch.cat([flat for _, flat in given])
             return
@@ -164,20 +165,18 @@ class StepReader:
 
     def _together(self) -> StepNumbers:
         """Read together the parameters that a rule treats alike."""
-        holders, spans = self._optimizers.holders(), []
+        holders = self._optimizers.holders()
         alike: dict[Any, list[int]] = {}
         states: list[dict[str, Any]] = []
         for at, parameter in enumerate(self._parameters):
             holder, rule, group = holders[id(parameter)]
-            start = spans[-1].stop if spans else 0
-            spans.append(slice(start, start + parameter.numel()))
             states.append({**holder.state.get(parameter, {}), **self._before[id(parameter)]})
             if parameter.grad is None or not getattr(rule, "coordinatewise", False):
                 alike[at] = [at]
                 continue
             plain = [float(v) if isinstance(v, Tensor) else v for v in states[at].values() if not _spread(v)]
             alike.setdefault((id(group), self._first[id(parameter)], *states[at], *plain), []).append(at)
-        pieces: list[tuple[slice, LinearStep]] = []
+        pieces: list[tuple[Sequence[int], LinearStep]] = []
         for members in alike.values():
             some = [self._parameters[at] for at in members]
             _, rule, group = holders[id(some[0])]
@@ -186,10 +185,7 @@ class StepReader:
             else:
                 mine = [states[at] for at in members]
                 step = rule.read(group, StateOfSeveral(mine) if len(mine) > 1 else mine[0], self._first[id(some[0])])
-            sizes = [p.numel() for p in some]
-            step = LinearStep.joined([step], [sum(sizes)], self._like)
-            starts = itertools.accumulate(sizes, initial=0)
-            parts = [some_of(step, slice(a, b)) for a, b in itertools.pairwise(starts)]
-            pieces += zip([spans[at] for at in members], parts, strict=True)
-        blocks = {position: block.span for position, block in enumerate(self._blocks)}
-        return StepNumbers.of_pieces(sorted(pieces, key=lambda piece: piece[0].start), blocks, self._like)
+            pieces.append((members, step))
+        sizes = [parameter.numel() for parameter in self._parameters]
+        counts = [len(block.parameters) for block in self._blocks]
+        return StepNumbers.of_pieces(pieces, sizes, counts, self._like)
