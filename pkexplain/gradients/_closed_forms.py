@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from pkexplain.gradients.devices import place
 from pkexplain.gradients.factors import LinearGradient
 from pkexplain.gradients.graph import Graph
 from pkexplain.gradients.layout import Layout
@@ -46,7 +47,7 @@ class Junction:
 
 @dataclass(frozen=True)
 class Rows:
-    """A gradient, and which example each of its rows along one axis belongs to."""
+    """A gradient, and which example each of its rows along one axis belongs to; the latter on the CPU."""
 
     gradient: Tensor
     axis: int
@@ -63,10 +64,9 @@ class Rows:
         if padded[self.axis] != 1 and self.examples > 1:
             return None
         rest = [size for at, size in enumerate(values.shape) if at != self.axis]
-        alive = self.owners >= 0
         rows = values.movedim(self.axis, 0)
         total = values.new_zeros(self.examples, *rest)
-        total.index_add_(0, self.owners[alive], rows[alive] if not bool(alive.all()) else rows)
+        total.index_add_(0, *living(self.owners, rows))
         others = [size for at, size in enumerate(padded) if at != self.axis]
         broadcast = [at + 1 for at, size in enumerate(others) if size == 1]
         if broadcast:
@@ -74,17 +74,33 @@ class Rows:
         return total.reshape(self.examples, *shape)
 
 
+def living(owners: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whose the rows of examples are, and these rows: nobody's are left out.
+
+    Args:
+        owners: Whose each row is, on the CPU, ``(rows,)``; −1 for nobody's.
+        rows: ``(rows, …)``.
+    """
+    alive = owners >= 0
+    if bool(alive.all()):
+        return place(owners, rows.device), rows
+    return place(owners[alive], rows.device), rows[place(alive.nonzero()[:, 0], rows.device)]
+
+
 def group_rows(owners: Tensor, examples: int, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Arrange rows by example: ``(rows, …)`` to ``(examples, most rows of one, …)``, filled up with zeros."""
+    device = tensors[0].device
     alive = owners >= 0
     counts = torch.bincount(owners[alive], minlength=examples)
     order = owners.argsort(stable=True)[int((~alive).sum()) :]
     widest = int(counts.max()) if len(counts) else 0
     if bool((counts == widest).all()):
-        return [t[order].reshape(examples, widest, *t.shape[1:]) for t in tensors]
+        there = place(order, device)
+        return [t[there].reshape(examples, widest, *t.shape[1:]) for t in tensors]
     starts = counts.cumsum(0) - counts
     mine = owners[order]
     slot = torch.arange(len(order), device=owners.device) - starts[mine]
+    order, mine, slot = (place(index, device) for index in (order, mine, slot))
     found = []
     for t in tensors:
         wide = t.new_zeros(examples, widest, *t.shape[1:])
@@ -110,6 +126,8 @@ def _shape(junction: Junction, graph: Graph) -> tuple[int, ...]:
 def closed_form(junction: Junction, graph: Graph, rows: Rows) -> Tensor | LinearGradient | None:
     """Apply the node's closed form; None if it has none."""
     name = junction.node.name()
+    if name == "ExpandBackward0":  # a class token, say, which every example is given
+        return rows.summed(rows.gradient, _shape(junction, graph))
     if name in ("AddmmBackward0", "MmBackward0"):
         return _product(junction, graph, rows)
     if name in _ELEMENTWISE:
@@ -214,7 +232,7 @@ def _lookup(junction: Junction, graph: Graph, rows: Rows) -> Tensor | None:
         gradient = gradient * (indices != padding)[..., None]
     view = [1] * indices.ndim
     view[rows.axis] = -1
-    owner = rows.owners.clamp_min(0).view(view).expand(indices.shape)
+    owner = place(rows.owners.clamp_min(0), gradient.device).view(view).expand(indices.shape)
     total = gradient.new_zeros(rows.examples * count, width)
     total.index_add_(0, (owner * count + indices).flatten(), gradient.reshape(-1, width))
     return total.view(rows.examples, count, width)

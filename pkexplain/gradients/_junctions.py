@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from pkexplain.gradients import devices
 from pkexplain.gradients._closed_forms import Junction, Rows, closed_form, under_transpose
 from pkexplain.gradients.factors import LinearGradient
 from pkexplain.gradients.graph import Graph, below
@@ -38,7 +39,7 @@ def read_junction(junction: Junction, graph: Graph, gradients: Sequence[Tensor |
         return []
     some: Any = gradients[places[0]]
     gradient = some.detach()
-    owners = junction.layout.owners(gradient.shape[junction.layout.axis], examples).to(gradient.device)
+    owners = junction.layout.owners(gradient.shape[junction.layout.axis], examples)
     if len(places) == 1 and not _packed(junction.node):
         with torch.no_grad():
             closed = closed_form(junction, graph, Rows(gradient, junction.layout.axis, owners, examples))
@@ -125,11 +126,9 @@ def _masked(junction: Junction, graph: Graph, gradients: Sequence[Tensor | None]
     axis, rows = junction.layout.axis, len(owners)
     inputs = [graph.edges[name] for name in junction.names]
     found: dict[str, list[Tensor | None]] = {name: [None] * examples for name in junction.names}
-    apply = _apply(junction)
-    for example in range(examples):
-        mine = owners == example
-        if not bool(mine.any()):
-            continue
+    apply, device = _apply(junction), next(g.device for g in gradients if g is not None)
+    for example in sorted({owner for owner in owners.tolist() if owner >= 0}):
+        mine = devices.place(owners == example, device)
         masked = [None if g is None else _keep(g, axis, rows, mine) for g in gradients]
         value = apply(masked)
         if value is None:

@@ -114,10 +114,11 @@ def embedding(use: Use, parts: Parts) -> list[ExampleGradients]:
 
 
 def scale_and_shift(use: Use, parts: Parts) -> list[ExampleGradients]:
-    """LayerNorm, GroupNorm: the gradient times the normalised input, and the gradient."""
+    """LayerNorm, RMSNorm, GroupNorm: the gradient times the normalised input, and the gradient."""
     x, g, module = use.input, use.gradient, use.module
-    if isinstance(module, nn.LayerNorm):
-        normalised = F.layer_norm(x, module.normalized_shape, eps=module.eps)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        norm = F.layer_norm if isinstance(module, nn.LayerNorm) else F.rms_norm
+        normalised = norm(x, list(module.normalized_shape), eps=module.eps)  # pyright: ignore[reportArgumentType]
         axes = tuple(range(1, x.ndim - len(module.normalized_shape)))
     else:
         normalised = F.group_norm(x, module.num_groups, eps=module.eps)

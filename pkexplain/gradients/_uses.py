@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pkexplain.gradients._closed_forms import group_rows
+from pkexplain.gradients._closed_forms import group_rows, living
 from pkexplain.gradients._layer_rules import (
     Parts,
     Rule,
@@ -196,9 +196,9 @@ def _rearranged(
     """Apply a rule where rows are not examples: arrange the rows by example, or add up the gradients of the rows."""
     rule, gradient, axis = layer.rule, use.gradient, layout.axis
     assert rule is not None
-    owners = layout.owners(gradient.shape[axis], examples).to(gradient.device)
+    owners = layout.owners(gradient.shape[axis], examples)
     x = use.given(0, "x" if rule is transposed_linear and "x" in use.kwargs else "input")
-    by_row = rule in _BY_ROW or (rule is scale_and_shift and isinstance(use.module, nn.LayerNorm))
+    by_row = rule in _BY_ROW or (rule is scale_and_shift and isinstance(use.module, (nn.LayerNorm, nn.RMSNorm)))
     rows = slice(axis + 1)
     if by_row and isinstance(x, Tensor) and x.shape[rows] == gradient.shape[rows] and axis < gradient.ndim - 1:
         x, gradient = group_rows(owners, examples, [t.movedim(axis, 0) for t in (x.detach(), gradient)])
@@ -210,11 +210,10 @@ def _rearranged(
 
 def _summed(rows: ExampleGradients, owners: Tensor, examples: int) -> ExampleGradients:
     """Add up the gradients of rows that belong to the same example."""
-    alive = owners >= 0
     if isinstance(rows, MatrixGradient):
         formed = rows.sketch(None, None)
         total = formed.new_zeros(examples, *formed.shape[1:])
-        return FormedGradient(total.index_add_(0, owners[alive], formed[alive]), rows.weight, rows.bias)
+        return FormedGradient(total.index_add_(0, *living(owners, formed)), rows.weight, rows.bias)
     dense = rows.dense()
     total = dense.new_zeros(examples, dense.shape[1])
-    return DenseGradient(total.index_add_(0, owners[alive], dense[alive]))
+    return DenseGradient(total.index_add_(0, *living(owners, dense)))

@@ -98,6 +98,7 @@ _RULES: dict[type[nn.Module], Rule] = {
     nn.Conv3d: rules.convolution,
     nn.Embedding: rules.embedding,
     nn.LayerNorm: rules.scale_and_shift,
+    nn.RMSNorm: rules.scale_and_shift,
     nn.GroupNorm: rules.scale_and_shift,
     nn.BatchNorm1d: rules.batch_norm,
     nn.BatchNorm2d: rules.batch_norm,
@@ -123,7 +124,6 @@ _STATELESS = (
     nn.ConvTranspose3d,
     nn.Bilinear,
     nn.PReLU,
-    nn.RMSNorm,
 )
 """Layers of torch that may be differentiated again, example by example, as they keep no state and draw no numbers."""
 

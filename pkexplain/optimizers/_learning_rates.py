@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pkexplain.gradients.devices import fetch
 from pkexplain.optimizers.rules import LinearStep, Number
 
 
@@ -82,9 +83,9 @@ class RateSums:
         for block in sorted(self._spans):
             moved = self._moved[block]
             if isinstance(moved, Tensor):
-                energy = torch.as_tensor(self._energy[block], device="cpu").double()
-                size = float(energy.sum())
-                moved = float((energy * moved.double()).sum()) / size if size > 0 else 0.0
+                energy = torch.as_tensor(self._energy[block], device=moved.device).double()
+                (size,), (sum_of,) = fetch([energy.sum(), (energy * moved.double()).sum()])
+                moved = sum_of / size if size > 0 else 0.0
             sums.append(moved * balance.get(block, 1.0))
         self._begin()
         return torch.tensor(sums, dtype=torch.float64, device="cpu")

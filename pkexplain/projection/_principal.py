@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,9 +23,12 @@ from pkexplain.projection.maps import Pieces, RowFactors, random_signs
 _WIDEST = 4096
 """The widest side whose principal directions are computed; a wider one (a vocabulary) gets random signs."""
 _LEADING = 128
-"""The number of directions computed for a wide side; no layer gets more."""
+"""The number of directions computed for a side wider than twice as many; no layer gets more."""
 _NARROW = 512
-"""The widest side of which all directions are computed."""
+"""The widest side whose covariance is formed."""
+_FEW = 2
+"""All directions of it are computed, unless it has more than this many times those that are wanted."""
+_OVERSAMPLING, _ITERATIONS = 16, 2
 _COMBINATIONS = 16
 """The most random combinations of each example's columns, or rows, from which the first directions are estimated."""
 _REFINED = 64
@@ -55,18 +58,25 @@ class _Side:
     shares: list[float]  # shares[n - 1]: energy in the first n directions
 
     @classmethod
-    def principal(cls, vectors: Sequence[Tensor], seed: int, group: ProcessGroup) -> _Side:
+    def principal(cls, vectors: Sequence[Tensor], most: int, seed: int, group: ProcessGroup) -> _Side:
         """Find the leading directions of some vectors, ``(side, n)`` each, of which every process has its own."""
         side = len(vectors[0])
         if side > _NARROW:
-            energies, directions, total = _leading(torch.cat(list(vectors), dim=1), seed, group)
+            everything = torch.cat(list(vectors), dim=1)
+            total = float(group.all_reduce(everything.square().sum()))
+            product = lambda block: group.all_reduce(everything @ (everything.T @ block))  # noqa: E731
+            rank = group.all_reduce_int(everything.shape[1])
+            energies, directions = _leading(product, side, rank, most, everything, seed)
         else:
             gram = vectors[0].new_zeros(side, side)
             for some in vectors:
                 gram.addmm_(some, some.T)
-            gram = group.all_reduce(gram).double().cpu()
-            energies, directions = torch.linalg.eigh(gram)
+            gram = group.all_reduce(gram).double()
             total = float(gram.trace())
+            if side > _FEW * most:
+                energies, directions = _leading(lambda block: gram @ block, side, side, most, gram, seed)
+            else:
+                energies, directions = torch.linalg.eigh(gram.cpu())
         energies = energies.flip(0).clamp_min(0)
         even = torch.arange(1, len(energies) + 1, device="cpu") / len(energies)
         shares = energies.cumsum(0) / total if total > 0 else even
@@ -83,15 +93,27 @@ class _Side:
         return torch.eye(side, dtype=self.basis.dtype, device="cpu") if n == side else self.basis[:n]
 
 
-def _leading(vectors: Tensor, seed: int, group: ProcessGroup) -> tuple[Tensor, Tensor, float]:
-    """Find the `_LEADING` largest eigenvalues of V Vᵀ, ascending, its eigenvectors and its trace, by iteration."""
-    block = random_signs(seed, len(vectors), (_LEADING, len(vectors))).T.to(vectors)
-    for _ in range(2):
-        block = torch.linalg.qr(group.all_reduce(vectors @ (vectors.T @ block)).double().cpu())[0].to(vectors)
-    along = vectors.T @ block
-    energies, turn = torch.linalg.eigh(group.all_reduce(along.T @ along).double().cpu())
-    total = float(group.all_reduce(vectors.square().sum()))
-    return energies, block.double().cpu() @ turn, total
+def _leading(
+    product: Callable[[Tensor], Tensor], side: int, rank: int, most: int, like: Tensor, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Find the largest eigenvalues of a covariance, ascending, and its eigenvectors, by subspace iteration.
+
+    Halko, Martinsson & Tropp 2011, algorithm 4.4.
+
+    Args:
+        product: Multiplies the covariance by ``(side, n)``.
+        side: Its rows and columns.
+        rank: The most eigenvalues that are not 0.
+        most: How many are wanted.
+        like: A tensor of the dtype and device to compute in.
+        seed: Seed of the directions to begin with.
+    """
+    width = min(most + _OVERSAMPLING, side, rank)
+    block = random_signs(seed, side, (width, side)).T.to(like)
+    for _ in range(_ITERATIONS):
+        block = torch.linalg.qr(product(block).double().cpu())[0].to(like)
+    energies, turn = torch.linalg.eigh((block.T @ product(block)).double().cpu())
+    return energies[-most:], (block.double().cpu() @ turn)[:, -most:]
 
 
 @dataclass(frozen=True)
@@ -188,15 +210,15 @@ def _both_sides(seen: Seen, position: int, shape: tuple[int, int]) -> tuple[_Sid
     for side, width in enumerate(shape):
         count = min(_COMBINATIONS, max(1, -(-_VECTORS * width // examples)))
         random = random_signs(seen.seed, 4 * position + side, (count, shape[1 - side]))
-        mixers.append(_side(seen, position, side, shape, random).basis[:_REFINED])
+        mixers.append(_side(seen, position, side, shape, random, _REFINED).basis[:_REFINED])
     return _side(seen, position, 0, shape, mixers[1]), _side(seen, position, 1, shape, mixers[0])
 
 
-def _side(seen: Seen, position: int, side: int, shape: tuple[int, int], mixer: Tensor) -> _Side:
+def _side(seen: Seen, position: int, side: int, shape: tuple[int, int], mixer: Tensor, most: int = _LEADING) -> _Side:
     """Find the leading directions of one side from combinations of the other; random ones if it is too wide."""
     if shape[side] > _WIDEST:
         return _Side(random_signs(seen.seed, 4 * position + side + 2, (_RANDOM_WIDTH, shape[side])), [])
-    return _Side.principal(_vectors(seen, position, side, mixer), seen.seed, seen.group)
+    return _Side.principal(_vectors(seen, position, side, mixer), most, seen.seed, seen.group)
 
 
 @dataclass(frozen=True)
