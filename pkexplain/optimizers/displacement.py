@@ -85,6 +85,9 @@ class RowAccumulator:
         self._examples, self._columns, self._width, self._zeros = examples, columns, width, zeros or like.new_zeros
         self._buffer: RowSum | None = None
         self._moved = self._new_sum()
+        lengths = [span.stop - span.start for span in columns.values()]
+        lengths.append(width - sum(lengths))  # columns that no block has
+        self._lengths = torch.tensor(lengths, device=self._moved.rows.device)
 
     def _new_sum(self) -> RowSum:
         rows = self._zeros(self._examples, self._width)
@@ -163,18 +166,19 @@ class RowAccumulator:
         if not _any(buffered):
             self._buffer = None
 
-    def _by_column(self, factors: Factors) -> Tensor:
-        """Spread the blocks' factors over their columns, ``(width,)``."""
+    def _by_column(self, factors: Factors) -> Number:
+        """Spread the blocks' factors over their columns, ``(width,)``; one number if they agree."""
         like = self._moved.rows
-        if not any(isinstance(factor, Tensor) for factor in factors.values()):
-            values: list[float] = [0.0] * self._width
-            for block, span in self._columns.items():
-                values[span] = [float(factors[block])] * (span.stop - span.start)
-            return tensor_on(values, like)
-        found = like.new_zeros(self._width)
-        for block, span in self._columns.items():
-            found[span] = factors[block]
-        return found
+        values = [factors[block] for block in self._columns]
+        if any(isinstance(value, Tensor) for value in values):
+            found = like.new_ones(self._width)
+            for value, span in zip(values, self._columns.values(), strict=True):
+                found[span] = value
+            return found
+        if len(set(values)) == 1:
+            return values[0]
+        scalars = tensor_on([*map(float, values), 0.0], like)
+        return scalars.repeat_interleave(self._lengths, output_size=self._width)
 
     def close(self) -> tuple[Tensor, Tensor, Tensor]:
         """End the segment and start the next.
@@ -207,8 +211,8 @@ class RowSum:
             else:
                 total.index_add_(0, ids, part)
 
-    def shrink(self, some: slice, factors: Tensor, derivatives: Tensor) -> None:
-        """Scale some rows in place, ``(width,)``; a row counts as one visit from then on."""
+    def shrink(self, some: slice, factors: Number, derivatives: Tensor) -> None:
+        """Scale some rows in place, by one number or one for each column; a row counts as one visit from then on."""
         self.rows[some] *= factors
         self.weight[some] = _kernel_weight(self.rows[some], derivatives)
         self.weighted[some] = _times(self.weight[some], derivatives)
