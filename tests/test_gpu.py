@@ -133,7 +133,7 @@ def test_rows_are_those_of_the_cpu_under_every_optimizer(optimizer, ids_there):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))  # torch's own steps differ, too
         a, b = here.audit_rows, there.audit_rows.cpu()
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
-        torch.testing.assert_close(there.rate_sums.cpu(), here.rate_sums, rtol=1e-6, atol=0)
+        torch.testing.assert_close(there.rate_sums.cpu(), here.rate_sums, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
@@ -184,7 +184,7 @@ def test_a_step_waits_for_the_gpu_once(optimizer):
                     nn.functional.cross_entropy(model(inputs[there]), targets[there]).backward()
                     optimizer.step()
             torch.cuda.set_sync_debug_mode("default")
-            waits += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+            waits += [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
             steps += counted
     assert steps > 10
     assert len(waits) <= steps, Counter(waits)
