@@ -7,6 +7,7 @@ products with the ledger's vectors are.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -51,13 +52,18 @@ class Covectors:
     settled: Tensor
 
 
+_Point = tuple[int, float, float]
+"""A point of the trajectory: the segment, τ, and how far the buffers are."""
+
+
 @dataclass
 class _State:
-    """One query's intervals, their integrals and their errors."""
+    """One query's nodes and intervals, with their errors."""
 
     allowed: float
     budget: int
-    integrals: dict[Interval, Products] = field(default_factory=dict)
+    nodes: dict[_Point, Tensor] = field(default_factory=dict)  # the values of products
+    displacements: dict[_Point, float] = field(default_factory=dict)
     errors: dict[Interval, float] = field(default_factory=dict)
     forward_passes: int = 0
     backward_passes: int = 0
@@ -95,30 +101,78 @@ def integrate(
     states = [_State(float(a), quadrature.budget * segments, forward_passes=passes) for a in allowed]
     first = [whole for t in range(segments) for whole in Interval.equal(t, pieces[t])]
     wanted: dict[Interval, list[int]] = {whole: list(range(len(queries))) for whole in first}
-    nodes, weights = quadrature.rule()
     done = planned = 0
     while wanted:
         planned += len(wanted)
+        path = _Path(model, quadrature, pieces)
+        for points, members in path.missing(wanted, states):
+            _differentiate(model, queries, output, points, members, values, states)
         for interval in sorted(wanted):
-            members = torch.tensor(wanted[interval], device="cpu")
-            some, some_output = queries.select(members), output.select(members)
-            middle = interval.middle(pieces[interval.segment])
-            known = _values_at(model, interval, middle, some, some_output, wanted[interval], values, states)
-            integral = None
-            for node, weight in zip(nodes, weights, strict=True):
-                model.move_to(interval.segment, interval.start + interval.width * float(node), middle)
-                products = model.products(some, some_output, interval.segment) * (float(weight) * interval.width)
-                integral = products if integral is None else integral + products
-            for q, values_of in zip(wanted[interval], integral.values if integral else (), strict=True):
-                state, mine = states[q], Products(values_of, model.columns)
-                change = known[1][q] - known[0][q]
-                state.integrals[interval] = mine
-                state.errors[interval] = change - float(mine.displacement)
-                state.backward_passes += len(nodes)
+            middle, members = path.middle(interval), wanted[interval]
+            some = torch.tensor(members, device="cpu")
+            asked = queries.select(some), output.select(some)
+            known = _values_at(model, interval, middle, *asked, members, values, states)
+            for q in members:
+                found = sum(weight * states[q].displacements[point] for point, weight in path.nodes(interval))
+                states[q].errors[interval] = known[1][q] - known[0][q] - found
             done += 1
             progress("covectors", done, planned)
         wanted = _refine(states, quadrature)
-    return _gather(model, states, outputs, buffers)
+    return _gather(model, states, outputs, buffers, _Path(model, quadrature, pieces))
+
+
+class _Path:
+    """The nodes of intervals along the trajectory."""
+
+    def __init__(self, model: TrajectoryModel, quadrature: Quadrature, pieces: list[int]) -> None:
+        self._model, self._quadrature, self._pieces = model, quadrature, pieces
+
+    def middle(self, interval: Interval) -> float:
+        """How far the buffers are on the interval."""
+        return interval.middle(self._pieces[interval.segment])
+
+    def nodes(self, interval: Interval) -> list[tuple[_Point, float]]:
+        """The nodes of an interval, with their weights."""
+        middle, t = self.middle(interval), interval.segment
+        return [((t, tau, middle), weight) for tau, weight in self._quadrature.nodes_of(interval)]
+
+    def missing(
+        self, wanted: dict[Interval, list[int]], states: list[_State]
+    ) -> Iterator[tuple[list[_Point], list[int]]]:
+        """The points at which queries have to be differentiated; two where one is the end of a segment and a start."""
+        points: dict[tuple[float, float], dict[_Point, set[int]]] = defaultdict(lambda: defaultdict(set))
+        for interval, members in wanted.items():
+            for point, _ in self.nodes(interval):
+                new = {q for q in members if point not in states[q].nodes}
+                if new:
+                    t, tau, middle = point
+                    still = not self._model.buffers_moved(t)
+                    points[t + tau, 0.0 if still else 1 + middle][point] |= new
+        for place in sorted(points):
+            same = points[place]
+            yield sorted(same), sorted(set().union(*same.values()))
+
+
+def _differentiate(
+    model: TrajectoryModel,
+    queries: QueryBatch,
+    output: Output,
+    points: list[_Point],
+    members: list[int],
+    values: _Values,
+    states: list[_State],
+) -> None:
+    """Differentiate some queries at one place, which may have two names."""
+    some = torch.tensor(members, device="cpu")
+    model.move_to(*points[0])
+    found, outputs = model.products(queries.select(some), output.select(some), [t for t, _, _ in points])
+    for point, products in zip(points, found, strict=True):
+        numbers = zip(members, products.values, products.displacement.tolist(), outputs.tolist(), strict=True)
+        for q, row, displacement, value in numbers:
+            states[q].nodes[point], states[q].displacements[point] = row, displacement
+            values[point].setdefault(q, value)
+    for q in members:
+        states[q].backward_passes += 1
 
 
 def outputs_at_checkpoints(model: TrajectoryModel, queries: QueryBatch, output: Output) -> Tensor:
@@ -130,8 +184,8 @@ def outputs_at_checkpoints(model: TrajectoryModel, queries: QueryBatch, output: 
     return torch.stack(ends, dim=1)
 
 
-_Values = dict[tuple[int, float, float], dict[int, float]]
-"""f by position on the trajectory (segment, τ, how far the buffers are) and query."""
+_Values = dict[_Point, dict[int, float]]
+"""f by point and query."""
 
 
 def _along_lines(
@@ -183,7 +237,7 @@ def _values_at(
 
 
 def _refine(states: list[_State], quadrature: Quadrature) -> dict[Interval, list[int]]:
-    """Choose the intervals to halve for every query that is not settled, and drop their integrals."""
+    """Choose the intervals to refine for every query that is not settled."""
     wanted: dict[Interval, list[int]] = defaultdict(list)
     for q, state in enumerate(states):
         if not quadrature.unsettled(state.errors.values(), state.allowed):
@@ -191,19 +245,20 @@ def _refine(states: list[_State], quadrature: Quadrature) -> dict[Interval, list
             continue
         left = state.budget - state.backward_passes
         for interval in quadrature.worst(state.errors, state.allowed, left):
-            del state.errors[interval], state.integrals[interval]
-            for half in interval.halves():
-                wanted[half].append(q)
+            del state.errors[interval]
+            for part in quadrature.refined(interval):
+                wanted[part].append(q)
     return wanted
 
 
-def _gather(model: TrajectoryModel, states: list[_State], outputs: Tensor, buffers: Tensor) -> Covectors:
+def _gather(model: TrajectoryModel, states: list[_State], outputs: Tensor, buffers: Tensor, path: _Path) -> Covectors:
     segments = outputs.shape[1] - 1
-    some = next(iter(states[0].integrals.values())).values
+    some = next(iter(states[0].nodes.values()))
     whole = Products(some.new_zeros(len(states), segments, len(some)), model.columns)
     for q, state in enumerate(states):
-        for interval, integral in state.integrals.items():
-            whole.values[q, interval.segment] += integral.values
+        for interval in state.errors:
+            for point, weight in path.nodes(interval):
+                whole.values[q, interval.segment].add_(state.nodes[point], alpha=weight)
     return Covectors(
         projected=whole.projected,
         buffers=buffers,

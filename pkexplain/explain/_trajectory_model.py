@@ -185,19 +185,36 @@ class TrajectoryModel:
         """Compute f at the model's current point, in output units, ``(queries,)`` in float64."""
         return output(self.prediction(queries)).double()
 
-    def products(self, queries: QueryBatch, output: Output, segment: int) -> Products:
-        """Differentiate f at the model's current point, and keep the products that the ledger needs."""
-        vectors = self._ledger_vectors(segment)
-        pieces = collect(self._capture, len(queries), lambda: output(queries.run(self._model)))
+    def products(self, queries: QueryBatch, output: Output, segments: Sequence[int]) -> tuple[list[Products], Tensor]:
+        """Differentiate f at the model's current point, and keep the products that the ledger needs.
+
+        Args:
+            queries: The queries.
+            output: What is explained.
+            segments: The segments to whose path the point belongs: at a checkpoint, two.
+
+        Returns:
+            The products for each segment, and f, in output units, ``(queries,)`` in float64.
+        """
+        values: list[Tensor] = []
+
+        def run() -> Tensor:
+            values.append(output(queries.run(self._model)))
+            return values[-1]
+
+        pieces = collect(self._capture, len(queries), run)
+        vectors = torch.cat([self._ledger_vectors(t) for t in segments]) if len(segments) > 1 else None
+        vectors = self._ledger_vectors(segments[0]) if vectors is None else vectors
         products = vectors.new_zeros(len(queries), len(vectors))
-        projector = self._projectors[segment]
-        projected = vectors.new_zeros(len(queries), projector.columns)
+        projected = [vectors.new_zeros(len(queries), self.columns) for _ in segments]
         for position, piece in pieces:
             block = self._trajectory.fingerprint.blocks[position]
             for some in torch.arange(len(queries), device=self.device).split(max(1, _NUMBERS_AT_ONCE // block.numel)):
                 products[some] += piece.select(some).dense().to(self.dtype) @ vectors[:, block.span].T
-            projector.add_covectors(projected, position, piece)
-        return Products(torch.cat([products, projected], dim=1), projected.shape[1])
+            for t, rows in zip(segments, projected, strict=True):
+                self._projectors[t].add_covectors(rows, position, piece)
+        parts = zip(products.split(len(vectors) // len(segments), dim=1), projected, strict=True)
+        return [Products(torch.cat(pair, dim=1), self.columns) for pair in parts], values[-1].detach().double()
 
     def gradients(self, queries: QueryBatch, output: Output) -> Tensor:
         """Differentiate f at the model's current point, ``(queries, parameters)``."""

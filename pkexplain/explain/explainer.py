@@ -299,7 +299,7 @@ class Explainer:
         predictions = [run.prediction(queries, _MOST_QUERIES_AT_ONCE) for run in self._runs]
         settled = settle_output(output, torch.stack(predictions).mean(0))
         names, quadrature = settled.names(len(queries)), self._first.quadrature
-        kept = self._first.trajectory_model.columns * len(self.trajectory) * quadrature.budget // quadrature.nodes
+        kept = self._first.trajectory_model.columns * len(self.trajectory) * quadrature.budget // quadrature.fewest
         numbers = max(kept, self.trajectory.num_examples)
         size = max(1, min(_MOST_QUERIES_AT_ONCE, _NUMBERS_AT_ONCE // numbers))
         for start in range(0, len(queries), size):
