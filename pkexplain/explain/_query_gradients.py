@@ -34,7 +34,7 @@ class Covectors:
             differences of f.
         audit: ⟨φ_t, D_i,t⟩ of the audited examples, in output units, ``(queries, segments, audited)``.
         outputs: f(x; θ_t) at each checkpoint, in output units, ``(queries, segments + 1)``.
-        forward_passes: Forward passes of each query, ``(queries,)``.
+        forward_passes: Forward passes of each query, apart from those of gradients, ``(queries,)``.
         backward_passes: Gradients of each query, ``(queries,)``.
         settled: Whether the quadrature met its tolerance, ``(queries,)``.
     """
@@ -60,8 +60,8 @@ _Point = tuple[int, float, float]
 class _State:
     """One query's nodes and intervals, with their errors."""
 
-    allowed: float
     budget: int
+    allowed: float = 0.0
     nodes: dict[_Point, Tensor] = field(default_factory=dict)  # the values of products
     displacements: dict[_Point, float] = field(default_factory=dict)
     errors: dict[Interval, float] = field(default_factory=dict)
@@ -93,32 +93,42 @@ def integrate(
     Returns:
         The covectors of all queries.
     """
-    outputs = outputs_at_checkpoints(model, queries, output)
-    segments = outputs.shape[1] - 1
+    segments = len(model._trajectory)
     pieces = [quadrature.pieces(model.buffers_moved(t)) for t in range(segments)]
-    values, buffers, passes = _along_lines(model, queries, output, outputs, pieces)
-    allowed = tolerance * (outputs[:, -1] - outputs[:, 0]).abs()
-    states = [_State(float(a), quadrature.budget * segments, forward_passes=passes) for a in allowed]
+    path = _Path(model, quadrature, pieces)
+    states = [_State(quadrature.budget * segments) for _ in range(len(queries))]
     first = [whole for t in range(segments) for whole in Interval.equal(t, pieces[t])]
     wanted: dict[Interval, list[int]] = {whole: list(range(len(queries))) for whole in first}
+    values: _Values = defaultdict(dict)
+    outputs = None
+    if quadrature.nodes is None and not model.has_moving_buffers:  # the checkpoints are nodes, so f is known there
+        for points, members in path.missing(wanted, states):
+            _differentiate(model, queries, output, points, members, values, states)
+        nodes = [path.nodes(whole) for whole in first]
+        at = [values[nodes[0][0][0]], *(values[ends[-1][0]] for ends in nodes)]
+        outputs = torch.tensor([list(found.values()) for found in at], dtype=torch.float64, device="cpu").T
+    known = 0 if outputs is None else segments + 1
+    outputs = outputs_at_checkpoints(model, queries, output) if outputs is None else outputs
+    buffers, passes = _along_lines(model, queries, output, outputs, pieces, values)
+    for state, allowed in zip(states, (tolerance * (outputs[:, -1] - outputs[:, 0]).abs()).tolist(), strict=True):
+        state.allowed, state.forward_passes = allowed, passes - known
     done = planned = 0
     while wanted:
         planned += len(wanted)
-        path = _Path(model, quadrature, pieces)
         for points, members in path.missing(wanted, states):
             _differentiate(model, queries, output, points, members, values, states)
         for interval in sorted(wanted):
             middle, members = path.middle(interval), wanted[interval]
             some = torch.tensor(members, device="cpu")
             asked = queries.select(some), output.select(some)
-            known = _values_at(model, interval, middle, *asked, members, values, states)
+            ends = _values_at(model, interval, middle, *asked, members, values, states)
             for q in members:
                 found = sum(weight * states[q].displacements[point] for point, weight in path.nodes(interval))
-                states[q].errors[interval] = known[1][q] - known[0][q] - found
+                states[q].errors[interval] = ends[1][q] - ends[0][q] - found
             done += 1
             progress("covectors", done, planned)
         wanted = _refine(states, quadrature)
-    return _gather(model, states, outputs, buffers, _Path(model, quadrature, pieces))
+    return _gather(model, states, outputs, buffers, path)
 
 
 class _Path:
@@ -189,15 +199,19 @@ _Values = dict[_Point, dict[int, float]]
 
 
 def _along_lines(
-    model: TrajectoryModel, queries: QueryBatch, output: Output, outputs: Tensor, pieces: list[int]
-) -> tuple[_Values, Tensor, int]:
-    """Compute f at both ends of every piece of the segments' lines.
+    model: TrajectoryModel,
+    queries: QueryBatch,
+    output: Output,
+    outputs: Tensor,
+    pieces: list[int],
+    values: _Values,
+) -> tuple[Tensor, int]:
+    """Note f at both ends of every piece of the segments' lines.
 
     Returns:
-        The values; what buffers changed, f_{t+1} − f_t less the changes along the pieces, ``(queries, segments)``; the
+        What buffers changed, f_{t+1} − f_t less the changes along the pieces, ``(queries, segments)``; the
         forward passes of a query.
     """
-    values: _Values = defaultdict(dict)
     changes = outputs.diff(dim=1)
     buffers, passes = torch.zeros_like(changes), outputs.shape[1]
     for t, count in enumerate(pieces):
@@ -212,7 +226,7 @@ def _along_lines(
                 passes += 2
             for end in (0, 1):
                 values[(t, (piece + end) / count, middle)] = dict(enumerate(ends[end].tolist()))
-    return values, buffers, passes
+    return buffers, passes
 
 
 def _values_at(

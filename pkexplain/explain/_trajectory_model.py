@@ -203,18 +203,20 @@ class TrajectoryModel:
             return values[-1]
 
         pieces = collect(self._capture, len(queries), run)
-        vectors = torch.cat([self._ledger_vectors(t) for t in segments]) if len(segments) > 1 else None
-        vectors = self._ledger_vectors(segments[0]) if vectors is None else vectors
-        products = vectors.new_zeros(len(queries), len(vectors))
-        projected = [vectors.new_zeros(len(queries), self.columns) for _ in segments]
+        vectors = [self._ledger_vectors(t) for t in segments]
+        lengths = [len(each) for each in vectors]
+        found = [each.new_zeros(len(queries), len(each) + self.columns) for each in vectors]
         for position, piece in pieces:
             block = self._trajectory.fingerprint.blocks[position]
             for some in torch.arange(len(queries), device=self.device).split(max(1, _NUMBERS_AT_ONCE // block.numel)):
-                products[some] += piece.select(some).dense().to(self.dtype) @ vectors[:, block.span].T
-            for t, rows in zip(segments, projected, strict=True):
-                self._projectors[t].add_covectors(rows, position, piece)
-        parts = zip(products.split(len(vectors) // len(segments), dim=1), projected, strict=True)
-        return [Products(torch.cat(pair, dim=1), self.columns) for pair in parts], values[-1].detach().double()
+                start = block.start
+                for part in piece.select(some).parts():
+                    span, start = slice(start, start + part.shape[1]), start + part.shape[1]
+                    for row, each, length in zip(found, vectors, lengths, strict=True):
+                        row[some, :length] += part.to(self.dtype) @ each[:, span].T
+            for t, rows, length in zip(segments, found, lengths, strict=True):
+                self._projectors[t].add_covectors(rows[:, length:], position, piece)
+        return [Products(rows, self.columns) for rows in found], values[-1].detach().double()
 
     def gradients(self, queries: QueryBatch, output: Output) -> Tensor:
         """Differentiate f at the model's current point, ``(queries, parameters)``."""

@@ -37,6 +37,10 @@ class ExampleGradients(ABC):
     def dense(self) -> Tensor:
         """Form the gradients, ``(examples, numel)``, in the block's parameter order."""
 
+    def parts(self) -> list[Tensor]:
+        """Form the gradients in parts that follow one another, ``(examples, …)`` each."""
+        return [self.dense()]
+
     def total(self) -> Tensor:
         """Sum over the examples, ``(numel,)``."""
         return self.dense().sum(0)
@@ -61,11 +65,6 @@ class ExampleGradients(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes of memory held."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where they are."""
 
     def compact(self) -> ExampleGradients:
         """Return the same gradients in the form that takes less memory."""
@@ -99,11 +98,6 @@ class DenseGradient(ExampleGradients):
         return DenseGradient(self.values * factors)
 
     @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.values.device
-
-    @property
     def nbytes(self) -> int:
         """Bytes of memory held."""
         return self.values.nbytes
@@ -120,11 +114,6 @@ class MatrixGradient(ExampleGradients):
     def __len__(self) -> int:
         """Return the number of examples."""
         return len(self.output_gradients)
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.output_gradients.device
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Sum over the examples, each times its weight: every form is linear in its output gradients."""
@@ -165,6 +154,10 @@ class MatrixGradient(ExampleGradients):
         if not (self.weight and self.bias):
             return full.flatten(1)
         return torch.cat([full[:, :, :-1].flatten(1), full[:, :, -1]], dim=1)
+
+    def parts(self) -> list[Tensor]:
+        """Form the weight's gradients and the bias's: to join them would copy both."""
+        return [part.flatten(1) for part in self.formed() if part is not None]
 
     def scaled(self, factors: Tensor) -> MatrixGradient:
         """Multiply elementwise by ``factors``, ``(numel,)``: the product has no factors and is formed when needed."""
@@ -241,7 +234,7 @@ class ScaledGradient(MatrixGradient):
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""
-        some = max(1, at_once(_NUMBERS_AT_ONCE, self.device) // self.factors.numel())
+        some = max(1, at_once(_NUMBERS_AT_ONCE, self.factors.device) // self.factors.numel())
         starts = range(0, len(self), some)
         return torch.cat([self._some(self.inner.select(slice(at, at + some)), left, right) for at in starts])
 

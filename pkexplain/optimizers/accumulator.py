@@ -289,7 +289,7 @@ class DisplacementAccumulator:
         elif len(chosen):
             for position, piece in batch.pieces:
                 span = self._spec.blocks[position].span
-                gradients[:, span] += piece.select(place(chosen, piece.device)).dense() * scale[position]
+                gradients[:, span] += piece.select(place(chosen, batch.device)).dense() * scale[position]
         return self._audit.places(batch.ids[chosen]), gradients
 
     def _project(self, target: Target, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
@@ -298,7 +298,7 @@ class DisplacementAccumulator:
         self._rows_of(target, batch)[:, part.columns].add_(part.gradients(gradients))
         if batch.audited is not None and batch.audit_rows is not None:
             span = self._spec.blocks[position].span
-            batch.audit_rows[:, span].add_(gradients.select(place(batch.audited, gradients.device)).dense())
+            batch.audit_rows[:, span].add_(gradients.select(place(batch.audited, batch.device)).dense())
 
     def _rows_of(self, target: Target, batch: CapturedBatch) -> Tensor:
         """Return a batch's rows in projection space, zero before the first block arrives."""

@@ -44,6 +44,7 @@ class CapturedBatch:
         derivatives: Loss derivatives, ``(batch,)``; None if the model's output was not seen.
         summed: Parameters whose gradient has arrived.
         everywhere: Examples in the batch over all processes; by default those of this process.
+        device: Where gradients are.
     """
 
     ids: Tensor
@@ -54,6 +55,7 @@ class CapturedBatch:
     derivatives: Tensor | None = None
     summed: set[int] = field(default_factory=set)
     everywhere: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
         """Count the examples."""
@@ -72,15 +74,11 @@ class CapturedBatch:
 
     def compact(self) -> None:
         """Keep the waiting gradients in the form that takes less memory."""
-        everyone: dict[torch.device, Tensor] = {}
+        everyone = torch.arange(len(self.ids), device=self.device)
         for index, (position, gradients) in enumerate(self.pieces):
             compact = gradients.compact()
             # a copy: a layer's input may be a parameter that changes, or a buffer that the next batch is written into
-            if compact is gradients:
-                device = gradients.device
-                everyone.setdefault(device, torch.arange(len(self.ids), device=device))
-                compact = gradients.select(everyone[device])
-            self.pieces[index] = position, compact
+            self.pieces[index] = position, gradients.select(everyone) if compact is gradients else compact
 
     def loss_derivatives(self, factor: float, like: Tensor) -> Tensor:
         """Return the loss derivatives as the optimizer saw them, nan if there are none, ``(batch,)``."""

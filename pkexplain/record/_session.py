@@ -214,7 +214,7 @@ class Session:
         """Check the ids; if another process refuses its ids, none continues without it."""
         plan = self._plan
         try:
-            batch = CapturedBatch(check_ids(ids, plan.num_examples, gone=self._deleted))
+            batch = CapturedBatch(check_ids(ids, plan.num_examples, gone=self._deleted), device=plan.like.device)
         except ExampleIdError:
             self._roll_call.meet(REFUSED)
             raise

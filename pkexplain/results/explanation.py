@@ -106,7 +106,7 @@ class Cost:
     """The cost of an explanation.
 
     Attributes:
-        forward_passes: Evaluations of the model's output for this query.
+        forward_passes: Evaluations of the model's output for this query, apart from those that gradients take.
         backward_passes: Gradients of the model's output for this query.
         budget: The largest number of gradients allowed.
         exhausted: Whether the budget was spent before the quadrature met its tolerance.

@@ -132,6 +132,49 @@ def test_the_budget_is_never_exceeded(kinked, nodes, budget):
         assert "its tolerance was not met within the budget" in gap(explanation).meaning
 
 
+@pytest.mark.parametrize("budget", [2, 3, 7, 16])
+def test_the_budget_is_never_exceeded_where_nodes_are_shared(kinked, budget):
+    segments = len(kinked[0].trajectory())
+    for explanation in explain(kinked, 1e-12, budget=budget):
+        cost = explanation.cost
+        assert cost.budget == budget * segments
+        assert cost.budget - 2 < cost.backward_passes <= cost.budget
+        assert not gap(explanation).passed
+
+
+def test_gradients_at_the_ends_are_shared_and_those_of_refinement_are_never_computed_twice(kinked):
+    segments = len(kinked[0].trajectory())
+    for explanation in explain(kinked, NEVER):
+        assert explanation.cost.backward_passes == segments + 1
+        assert explanation.cost.forward_passes == 0
+    for explanation in explain(kinked, 1e-3, budget=4096):
+        assert gap(explanation).passed
+        assert explanation.cost.forward_passes == 0
+    shared, apart = (
+        sum(e.cost.backward_passes for e in explain(kinked, 1e-2, budget=4096, nodes=nodes)) for nodes in (None, 2)
+    )
+    assert shared < apart
+
+
+def test_simpson_is_of_fourth_order(smooth):
+    rough, fine = (max(gap(e).value for e in explain(smooth, 1e-12, budget=budget)) for budget in (2, 16))
+    assert fine < rough / 500
+
+
+def test_shared_nodes_give_the_contributions_of_a_fine_rule(smooth):
+    store, model, queries = smooth
+    fine = exact.path_kernel(store, model, queries, output=pk.Logit(0), nodes=8, pieces=16)
+    explainer = pk.Explainer(store, model, tolerance=1e-7, quadrature=Quadrature(budget=512))
+    found = explainer.contributions(queries, output=pk.Logit(0))
+    assert np.abs(found - fine.contributions).max() < 1e-5 * np.abs(fine.contributions).max()
+
+
+def test_one_gradient_a_segment(smooth):
+    store, model, queries = smooth
+    fast = pk.Explainer(store, model, quadrature=Quadrature.fast()).explain(queries, output=pk.Logit(0))
+    assert {e.cost.backward_passes for e in fast} == {len(store.trajectory())}
+
+
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
 def test_kinks_are_refined_until_the_gap_meets_the_tolerance(kinked, tolerance):
     coarse = explain(kinked, NEVER, nodes=2)
