@@ -175,8 +175,8 @@ def _cost(explanation: Explanation) -> str:
     cost = explanation.cost
     spent = " (exhausted)" if cost.exhausted else ""
     return (
-        f"Cost: {cost.forward_passes:,} forward and {cost.backward_passes:,} backward passes; "
-        f"budget {cost.budget:,}{spent}."
+        f"Cost: {cost.backward_passes:,} gradients of a budget of {cost.budget:,}{spent}, and "
+        f"{cost.forward_passes:,} forward passes besides."
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pkexplain.gradients.devices import at_once
+
 __all__ = ["Rows"]
 
 _ROWS_AT_ONCE = 128
@@ -83,7 +85,7 @@ class Rows:
         stored = empty(shape, row_dtype) if empty else torch.empty(shape, dtype=row_dtype, device=rows.device)
         sizes, size_of = scale.unique(return_inverse=True)
         error = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64, device=rows.device)
-        for some in torch.arange(len(rows), device=rows.device).split(_ROWS_AT_ONCE):
+        for some in torch.arange(len(rows), device=rows.device).split(at_once(_ROWS_AT_ONCE, rows.device)):
             factors = scale[some, None].to(rows.dtype)
             part = rows[some]
             rounded = (part / factors).to(row_dtype)
@@ -97,7 +99,8 @@ class Rows:
     def sum(self) -> Tensor:
         """Sum the rows as stored, in float64, ``(k,)``."""
         total = torch.zeros(self.rows.shape[1], dtype=torch.float64, device=self.rows.device)
-        for some, factors in zip(self.rows.split(_ROWS_AT_ONCE), self.scale.split(_ROWS_AT_ONCE), strict=True):
+        count = at_once(_ROWS_AT_ONCE, self.rows.device)
+        for some, factors in zip(self.rows.split(count), self.scale.split(count), strict=True):
             total += factors.double() @ some.double()
         return total
 
@@ -153,7 +156,8 @@ class Rows:
 
 def _norms(stored: Tensor, scale: Tensor) -> Tensor:
     wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-    parts = [torch.linalg.vector_norm(some.to(wide), dim=1) for some in stored.split(_ROWS_AT_ONCE)]
+    count = at_once(_ROWS_AT_ONCE, stored.device)
+    parts = [torch.linalg.vector_norm(some.to(wide), dim=1) for some in stored.split(count)]
     norms = torch.cat(parts) if parts else scale.new_zeros(0, dtype=wide)
     return norms * scale.to(wide) * _ROUNDED_UP
 

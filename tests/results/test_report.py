@@ -295,8 +295,8 @@ def test_page_holds_every_part(tmp_path: Path) -> None:
         "What was checked",
         "FAIL",
         "1 of 2 checks failed",
-        "30 forward and 24 backward passes",
-        "budget of 96",
+        "24 gradients of this query, of a budget of 96",
+        "30 forward passes besides",
         'reading="removal"',
     ):
         assert wanted in text, wanted
