@@ -274,7 +274,7 @@ def _gather(model: TrajectoryModel, states: list[_State], outputs: Tensor, buffe
             for point, weight in path.nodes(interval):
                 whole.values[q, interval.segment].add_(state.nodes[point], alpha=weight)
     return Covectors(
-        projected=whole.projected,
+        projected=model.short(whole.projected),
         buffers=buffers,
         displacement=whole.displacement.double().cpu(),
         weight_decay=whole.weight_decay.double().cpu(),

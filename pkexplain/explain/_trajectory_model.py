@@ -13,7 +13,7 @@ from pkexplain.explain.queries import QueryBatch
 from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.collect import collect
 from pkexplain.gradients.layers import Layer
-from pkexplain.projection.maps import Projector
+from pkexplain.projection.projector import Projector
 from pkexplain.store.trajectory import Trajectory
 
 _NUMBERS_AT_ONCE = 1 << 26
@@ -25,9 +25,9 @@ class Products:
     """The products of some queries' gradients that the ledger needs; being linear, they can be integrated.
 
     Attributes:
-        values: All of them, ``(queries, 4 + audited + k)``: the products with the ledger's vectors (Δθ_t, weight
-            decay, unsplit, optimizer, the audited displacements), then the projection.
-        columns: k, the length of the projection.
+        values: All of them, ``(queries, 4 + audited + width)``: the products with the ledger's vectors (Δθ_t, weight
+            decay, unsplit, optimizer, the audited displacements), then the projection, before its second stage.
+        columns: The length of the projection.
     """
 
     values: Tensor
@@ -68,7 +68,7 @@ class Products:
 
     @property
     def projected(self) -> Tensor:
-        """P ∇f, ``(queries, k)``."""
+        """P ∇f, ``(queries, width)``."""
         return self.values[..., self.values.shape[-1] - self.columns :]
 
 
@@ -108,8 +108,13 @@ class TrajectoryModel:
 
     @property
     def columns(self) -> int:
-        """The length of a projected gradient."""
-        return self._projectors[0].columns
+        """The length of a projected gradient, before its second stage."""
+        return self._projectors[0].width
+
+    def short(self, projected: Tensor) -> Tensor:
+        """Bring the projections of every segment, ``(queries, segments, width)``, to ``(queries, segments, k)``."""
+        parts = zip(self._projectors, projected.unbind(1), strict=True)
+        return torch.stack([projector.short_covectors(part) for projector, part in parts], dim=1)
 
     @property
     def parameters(self) -> int:
@@ -137,8 +142,8 @@ class TrajectoryModel:
             moved = self._checkpoint(t + 1) - self._checkpoint(t)
             unsplit = segment.unsplit if len(segment.unsplit) else torch.zeros_like(segment.optimizer)
             lines = (segment.weight_decay, unsplit, segment.optimizer)
-            named = torch.stack([moved, *(line.to(self.device) for line in lines)])
-            self._vectors[t] = torch.cat([named, segment.audit_rows.to(self.device)])
+            named = torch.stack([moved, *(line.to(moved) for line in lines)])
+            self._vectors[t] = torch.cat([named, segment.audit_rows.to(moved)])
         return self._vectors[t]
 
     def move_to_checkpoint(self, t: int) -> None:

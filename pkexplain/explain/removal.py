@@ -28,7 +28,7 @@ from pkexplain.explain.loss_curvature import LossCurvature, loss_curvature_of
 from pkexplain.explain.outputs import Output
 from pkexplain.explain.queries import QueryBatch
 from pkexplain.progress import Progress, no_progress
-from pkexplain.projection.maps import Projector
+from pkexplain.projection.projector import Projector
 from pkexplain.store.trajectory import Segment, Trajectory
 
 __all__ = ["Curvature", "FinalGradient", "Removal", "final_gradient"]
@@ -267,7 +267,9 @@ class Curvature:
 
 
 def _rates(segment: Segment, projector: Projector) -> Tensor:
-    """Assign every column of a row the rate of its block; if blocks share columns, their mean."""
+    """Assign every column of a row the rate of its block; the second stage has divided by it already."""
+    if projector.second_stage is not None:
+        return torch.ones(projector.columns, dtype=torch.float64, device="cpu")
     rates = torch.zeros(projector.columns, dtype=torch.float64, device="cpu")
     blocks = torch.zeros_like(rates)
     for rate, part in zip(segment.rate_sums, projector.maps, strict=True):

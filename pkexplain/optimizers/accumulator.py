@@ -27,10 +27,11 @@ from pkexplain.optimizers.row_target import (
     check_shape,
     choose_factors,
     moving_coordinates,
+    spread_all,
 )
 from pkexplain.optimizers.rules import LinearStep
 from pkexplain.projection.kinds import WarmUp
-from pkexplain.projection.maps import Projector
+from pkexplain.projection.projector import Projector
 
 __all__ = ["HELD_BYTES", "DisplacementAccumulator"]
 
@@ -134,14 +135,14 @@ class DisplacementAccumulator:
         """
         if self._target is None or any(batch.pieces for batch in batches):
             return None
-        total = self._spec.like.new_zeros(self._target.projector.columns)
+        total = self._spec.like.new_zeros(self._target.projector.width)
         for batch in batches:
             total += self._rows_of(self._target, batch).sum(0)
         return total, self._target.project(vector, self._spec)
 
     def close(self) -> Totals:
         """End the segment and begin the next."""
-        target = self._target or self._bind()
+        target = self._target or self._bind(over=True)
         self._enter_held(target)
         self._fold(target)
         carried = self._carry.close(target.projector.spans, self._fit.buffer if self._fit else self._full.buffer)
@@ -157,7 +158,7 @@ class DisplacementAccumulator:
             examples = self._full.close()
             expected = -examples
         else:
-            fitted, factors = self._fit.close(), target.spread_factors(self._spec)
+            fitted, factors = self._fit.close(), spread_all(self._spec, target.factors)
             operator = fitted.operator
             for block, moves in self._still.items():
                 operator[self._spec.spans[block]] *= moves
@@ -216,16 +217,23 @@ class DisplacementAccumulator:
         held = self._spec.group.all_reduce_max(sum(batch.nbytes for _, batch, _ in self._held))
         return examples >= self._spec.projection.warm_up or held >= HELD_BYTES
 
-    def _bind(self) -> Target:
-        """Fix the projection from the waiting gradients, and from what is left of earlier ones."""
+    def _bind(self, over: bool = False) -> Target:
+        """Fix the projection from the waiting gradients, and from what is left of earlier ones.
+
+        Args:
+            over: Whether the segment is over, so that no more gradients come.
+        """
         spec, group, earlier = self._spec, self._spec.group, self._earlier
         seen = [batch.pieces for _, batch, _ in self._held]
         steps = self._known_steps()
         sizes = [_entering(steps[at], scale) for at, _, scale in self._held]
         factors = choose_factors(spec, self._last, earlier.factors if earlier else {}) if self._fit else {}
         left = earlier.left_over(spec) if earlier else []
+        total = None
+        if over:
+            total = self._fit.moved * spread_all(spec, factors) if self._fit else self._full.moved
         projector = spec.projection.bind(
-            spec.blocks, spec.like, WarmUp([*seen, *left], [*sizes, *[1.0] * len(left)], factors, group)
+            spec.blocks, spec.like, WarmUp([*seen, *left], [*sizes, *[1.0] * len(left)], factors, total, group)
         )
         if group.world_size > 1:  # identical to the last bit in every process
             projector = spec.projection.restore(spec.blocks, spec.like, group.broadcast(projector.tensors()))
@@ -304,7 +312,7 @@ class DisplacementAccumulator:
         """Return a batch's rows in projection space, zero before the first block arrives."""
         if batch.rows is None:
             like = self._spec.like
-            batch.rows = like.new_zeros(len(batch.ids), target.projector.columns)
+            batch.rows = like.new_zeros(len(batch.ids), target.projector.width)
             chosen = self._audit.positions(batch.ids)
             if len(chosen):
                 batch.audited, batch.audit_rows = chosen, like.new_zeros(len(chosen), self._spec.size)

@@ -15,7 +15,7 @@ from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.displacement import Factors, RowAccumulator
 from pkexplain.projection.kinds import Projection
-from pkexplain.projection.maps import Projector
+from pkexplain.projection.projector import Projector
 from pkexplain.store.scratch import zeros_on_disk
 
 __all__ = [
@@ -116,7 +116,7 @@ class RecordingSpec:
 
     @property
     def operator_dtype(self) -> torch.dtype:
-        """Dtype in which a segment's operator is stored."""
+        """Dtype in which a segment's vectors are stored, apart from its checkpoint."""
         return torch.float64 if self.like.dtype == torch.float64 else torch.bfloat16
 
     @property

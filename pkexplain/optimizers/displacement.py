@@ -283,6 +283,11 @@ class MomentumBuffer:
             add_product(self._moved[span], n.decoupled_weight_decay, parameters[span], -1)
 
     @property
+    def moved(self) -> Tensor:
+        """The displacement so far in this segment, ``(parameters,)``."""
+        return self._moved
+
+    @property
     def buffer(self) -> Tensor:
         """The momentum buffer, ``(parameters,)``."""
         return self._buffer

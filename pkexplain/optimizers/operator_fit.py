@@ -26,7 +26,7 @@ from pkexplain.optimizers.displacement import add_product, copy_exactly
 from pkexplain.optimizers.levels import Levels, damped
 from pkexplain.optimizers.rules import LinearStep, Number
 from pkexplain.optimizers.step_numbers import joined
-from pkexplain.projection.maps import RowFactors, geometric_sides
+from pkexplain.projection.maps import RowFactors, flat_product, geometric_sides
 
 __all__ = ["FittedOperator", "OperatorFit", "row_factors", "spread"]
 
@@ -63,10 +63,7 @@ def spread(factors: RowFactors, block: Block) -> Tensor:
     """Return the factors of a block's coordinates, ``(numel,)``, in its parameter order."""
     if isinstance(factors, Tensor):
         return factors
-    u, v = factors
-    if len(block.parameters) == 1:
-        return (u[:, None] * v).flatten()
-    return torch.cat([(u[:, None] * v[:-1]).flatten(), u * v[-1]])
+    return flat_product(*factors, len(block.parameters) > 1)
 
 
 @dataclass(frozen=True)
@@ -160,6 +157,11 @@ class OperatorFit:
         found = FittedOperator(operator, self._moved, self._energy)
         self._begin()
         return found
+
+    @property
+    def moved(self) -> Tensor:
+        """The sum of all examples' displacements in this segment over −B, ``(parameters,)``."""
+        return self._moved
 
     @property
     def buffer(self) -> Tensor:

@@ -21,9 +21,10 @@ from pkexplain.optimizers.base import RecordingSpec
 from pkexplain.optimizers.displacement import RowAccumulator
 from pkexplain.optimizers.operator_fit import row_factors, spread
 from pkexplain.optimizers.rules import LinearStep, Number
-from pkexplain.projection.maps import Map, Pieces, Projector, RowFactors, TwoSidedMap
+from pkexplain.projection.maps import Map, Pieces, RowFactors, TwoSidedMap
+from pkexplain.projection.projector import Projector
 
-__all__ = ["Carry", "Target", "check_factors", "check_shape", "choose_factors", "moving_coordinates"]
+__all__ = ["Carry", "Target", "check_factors", "check_shape", "choose_factors", "moving_coordinates", "spread_all"]
 
 _ROUNDING = 32
 """A sum smaller than this many ε of its terms (ε of the dtype) is taken for rounding error."""
@@ -51,7 +52,7 @@ class Target:
     def of(cls, spec: RecordingSpec, projector: Projector, factors: Mapping[int, RowFactors]) -> Target:
         """Make it, with rows of zeros."""
         maps = [part.of_multiples(factors[b]) if b in factors else part for b, part in enumerate(projector.maps)]
-        return cls(projector, factors, tuple(maps), spec.rows(projector.spans, projector.columns))
+        return cls(projector, factors, tuple(maps), spec.rows(projector.spans, projector.width))
 
     def carried(self, spec: RecordingSpec, position: int, rows: Tensor) -> ExampleGradients | None:
         """Rebuild one block's gradients from rows, as far as its directions go; None if its map has none."""
@@ -62,7 +63,8 @@ class Target:
         if position in self.factors:
             u, v = self.factors[position]
             left, right = left / u, right / v
-        return CompressedGradient.rebuilt(rows[:, part.columns], left, right, len(block.parameters) > 1)
+        values = rows[:, part.columns][:, : len(left) * len(right)]
+        return CompressedGradient.rebuilt(values, left, right, len(block.parameters) > 1)
 
     def left_over(self, spec: RecordingSpec) -> list[Pieces]:
         """Rebuild the gradients of some examples that are still in the momentum buffer."""
@@ -74,26 +76,23 @@ class Target:
         """Take over what the momentum buffer holds, as far as these directions can show it."""
 
         def change(rows: Tensor) -> Tensor:
-            changed = rows.new_zeros(len(rows), self.projector.columns)
+            changed = rows.new_zeros(len(rows), self.projector.width)
             for position, part in enumerate(self.maps):
-                gradients = earlier.carried(spec, position, rows)
-                before = rows[:, earlier.projector.maps[position].columns]
+                its = earlier.projector.maps[position]
+                gradients, before = earlier.carried(spec, position, rows), rows[:, its.columns]
                 changed[:, part.columns] = before if gradients is None else part.gradients(gradients)
+                if isinstance(its, TwoSidedMap) and its.beside is not None:
+                    direction = its.beside
+                    if position in earlier.factors:
+                        direction = direction / spread(earlier.factors[position], spec.blocks[position])
+                    changed[:, part.columns] += before[:, -1:] * part.vectors(direction[None])
             return changed
 
         self.rows.take_over(earlier.rows, change)
 
-    def spread_factors(self, spec: RecordingSpec) -> Tensor:
-        """Spread F over all coordinates, ``(parameters,)``."""
-        found = spec.like.new_ones(spec.size)
-        for position, factors in self.factors.items():
-            block = spec.blocks[position]
-            found[block.span] = spread(factors, block)
-        return found
-
     def project(self, vector: Tensor, spec: RecordingSpec) -> Tensor:
         """Project a vector ``(parameters,)`` like gradients, ``(columns,)``."""
-        return self.projector.project_plain((vector * self.spread_factors(spec))[None])[0]
+        return self.projector.project_plain((vector * spread_all(spec, self.factors))[None])[0]
 
 
 class Carry:
@@ -146,6 +145,15 @@ class Carry:
         self._begin()
         self.start = buffer.clone() if self._spec.projection.follows_gradients else self.start
         return moved, rows
+
+
+def spread_all(spec: RecordingSpec, factors: Mapping[int, RowFactors]) -> Tensor:
+    """Spread F over all coordinates, ``(parameters,)``."""
+    found = spec.like.new_ones(spec.size)
+    for position, each in factors.items():
+        block = spec.blocks[position]
+        found[block.span] = spread(each, block)
+    return found
 
 
 def choose_factors(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,17 +15,18 @@ from pkexplain.gradients.devices import fetch
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.optimizers._learning_rates import RateSums
 from pkexplain.optimizers.accumulator import DisplacementAccumulator
-from pkexplain.optimizers.base import CapturedBatch, RecordingSpec
+from pkexplain.optimizers.base import CapturedBatch, RecordingSpec, Totals
 from pkexplain.optimizers.displacement import MomentumBuffer
 from pkexplain.optimizers.rules import LinearStep
-from pkexplain.projection.maps import Projector
+from pkexplain.projection.projector import Projector
 from pkexplain.store.manifest import SegmentSummary, SplitSummary
 from pkexplain.store.rows import Rows
-from pkexplain.store.scratch import empty_on_disk
+from pkexplain.store.scratch import empty_on_disk, zeros_on_disk
 from pkexplain.store.trajectory import Segment
 
 __all__ = ["AppliedStep", "SegmentAccountant"]
 
+_ROWS_AT_ONCE = 4096
 _CHECKED_STEP = 16
 """Captured gradients are compared with the gradient at a segment's first step and every this many steps."""
 
@@ -220,10 +221,13 @@ class SegmentAccountant:
             The segment as it will be stored, with the rows of this process, and its summary.
         """
         accumulator = self._accumulator = self._accumulator or self._open(elementwise=False)
-        totals, decay = accumulator.close(), self._decay.close()
+        dtype = self._spec.operator_dtype
+        totals, decay = accumulator.close(), self._decay.close().to(dtype)
         self._sum_rates(accumulator, displacement)  # their sizes are known: no gradient is needed any more
+        rate_sums = self._rate_sums.close(totals.balance)
+        totals = self._shortened(totals, rate_sums)
         projector = totals.projector
-        unsplit = self._unsplit.close() if self._unsplit else displacement[:0]
+        unsplit = (self._unsplit.close() if self._unsplit else displacement[:0]).to(dtype)
         named = decay + unsplit if len(unsplit) else decay
         remainder = displacement - totals.examples - named
         row_dtype = self._spec.projection.row_dtype(self._spec.like.dtype)
@@ -235,19 +239,17 @@ class SegmentAccountant:
             row_sum=self._spec.group.all_reduce(rows.sum().to(remainder.device)),
             weight_decay=decay,
             unsplit=unsplit,
-            optimizer=remainder,
+            optimizer=remainder.to(dtype),
             audit_ids=accumulator.audit_ids,
-            audit_rows=totals.audit_rows,
+            audit_rows=totals.audit_rows.to(dtype),
             withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64, device="cpu"),
-            rate_sums=self._rate_sums.close(totals.balance),
-            operator=(displacement[:0] if projector.operator is None else projector.operator).to(
-                self._spec.operator_dtype
-            ),
+            rate_sums=rate_sums,
+            operator=(displacement[:0] if projector.operator is None else projector.operator).to(dtype),
             directions=projector.tensors(),
         )
         expected, size = totals.row_sum.double(), totals.row_sum.double().norm()
         if projector.operator is None:
-            size = projector.project_plain(displacement[None]).double().norm()
+            size = projector.short_rows(projector.project_plain(displacement[None])).double().norm()
         gap = (expected - segment.row_sum).norm() / torch.maximum(size, segment.row_sum.norm()).clamp_min(1e-300)
         summary = SegmentSummary(
             last_step=self.total_steps,
@@ -263,6 +265,18 @@ class SegmentAccountant:
         )
         self._begin()
         return segment, summary
+
+    def _shortened(self, totals: Totals, rate_sums: Tensor) -> Totals:
+        """Make a segment's wide rows as short as they are stored."""
+        spec, wide = self._spec, totals.rows
+        stage = spec.projection.second_stage(totals.projector, wide, totals.row_sum, rate_sums, spec.group)
+        if stage is None:
+            return totals
+        projector = totals.projector.with_second_stage(stage)
+        rows = zeros_on_disk(len(wide), projector.columns, like=spec.like, directory=spec.scratch)
+        for at in range(0, len(wide), _ROWS_AT_ONCE):
+            rows[at : at + _ROWS_AT_ONCE] = projector.short_rows(wide[at : at + _ROWS_AT_ONCE])
+        return replace(totals, rows=rows, projector=projector, row_sum=projector.short_rows(totals.row_sum[None])[0])
 
     def note_capture_gap(self, gap: float) -> None:
         """Note a gap between what was captured and what it should sum to; the segment's largest is kept."""

@@ -45,7 +45,7 @@ _RANDOM_WIDTH = 32
 """Random directions for a side that is too wide; also the most for a layer whose gradients were not seen."""
 _NORM_SKETCH = 8
 """Random combinations of rows, and of columns, from which the norm of an example's gradient is estimated."""
-_HELD_BACK = 0.5
+HELD_BACK = 0.5
 """An example whose gradient has norm n counts with n^(1 − this) when directions are chosen: a few examples can hold
 nearly all of the energy, and directions chosen by energy would be theirs alone."""
 
@@ -141,7 +141,7 @@ class Seen:
         for pieces, size in zip(self.batches, self.sizes, strict=True):
             squares = sum(self._squared_norms(p, g) for p, g in pieces if isinstance(g, MatrixGradient))
             norms = size * torch.as_tensor(squares, device="cpu").double().sqrt()
-            self.weights.append(size * norms.clamp_min(1e-30) ** -_HELD_BACK)
+            self.weights.append(size * norms.clamp_min(1e-30) ** -HELD_BACK)
 
     def _squared_norms(self, position: int, gradients: MatrixGradient) -> Tensor:
         mixers = []

@@ -19,8 +19,10 @@ from torch import Tensor
 from pkexplain.distributed import ProcessGroup
 from pkexplain.errors import ConfigurationError
 from pkexplain.gradients.layers import Block
+from pkexplain.projection._leading import leading_directions
 from pkexplain.projection._principal import Seen, fewest_columns, principal_bases
-from pkexplain.projection.maps import IdentityMap, Map, Pieces, Projector, RowFactors, TwoSidedMap, hashed
+from pkexplain.projection.maps import IdentityMap, Map, Pieces, RowFactors, TwoSidedMap, hashed
+from pkexplain.projection.projector import Projector, SecondStage
 
 __all__ = ["Identity", "Kronecker", "Projection", "SparseSign", "WarmUp", "projection_from_description"]
 
@@ -36,12 +38,14 @@ class WarmUp:
         batches: The first batches of captured gradients of a segment.
         sizes: What each batch's gradients are multiplied by when they enter the optimizer; empty for ones.
         factors: What rows are multiplied by before they are projected, for each block; None for ones.
+        total: The sum of what will be projected, ``(parameters,)``, if it is known: the segment is over; else None.
         group: The processes, each with its own batches.
     """
 
     batches: Sequence[Pieces] = ()
     sizes: Sequence[float] = ()
     factors: Mapping[int, RowFactors] | None = None
+    total: Tensor | None = None
     group: ProcessGroup = field(default_factory=ProcessGroup)
 
 
@@ -76,11 +80,29 @@ class Projection(ABC):
 
     @abstractmethod
     def columns(self, blocks: Sequence[Block]) -> int:
-        """Count the columns of a row, the same in every segment."""
+        """Count the columns of a stored row, the same in every segment."""
+
+    def width(self, blocks: Sequence[Block]) -> int:
+        """Count the columns of a row while its segment is recorded."""
+        return self.columns(blocks)
 
     def takes_sides(self, block: Block) -> bool:
         """Whether rows of a block can be multiplied by one factor for each row and column of its matrix."""
         return False
+
+    def second_stage(
+        self, projector: Projector, rows: Tensor, total: Tensor, rates: Tensor, group: ProcessGroup
+    ) -> SecondStage | None:
+        """Choose the directions along which a finished segment's rows are stored; None to store them as they are.
+
+        Args:
+            projector: The segment's projection.
+            rows: The rows of this process's examples, ``(n, width)``.
+            total: The sum of all rows, ``(width,)``.
+            rates: The learning rate of each block, summed over the segment, ``(blocks,)``.
+            group: The processes.
+        """
+        return None
 
     @abstractmethod
     def restore(self, blocks: Sequence[Block], like: Tensor, kept: Mapping[str, Tensor]) -> Projector:
@@ -132,8 +154,7 @@ class SparseSign(Projection):
 
     def __post_init__(self) -> None:
         """Refuse invalid sizes."""
-        _positive(self, k=self.k, nonzeros=self.nonzeros)
-        _check_seed(self, self.seed)
+        _check(self, self.seed, k=self.k, nonzeros=self.nonzeros)
         if self.nonzeros > _MOST_NONZEROS:
             raise _no_map(self, "nonzeros", self.nonzeros, f"at most {_MOST_NONZEROS}")
 
@@ -171,7 +192,7 @@ class SparseSign(Projection):
 
 @dataclass(frozen=True)
 class Kronecker(Projection):
-    """Two-sided maps L G Rᵀ, one for each layer and segment, along the principal directions of its first gradients.
+    """Two-sided maps L G Rᵀ, one for each layer and segment, along principal directions of gradients, in two stages.
 
     L and R hold the leading eigenvectors of Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i over the segment's first examples
     (each estimated from random combinations of columns and rows, without forming G_i). How many of each a layer gets
@@ -179,14 +200,19 @@ class Kronecker(Projection):
     the projection gap and the audit measure) and have no random error inside them. A side wider than 4,096 (a
     vocabulary) gets random signs, and so do parameters that are not a matrix.
 
+    When a segment ends, its rows are shortened along the leading directions of the rows themselves, over all layers
+    together: they show hardly less in an eighth of the numbers.
+
     Args:
-        k: The most numbers in a row, for each segment.
+        k: The most numbers in a stored row, for each segment.
+        wide: The most numbers in a row while its segment is recorded; as many as ``k``, or fewer, for no second stage.
         warm_up_examples: Examples of each segment whose gradients wait in memory (at most 192 MiB) until its directions
             are known.
         seed: Seed of the random combinations and signs.
     """
 
-    k: int = 2048
+    k: int = 512
+    wide: int = 4096
     warm_up_examples: int = 512
     seed: int = 0
     kind: ClassVar[str] = "Kronecker"
@@ -194,8 +220,8 @@ class Kronecker(Projection):
 
     def __post_init__(self) -> None:
         """Refuse invalid sizes."""
-        _positive(self, k=self.k, warm_up_examples=self.warm_up_examples)
-        _check_seed(self, self.seed)
+        _check(self, self.seed, k=self.k, wide=self.wide, warm_up_examples=self.warm_up_examples)
+        object.__setattr__(self, "wide", max(self.wide, self.k))
 
     @property
     def warm_up(self) -> int:
@@ -205,25 +231,43 @@ class Kronecker(Projection):
     def bind(self, blocks: Sequence[Block], like: Tensor, warm_up: WarmUp) -> Projector:
         """Find the principal directions of the gradients seen and make the map."""
         loose = sum(width for width in self._loose_widths(blocks).values())
+        beside = self._beside(blocks) if warm_up.total is not None else []
         sizes = warm_up.sizes or [1.0] * len(warm_up.batches)
         seen = Seen(warm_up.batches, sizes, warm_up.factors or {}, self.seed, warm_up.group)
-        bases = principal_bases(blocks, seen, self.k - loose)
+        bases = principal_bases(blocks, seen, self.wide - loose - len(beside))
         kept = {}
         for position, (left, right) in bases.items():
             kept[f"{position}.left"], kept[f"{position}.right"] = left, right
-        return self.restore(blocks, like, kept)
+        projector = self.restore(blocks, like, kept)
+        for position in beside:
+            part = projector.maps[position]
+            assert warm_up.total is not None
+            assert isinstance(part, TwoSidedMap)
+            kept[f"{position}.beside"] = part.direction_of(warm_up.total[blocks[position].span])
+        return self.restore(blocks, like, kept) if beside else projector
+
+    def _beside(self, blocks: Sequence[Block]) -> list[int]:
+        """List the matrices that get one more direction where the sum is known; none if there are no columns left."""
+        matrices = [position for position, block in enumerate(blocks) if block.matrix is not None]
+        fewest = sum(fewest_columns(blocks[position]) + 1 for position in matrices)
+        fits = fewest + sum(self._loose_widths(blocks).values()) <= self.wide == self.width(blocks)
+        return matrices if fits else []
 
     def _loose_widths(self, blocks: Sequence[Block]) -> dict[int, int]:
         """Give an eighth of the columns, in equal parts, to the parameters that are not a matrix."""
         loose = [position for position, block in enumerate(blocks) if block.matrix is None]
-        return {p: min(blocks[p].numel, max(1, self.k // (8 * len(loose)))) for p in loose}
+        return {p: min(blocks[p].numel, max(1, self.wide // (8 * len(loose)))) for p in loose}
 
     def columns(self, blocks: Sequence[Block]) -> int:
-        """Count the columns: k if the model has as many parameters; each block gets at least one."""
+        """Count the columns: k if the model has as many parameters."""
+        return self.width(blocks) if self.wide == self.k else min(self.k, self.width(blocks))
+
+    def width(self, blocks: Sequence[Block]) -> int:
+        """Count the columns of a row while it is recorded; each block gets at least one."""
         loose = self._loose_widths(blocks)
         matrices = [block for block in blocks if block.matrix is not None]
         fewest, most = sum(map(fewest_columns, matrices)), sum(block.numel for block in matrices)
-        return sum(loose.values()) + max(fewest, min(self.k - sum(loose.values()), most))
+        return sum(loose.values()) + max(fewest, min(self.wide - sum(loose.values()), most))
 
     def takes_sides(self, block: Block) -> bool:
         """Whether it is a matrix."""
@@ -241,19 +285,31 @@ class Kronecker(Projection):
                 maps.append(IdentityMap(columns) if whole else hashed(columns, block.numel, 8, self.seed, position))
             else:
                 left, right = kept[f"{position}.left"], kept[f"{position}.right"]
-                columns = slice(start, start + len(left) * len(right))
-                maps.append(TwoSidedMap(columns, left, right, len(block.parameters) > 1))
+                beside = kept.get(f"{position}.beside")
+                columns = slice(start, start + len(left) * len(right) + (beside is not None))
+                maps.append(TwoSidedMap(columns, left, right, len(block.parameters) > 1, beside))
             start = columns.stop
-        return Projector(blocks, maps, like, self.columns(blocks))
+        stage = SecondStage(kept["second_stage"], kept["scale"]) if "second_stage" in kept else None
+        return Projector(blocks, maps, like, self.width(blocks), second_stage=stage)
+
+    def second_stage(
+        self, projector: Projector, rows: Tensor, total: Tensor, rates: Tensor, group: ProcessGroup
+    ) -> SecondStage | None:
+        """Choose the directions along which a finished segment's rows are stored."""
+        k = self.columns(projector.blocks)
+        if k == projector.width:
+            return None
+        scale = torch.ones_like(total)
+        for position, span in projector.spans.items():
+            scale[span] = float(rates[position]) ** 0.5 if rates[position] > 0 else 1.0
+        basis = leading_directions(rows, scale, total / scale, k, seed=self.seed, group=group)
+        return SecondStage(basis if basis.dtype == torch.float64 else basis.half(), scale)
 
 
-def _positive(projection: Projection, **sizes: int) -> None:
+def _check(projection: Projection, seed: object, **sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise _no_map(projection, name, size, "an integer from 1 up")
-
-
-def _check_seed(projection: Projection, seed: object) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise _no_map(projection, "seed", seed, "an integer from 0 to 2⁶⁴ − 1")
 

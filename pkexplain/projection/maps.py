@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pkexplain.gradients.devices import at_once
 from pkexplain.gradients.factors import ExampleGradients, MatrixGradient
 from pkexplain.gradients.layers import Block
 from pkexplain.gradients.matrices import as_matrix
@@ -24,15 +25,20 @@ __all__ = [
     "IdentityMap",
     "Map",
     "Pieces",
-    "Projector",
     "RowFactors",
     "TwoSidedMap",
+    "flat_product",
     "geometric_sides",
     "hashed",
     "random_signs",
+    "rounded",
 ]
 
 _TINY = 1e-30
+_NOTHING = 1e-4
+"""The share of a sum outside of a map's directions that needs no direction of its own."""
+_NUMBERS_AT_ONCE = 1 << 19
+"""The most numbers of gradients formed at a time."""
 
 Pieces = Sequence[tuple[int, ExampleGradients]]
 """Captured gradients of one batch: block positions with their gradients."""
@@ -128,12 +134,13 @@ class HashedMap(Map):
 
 @dataclass
 class TwoSidedMap(Map):
-    """G → L G Rᵀ, flattened."""
+    """G → L G Rᵀ, flattened, and the product with one more direction if there is one."""
 
     columns: slice
     left: Tensor  # (k_rows, rows)
     right: Tensor  # (k_columns, columns)
     split: bool  # whether the last column is the bias, which follows the weight in a plain vector
+    beside: Tensor | None = None  # the direction, (numel,), outside of what L and R span
     multiplies: bool = False  # whether a side that keeps everything multiplies it
 
     def gradients(self, gradients: ExampleGradients) -> Tensor:
@@ -146,12 +153,17 @@ class TwoSidedMap(Map):
             found = found * self.left.diagonal()[:, None]
         if self.multiplies and sides[1] is None:
             found = found * self.right.diagonal()
-        return found.flatten(1)
+        if self.beside is None:
+            return found.flatten(1)
+        some = max(1, at_once(_NUMBERS_AT_ONCE, self.beside.device) // len(self.beside))
+        parts = [gradients.select(slice(at, at + some)).dense() @ self.beside for at in range(0, len(gradients), some)]
+        return torch.cat([found.flatten(1), torch.cat(parts)[:, None]], dim=1)
 
     def of_multiples(self, factors: RowFactors) -> TwoSidedMap:
         """Return the map that multiplies rows and columns first: it is two-sided, too."""
         u, v = factors
-        return TwoSidedMap(self.columns, self.left * u, self.right * v, self.split, multiplies=True)
+        beside = None if self.beside is None else self.beside * flat_product(u, v, self.split)
+        return TwoSidedMap(self.columns, self.left * u, self.right * v, self.split, beside, multiplies=True)
 
     def vectors(self, vectors: Tensor) -> Tensor:
         """Map plain vectors ``(n, numel)`` to ``(n, columns)``."""
@@ -161,7 +173,28 @@ class TwoSidedMap(Map):
             matrix = torch.cat([weight, vectors[:, rows * (columns - 1) :, None]], dim=2)
         else:
             matrix = vectors.reshape(-1, rows, columns)
-        return (self.left @ matrix @ self.right.T).flatten(1)
+        found = (self.left @ matrix @ self.right.T).flatten(1)
+        return found if self.beside is None else torch.cat([found, (vectors @ self.beside)[:, None]], dim=1)
+
+    def from_columns_of(self, other: TwoSidedMap, columns: Tensor) -> Tensor:
+        """Map vectors that lie in the directions of another map, in whose columns they are given, ``(n, columns)``."""
+        values = columns[:, : len(other.left) * len(other.right)].reshape(-1, len(other.left), len(other.right))
+        found = ((self.left @ other.left.T) @ values @ (other.right @ self.right.T)).flatten(1)
+        if self.beside is not None:
+            along = (other.left @ as_matrix(self.beside, self.left.shape[1], self.split) @ other.right.T).flatten()
+            found = torch.cat([found, values.flatten(1) @ along[:, None]], dim=1)
+        return found if other.beside is None else found + columns[:, -1:] * self.vectors(other.beside[None])
+
+    def direction_of(self, total: Tensor) -> Tensor:
+        """Find the direction of what L and R leave of a sum, ``(numel,)``; 0 if that is hardly anything."""
+        direction = self.left_of(self.left_of(total))  # twice, against rounding
+        size = direction.norm()
+        return rounded(direction / torch.where(size > _NOTHING * total.norm(), size, torch.inf))
+
+    def left_of(self, vector: Tensor) -> Tensor:
+        """Return what L and R, with orthonormal rows, leave of a plain vector, ``(numel,)``."""
+        values = self.vectors(vector[None]).view(len(self.left), len(self.right))
+        return vector - flat_matrix(self.left.T @ values @ self.right, self.split)
 
 
 def geometric_sides(values: Tensor, block: Block) -> tuple[Tensor, Tensor]:
@@ -180,6 +213,21 @@ def geometric_sides(values: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     return (matrix.mean(1) - half).exp(), (matrix.mean(0) - half).exp()
 
 
+def rounded(direction: Tensor) -> Tensor:
+    """Round a direction to the dtype in which it is stored; one that was stored stays as it is."""
+    return direction if direction.dtype == torch.float64 else direction.to(torch.bfloat16)
+
+
+def flat_matrix(matrix: Tensor, split: bool) -> Tensor:
+    """Put a matrix in its block's parameter order, ``(numel,)``; if ``split``, its last column is the bias."""
+    return torch.cat([matrix[:, :-1].flatten(), matrix[:, -1]]) if split else matrix.flatten()
+
+
+def flat_product(u: Tensor, v: Tensor, split: bool) -> Tensor:
+    """Multiply one number for each row and one for each column, in the block's parameter order, ``(numel,)``."""
+    return flat_matrix(u[:, None] * v, split)
+
+
 def hashed(columns: slice, numel: int, nonzeros: int, seed: int, stream: int) -> HashedMap:
     """Make the sparse random signs that map ``numel`` coordinates to ``columns``."""
     k = columns.stop - columns.start
@@ -189,116 +237,3 @@ def hashed(columns: slice, numel: int, nonzeros: int, seed: int, stream: int) ->
     width = (edges[1:] - edges[:-1])[:, None]
     sign = (words & 1).double() * 2 - 1
     return HashedMap(columns, edges[:-1, None] + ((words >> 1) & (2**40 - 1)) % width, sign / math.sqrt(nonzeros))
-
-
-class Projector:
-    """A projection bound to the blocks of a model, in one segment.
-
-    A covector's projection is P (Q ⊙ φ) and a displacement's row P (D / Q). Q is the optimizer's operator over the
-    segment, less what the rows were multiplied by before they were projected.
-
-    Attributes:
-        columns: k, the number of columns of a row.
-        operator: Q, ``(parameters,)``; None for ones.
-    """
-
-    def __init__(
-        self, blocks: Sequence[Block], maps: Sequence[Map], like: Tensor, columns: int, operator: Tensor | None = None
-    ) -> None:
-        """Move the maps' tables to the device."""
-        self.blocks, self.dtype, self.device, self.columns = tuple(blocks), like.dtype, like.device, columns
-        self.maps = tuple(maps)
-        self.operator = None if operator is None else operator.to(like)
-        self._sides: dict[int, tuple[Tensor, Tensor]] = {}
-        for part in maps:
-            for name, value in vars(part).items():
-                if isinstance(value, Tensor):
-                    setattr(part, name, value.to(like if value.is_floating_point() else like.device))
-
-    @property
-    def spans(self) -> dict[int, slice]:
-        """The columns of each block."""
-        return {position: part.columns for position, part in enumerate(self.maps)}
-
-    def with_operator(self, operator: Tensor) -> Projector:
-        """Return the same projection with Q, ``(parameters,)``."""
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return Projector(self.blocks, self.maps, like, self.columns, operator)
-
-    def project(self, pieces: Pieces, examples: int) -> Tensor:
-        """Project the captured gradients of a batch, P g.
-
-        Args:
-            pieces: Block positions with gradients; a block may occur several times (they are added) or not at all.
-            examples: The batch size.
-
-        Returns:
-            ``(examples, columns)``.
-        """
-        rows = torch.zeros(examples, self.columns, dtype=self.dtype, device=self.device)
-        for position, gradients in pieces:
-            rows[:, self.maps[position].columns] += self.maps[position].gradients(gradients)
-        return rows
-
-    def project_plain(self, vectors: Tensor) -> Tensor:
-        """Compute P D of plain vectors ``(n, parameters)``, ``(n, columns)``."""
-        rows = vectors.new_zeros(len(vectors), self.columns)
-        for block, part in zip(self.blocks, self.maps, strict=True):
-            rows[:, part.columns] += part.vectors(vectors[:, block.span])
-        return rows
-
-    def project_displacements(self, vectors: Tensor) -> Tensor:
-        """Compute P (D / Q) of plain vectors ``(n, parameters)``, ``(n, columns)``; 0 for D / 0."""
-        if self.operator is not None:
-            vectors = torch.where(self.operator == 0, 0.0, vectors / self.operator)
-        return self.project_plain(vectors)
-
-    def add_covectors(self, rows: Tensor, position: int, gradients: ExampleGradients) -> None:
-        """Project one block's output gradients, P (Q ⊙ φ), and add them to ``rows``, in place."""
-        if self.operator is not None:
-            gradients = gradients.scaled(self.operator[self.blocks[position].span])
-        rows[:, self.maps[position].columns] += self.maps[position].gradients(gradients)
-
-    def project_covectors(self, vectors: Tensor) -> Tensor:
-        """Compute P (Q ⊙ φ) of plain vectors ``(n, parameters)``, ``(n, columns)``."""
-        return self.project_plain(vectors if self.operator is None else vectors * self.operator)
-
-    def covectors_from(self, other: Projector, rows: Tensor) -> Tensor:
-        """Turn covectors that lie in another segment's directions, P' (Q' ⊙ φ), into P (Q ⊙ φ), ``(n, columns)``.
-
-        Q / Q' is taken by its rows and columns.
-        """
-        if self.operator is None and not any(isinstance(part, TwoSidedMap) for part in self.maps):
-            return rows
-        found = torch.zeros_like(rows)
-        for position, (mine, its) in enumerate(zip(self.maps, other.maps, strict=True)):
-            part = rows[:, its.columns]
-            if isinstance(mine, TwoSidedMap) and isinstance(its, TwoSidedMap):
-                left, right = its.left.T, its.right
-                if self.operator is not None and other.operator is not None:
-                    (u, v), (u_its, v_its) = self._sides_of(position), other._sides_of(position)
-                    left, right = (u / u_its)[:, None] * left, right * (v / v_its)
-                values = part.reshape(-1, len(its.left), len(its.right))
-                part = (mine.left @ left @ values @ (right @ mine.right.T)).flatten(1)
-            elif self.operator is not None and other.operator is not None:
-                span = self.blocks[position].span
-                ratio = self.operator[span] / other.operator[span]
-                ratio = torch.where(torch.isfinite(ratio), ratio, 0.0)
-                part = part * (ratio if isinstance(mine, IdentityMap) else ratio.mean())
-            found[:, mine.columns] = part
-        return found
-
-    def _sides_of(self, position: int) -> tuple[Tensor, Tensor]:
-        if position not in self._sides:
-            assert self.operator is not None
-            block = self.blocks[position]
-            self._sides[position] = geometric_sides(self.operator[block.span], block)
-        return self._sides[position]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the bases of two-sided maps, which a seed cannot reproduce and must be stored."""
-        kept = {}
-        for position, part in enumerate(self.maps):
-            if isinstance(part, TwoSidedMap):
-                kept[f"{position}.left"], kept[f"{position}.right"] = part.left, part.right
-        return {name: value.detach().cpu().contiguous() for name, value in kept.items()}

@@ -92,15 +92,16 @@ class Layout:
 
     def _check_vectors(self, tensors: Mapping[str, Tensor]) -> None:
         audited = _length(tensors.get("audit_ids"))
-        vector, row = ((self.parameters,), (self.trajectory.dtype,)), ((self.columns,), (torch.float64,))
+        rounded = (self.trajectory.operator_dtype,)
+        vector, row = ((self.parameters,), rounded), ((self.columns,), (torch.float64,))
         wanted: dict[str, Format] = {"row_sum": row, "withdrawn": row, "weight_decay": vector, "optimizer": vector}
         unsplit = self.parameters if _length(tensors.get("unsplit")) else 0
-        wanted["unsplit"] = ((unsplit,), (self.trajectory.dtype,))
+        wanted["unsplit"] = ((unsplit,), rounded)
         wanted["rate_sums"] = ((len(self.trajectory.fingerprint.blocks),), (torch.float64,))
         wanted["audit_ids"] = ((min(audited, _MOST_AUDITED),), (torch.int64,))
-        wanted["audit_rows"] = ((audited, self.parameters), (self.trajectory.dtype,))
+        wanted["audit_rows"] = ((audited, self.parameters), rounded)
         operator = self.parameters if _length(tensors.get("operator")) else 0
-        wanted["operator"] = ((operator,), (self.trajectory.operator_dtype,))
+        wanted["operator"] = ((operator,), rounded)
         _check_tensors(tensors, wanted)
         self._check_directions({n.removeprefix(DIRECTIONS): t for n, t in tensors.items() if n.startswith(DIRECTIONS)})
         ids, most = tensors["audit_ids"], self.trajectory.num_examples
@@ -130,14 +131,24 @@ class Layout:
         matrices = {position: block.matrix for position, block in enumerate(blocks) if block.matrix is not None}
         sizes = {f"{p}.{side}": m[side == "right"] for p, m in matrices.items() for side in ("left", "right")}
         expected = sizes if self.trajectory.projection.follows_gradients else {}
-        if set(directions) != set(expected):
+        beside = {f"{p}.beside": blocks[p].numel for p in matrices} if expected else {}
+        beside = beside if not beside.keys().isdisjoint(directions) else {}
+        stage = {"second_stage", "scale"} if "second_stage" in directions else set()
+        if set(directions) != {*expected, *beside, *stage}:
             raise MisfitError("it holds directions of other blocks", sorted(directions)[:8], sorted(expected)[:8])
-        for name, tensor in directions.items():
+        _check_tensors(directions, {n: ((numel,), (self.trajectory.operator_dtype,)) for n, numel in beside.items()})
+        for name in expected:
+            tensor = directions[name]
             shape = max(1, min(_length(tensor), sizes[name])), sizes[name]
             _check_tensors(directions, {name: (shape, (self.trajectory.dtype,))})
         pairs = [len(directions[f"{p}.left"]) * len(directions[f"{p}.right"]) for p in matrices] if expected else []
-        if sum(pairs) > self.columns:
-            raise MisfitError("it has more directions than the rows have numbers", sum(pairs), self.columns)
+        width = self.columns
+        if stage:
+            double, width = self.trajectory.dtype == torch.float64, self.trajectory.projection.width(blocks)
+            basis: Format = (self.columns, width), (torch.float64 if double else torch.float16,)
+            _check_tensors(directions, {"second_stage": basis, "scale": ((width,), (self.trajectory.dtype,))})
+        if (found := sum(pairs) + len(beside)) > width:
+            raise MisfitError("it has more directions than the rows have numbers", found, width)
 
 
 def _check_tensors(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pkexplain.projection.kinds import Projection, projection_from_description
-from pkexplain.projection.maps import Projector
+from pkexplain.projection.projector import Projector
 from pkexplain.store.fingerprint import ModelFingerprint
 from pkexplain.store.manifest import FIRST_CHECKPOINT, InputEntry, Manifest, SegmentFiles, SegmentSummary
 from pkexplain.store.rows import Rows
@@ -66,7 +66,7 @@ class Segment:
         weight_decay: The displacement by weight decay, ``(parameters,)``.
         unsplit: The displacement by gradients that were not split among the examples, ``(parameters,)``; ``(0,)`` if
             there were none.
-        optimizer: The rest of Δθ_t, ``(parameters,)``.
+        optimizer: The rest of Δθ_t, what rounding took from the other vectors included, ``(parameters,)``.
         audit_ids: Examples whose displacements were kept without projection, ``(audited,)``.
         audit_rows: Their displacements D_i,t, ``(audited, parameters)``.
         withdrawn: Sum of the rows that were withdrawn, in float64, ``(k,)``.
@@ -208,7 +208,7 @@ class Trajectory:
 
     @property
     def operator_dtype(self) -> torch.dtype:
-        """Dtype of the segments' operators."""
+        """Dtype of the segments' vectors, apart from checkpoints."""
         return torch.float64 if self.dtype == torch.float64 else torch.bfloat16
 
     @property

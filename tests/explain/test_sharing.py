@@ -431,7 +431,7 @@ def test_a_number_of_segments_that_the_run_does_not_have(training, segments):
 
 
 def test_contributions_name_the_checks_that_fail(training):
-    explainer = pk.Explainer(training.run, training.model)
+    explainer = pk.Explainer(training.run, training.model, tolerance=1e-9)
     explanations = explainer.explain(training.queries, output=pk.Logit(3))
     failing = [e for e in explanations if not e.passed]
     assert failing

@@ -69,6 +69,27 @@ def test_rows_add_up_to_what_moved_less_what_the_ledger_names(optimizer):
         assert by_rows == pytest.approx(float(query[0] @ explained), rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("wide", [20, 60], ids=["one stage", "two stages"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_the_sum_of_a_short_segment_is_hardly_projected_away(kind, wide):
+    """All of its gradients wait, so that their sum is known: it has a direction of its own in every layer."""
+    optimizer = ADAPTIVE.get(kind) or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+    projection = pk.Kronecker(20, wide=wide)
+    run = record(optimizer, make=cnn, image=True, projection=projection, segments=1, epochs=1)
+    trajectory, kept, without = run.store.trajectory(), [], []
+    for t in range(len(trajectory)):
+        segment, projector = trajectory.segment(t), trajectory.projector(t, torch.device("cpu"))
+        moved = trajectory.checkpoint(t + 1).parameters - trajectory.checkpoint(t).parameters
+        query = torch.randn(1, len(moved), generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+        true = float(query[0] @ (moved - segment.weight_decay - segment.optimizer))
+        kept.append((float(segment.row_sum @ projector.project_covectors(query)[0]) - true) ** 2)
+        for part in projector.maps:
+            if getattr(part, "beside", None) is not None:
+                part.beside.zero_()
+        without.append((float(segment.row_sum @ projector.project_covectors(query)[0]) - true) ** 2)
+    assert sum(kept) < 0.1 * sum(without)
+
+
 def test_a_fitted_operator_is_the_least_squares_one():
     generator = torch.Generator().manual_seed(0)
     gradients = torch.randn(5, 6, generator=generator, dtype=torch.float64)
@@ -180,9 +201,12 @@ def test_a_segment_keeps_rows_of_the_examples_that_it_saw_and_of_no_others():
 
 
 def test_each_segment_has_directions_of_its_own_from_its_own_gradients():
-    run = record(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), make=cnn, image=True, projection=pk.Kronecker(60))
+    run = record(
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), make=cnn, image=True, projection=pk.Kronecker(60, wide=60)
+    )
     trajectory = run.store.trajectory()
-    widest = max(trajectory.segment(0).directions.items(), key=lambda item: item[1].shape[1])[0]
+    kept = trajectory.segment(0).directions.items()
+    widest = max((n for n, _ in kept if n.endswith(("left", "right"))), key=lambda n: dict(kept)[n].shape[1])
     sides = [trajectory.segment(t).directions[widest] for t in range(len(trajectory))]
     for side in sides:
         torch.testing.assert_close(side @ side.T, torch.eye(len(side), dtype=side.dtype))
@@ -195,9 +219,9 @@ def test_waiting_gradients_are_bounded(monkeypatch):
     monkeypatch.setattr(accumulator, "HELD_BYTES", 1)
     bound, bind = [], accumulator.DisplacementAccumulator._bind
 
-    def counting(self):
+    def counting(self, over=False):
         bound.append(len(self._held))
-        return bind(self)
+        return bind(self, over)
 
     monkeypatch.setattr(accumulator.DisplacementAccumulator, "_bind", counting)
     run = record(lambda p: torch.optim.AdamW(p, lr=1e-3), projection=pk.Kronecker(60))

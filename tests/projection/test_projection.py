@@ -97,7 +97,7 @@ def test_a_stored_projection_is_the_same_again(projection, seen):
     assert [m.columns for m in restored.maps] == [m.columns for m in projector.maps]
 
 
-@pytest.mark.parametrize("projection", [pk.SparseSign(120), pk.Kronecker(40)], ids=lambda p: p.kind)
+@pytest.mark.parametrize("projection", [pk.SparseSign(120), pk.Kronecker(40, wide=40)], ids=lambda p: p.kind)
 def test_the_same_seed_makes_the_same_numbers_and_another_seed_others(projection):
     seen = Seen(MODELS["cnn"])
     other = projection_from_description({**projection.describe(), "seed": 1})
@@ -192,14 +192,15 @@ def test_kronecker_with_room_for_everything_is_exact(make):
 @pytest.mark.parametrize("k", [8, 20, 64, 300, 2048])
 def test_kronecker_takes_no_more_than_k_columns(seen, k):
     enough = max(k, 200) if any(block.numel > 4096 for block in seen.blocks) else k
-    assert seen.bind(pk.Kronecker(enough)).columns <= enough
+    assert seen.bind(pk.Kronecker(k, wide=enough)).columns <= enough
+    assert pk.Kronecker(k, wide=enough).columns(seen.blocks) <= k or k < enough == 200
 
 
 @pytest.mark.parametrize("k", [8, 200])
 def test_a_layer_that_has_not_been_seen_takes_no_more_than_its_share(k):
     seen = Seen(cnn)
     pieces = [piece for piece in seen.pieces if seen.blocks[piece[0]].name != "6"]
-    projector = pk.Kronecker(k).bind(seen.blocks, torch.empty(0, dtype=seen.dtype), WarmUp([pieces]))
+    projector = pk.Kronecker(k, wide=k).bind(seen.blocks, torch.empty(0, dtype=seen.dtype), WarmUp([pieces]))
     assert projector.columns <= k
     rows = projector.project(seen.pieces, seen.count)
     torch.testing.assert_close(rows, projector.project_displacements(seen.dense), rtol=1e-10, atol=1e-12)
@@ -207,10 +208,10 @@ def test_a_layer_that_has_not_been_seen_takes_no_more_than_its_share(k):
 
 def test_kronecker_never_exceeds_what_it_projects():
     seen = Seen(cnn)
-    rows = seen.bind(pk.Kronecker(60)).project(seen.pieces, seen.count)
+    rows = seen.bind(pk.Kronecker(60, wide=60)).project(seen.pieces, seen.count)
     columns = torch.zeros(rows.shape[1], dtype=torch.bool)
     held = torch.zeros(seen.count, dtype=torch.float64)
-    for part, block in zip(seen.bind(pk.Kronecker(60)).maps, seen.blocks, strict=True):
+    for part, block in zip(seen.bind(pk.Kronecker(60, wide=60)).maps, seen.blocks, strict=True):
         if block.matrix:  # in orthonormal directions; the others have random signs
             columns[part.columns] = True
             held += seen.dense[:, block.span].square().sum(1)
@@ -240,7 +241,7 @@ class LowRank:
 
 def test_principal_directions_beat_random_ones_at_the_same_k():
     case = LowRank()
-    principal, sparse = case.error(pk.Kronecker(6)), case.error(pk.SparseSign(6))
+    principal, sparse = case.error(pk.Kronecker(6, wide=6)), case.error(pk.SparseSign(6))
     assert principal < 1e-4
     assert sparse > 0.1
 
@@ -250,7 +251,7 @@ def test_a_larger_k_errs_less():
     exact = seen.dense @ seen.dense.T
     errors = []
     for k in (10, 60, 300, 5000):
-        rows = seen.bind(pk.Kronecker(k)).project(seen.pieces, seen.count)
+        rows = seen.bind(pk.Kronecker(k, wide=k)).project(seen.pieces, seen.count)
         errors.append(float((rows @ rows.T - exact).norm() / exact.norm()))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 0.05

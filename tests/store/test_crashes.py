@@ -228,7 +228,7 @@ def test_files_that_may_not_grow_cost_no_finished_segment(tmp_path, unbroken):
 def small_disk(tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(place)]
     if not ROOT or shutil.which("mount") is None or subprocess.run(mounted, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     yield place
@@ -251,12 +251,12 @@ def test_a_disk_that_is_full_costs_no_finished_segment(tmp_path, small_disk, unb
 
 def test_large_arrays_have_their_room_before_they_are_written_to(small_disk, monkeypatch):
     monkeypatch.setattr(scratch, "MEMORY_BYTES", 1000)
-    fits, too_large = ((count,) for count in (200_000, 800_000))
+    fits, too_large = ((count,) for count in (200_000, 2_500_000))
     zeros = scratch.zeros_on_disk(*fits, like=torch.zeros(1, dtype=torch.float64), directory=small_disk)
     assert not zeros.any()
     kind, text, _ = outcome(lambda: scratch.empty_on_disk(too_large, torch.float64, small_disk).fill_(1.0).sum())
     assert kind == "RunError", text  # without its room the process would be ended by the system
-    assert text.startswith(f"reserving 6400000 bytes of rows in {small_disk}: there is no space; ")
+    assert text.startswith(f"reserving 20000000 bytes of rows in {small_disk}: there is no space; ")
     assert "No space left" in text
     assert not list(small_disk.iterdir())
 
