@@ -31,8 +31,8 @@ SUBSETS, SEED = 100, 1000  # the seed of the first subset's training
 STRENGTH = {"LR": 0.4, "MLP": 0.1}  # by `choices`, on split 1
 TRIED = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
 STEPS = {"LR": 282, "MLP": 355}  # of a segment: ten segments a run
-SIZES = (512, 1344, 2048, 4096, 8192, 21700)
-DEFAULT = 2048
+SIZES = (256, 512, 1344, 2048, 4096, 8192, 21700)
+DEFAULT = 512
 data, test = digits()
 EVERYTHING = torch.arange(len(data[1]))
 

@@ -30,10 +30,15 @@ truth = contributions(pk.Identity())
 parameters = sum(p.numel() for p in build_cnn(channels=CHANNELS).parameters())
 rows = []
 for projection in (
-    pk.Kronecker(k=512),
-    pk.Kronecker(k=1024),
+    pk.Kronecker(k=512, wide=512),
+    pk.Kronecker(k=2048, wide=2048),
+    pk.Kronecker(k=4096, wide=4096),
+    pk.Kronecker(k=128),
+    pk.Kronecker(k=256),
     pk.Kronecker(),
-    pk.Kronecker(k=4096),
+    pk.Kronecker(k=1024),
+    pk.Kronecker(wide=2048),
+    pk.Kronecker(wide=8192),
     pk.Kronecker(warm_up_examples=256),
     pk.SparseSign(k=1024),
     pk.SparseSign(k=2048),
@@ -43,7 +48,10 @@ for projection in (
     ranks = [spearmanr(a, b).statistic for a, b in zip(found, truth, strict=True)]
     error = np.linalg.norm(found - truth, axis=1) / np.linalg.norm(truth, axis=1)
     default = " (default)" if projection == pk.Kronecker() else ""
-    warm_up = f", {projection.warm_up_examples} examples" if isinstance(projection, pk.Kronecker) else ""
+    warm_up = ""
+    if isinstance(projection, pk.Kronecker):
+        from_wide = f" from {projection.wide:,}" if projection.wide > projection.k else ", one stage"
+        warm_up = f"{from_wide}, {projection.warm_up_examples} examples"
     both = [overlap(found, truth), overlap(-found, -truth)]
     rows.append(
         [

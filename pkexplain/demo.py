@@ -20,7 +20,7 @@ from pkexplain.errors import MissingDependencyError, RunError
 from pkexplain.explain.explainer import Explainer
 from pkexplain.explain.outputs import Margin
 from pkexplain.progress import Progress, no_progress
-from pkexplain.projection.kinds import Projection
+from pkexplain.projection.base import Projection
 from pkexplain.record.recorder import Recorder
 from pkexplain.results.explanation import Explanation
 from pkexplain.store.base import Store

@@ -40,17 +40,17 @@ _MEANINGS = {
     "real graph, in the worst checked layer{interacting}. If it fails, a layer is shared by the examples in a way that "
     "recording did not see: pkexplain.verify_recording(model, batch, loss) shows which.",
     "projection gap": "The part of the examples' total that the compressed rows missed before the completeness "
-    "correction. If it fails, contributions are rough: record with a larger k: Recorder(projection=pk.Kronecker(k=…)).",
+    "correction. If it fails, contributions are rough: record wider rows: Recorder(projection=pk.Kronecker(wide=…)).",
     "audit error": "Relative error of the contributions of {audited} examples whose displacements were also kept "
-    "uncompressed. If it fails, record with a larger k: Recorder(projection=pk.Kronecker(k=…)).",
+    "uncompressed. If it fails, record wider rows: Recorder(projection=pk.Kronecker(wide=…)).",
     "completeness gap": "The part of the total that the contributions miss. Closes by construction: an arithmetic "
     "check only; the other checks are the evidence.",
 }
 
 _AUDITED_GRADIENT = (
     "Relative error of the products of this output's gradient with the displacements of {audited} examples, which were "
-    "also kept uncompressed, before the curvature is applied. If it fails, record with a larger k: "
-    "Recorder(projection=pk.Kronecker(k=…))."
+    "also kept uncompressed, before the curvature is applied. If it fails, record wider rows: "
+    "Recorder(projection=pk.Kronecker(wide=…))."
 )
 
 

@@ -266,15 +266,18 @@ def _refine(states: list[_State], quadrature: Quadrature) -> dict[Interval, list
 
 
 def _gather(model: TrajectoryModel, states: list[_State], outputs: Tensor, buffers: Tensor, path: _Path) -> Covectors:
-    segments = outputs.shape[1] - 1
-    some = next(iter(states[0].nodes.values()))
-    whole = Products(some.new_zeros(len(states), segments, len(some)), model.columns)
+    sums: list[Products] = []
+    for t in range(outputs.shape[1] - 1):
+        some = next(value for (segment, _, _), value in states[0].nodes.items() if segment == t)
+        sums.append(Products(some.new_zeros(len(states), len(some)), model.width(t)))
     for q, state in enumerate(states):
         for interval in state.errors:
             for point, weight in path.nodes(interval):
-                whole.values[q, interval.segment].add_(state.nodes[point], alpha=weight)
+                sums[interval.segment].values[q].add_(state.nodes[point], alpha=weight)
+    ledgers = torch.stack([each.ledger for each in sums], dim=1)
+    whole = Products(ledgers, 0)
     return Covectors(
-        projected=model.short(whole.projected),
+        projected=torch.stack([model.short(t, each.projected) for t, each in enumerate(sums)], dim=1),
         buffers=buffers,
         displacement=whole.displacement.double().cpu(),
         weight_decay=whole.weight_decay.double().cpu(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from pkexplain.gradients.layers import Layer
 from pkexplain.projection.projector import Projector
 from pkexplain.store.trajectory import Trajectory
 
+_KEPT_BYTES = 1 << 30
+"""The most memory for the checkpoints, and for the ledger's vectors, of the segments that were used last."""
+_SEGMENTS_AT_LEAST = 2
 _NUMBERS_AT_ONCE = 1 << 26
 """The most numbers of one block's gradients formed for a product with the ledger's vectors."""
 
@@ -62,6 +65,11 @@ class Products:
         return self.values[..., 3]
 
     @property
+    def ledger(self) -> Tensor:
+        """All but the projection, ``(queries, 4 + audited)``."""
+        return self.values[..., : self.values.shape[-1] - self.columns]
+
+    @property
     def audit(self) -> Tensor:
         """⟨∇f, D_i,t⟩ of the audited examples, in output units, ``(queries, audited)``."""
         return self.values[..., 4 : self.values.shape[-1] - self.columns]
@@ -70,6 +78,22 @@ class Products:
     def projected(self) -> Tensor:
         """P ∇f, ``(queries, width)``."""
         return self.values[..., self.values.shape[-1] - self.columns :]
+
+
+class _LastUsed:
+    """Vectors of the segments that were used last, as many as fit."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}  # the one that was used last comes last
+
+    def get(self, t: int, read: Callable[[], Tensor]) -> Tensor:
+        """Return those of a segment; read them if they are not here."""
+        found = self._kept.pop(t, None)
+        found = read() if found is None else found
+        self._kept[t] = found
+        while len(self._kept) > _SEGMENTS_AT_LEAST and sum(each.nbytes for each in self._kept.values()) > _KEPT_BYTES:
+            del self._kept[next(iter(self._kept))]
+        return found
 
 
 class TrajectoryModel:
@@ -92,14 +116,11 @@ class TrajectoryModel:
         self._buffers = dict(model.named_buffers())
         some = next(iter(self._named.values()))
         self.device, self.dtype = some.device, trajectory.dtype
-        self._ends: dict[int, Tensor] = {}
-        self._vectors: dict[int, Tensor] = {}
+        self._ends, self._vectors = _LastUsed(), _LastUsed()
         self._stored: dict[int, dict[str, Tensor]] = {}
 
     def _checkpoint(self, t: int) -> Tensor:
-        if t not in self._ends:
-            self._ends[t] = self._trajectory.checkpoint(t).parameters.to(self.device)
-        return self._ends[t]
+        return self._ends.get(t, lambda: self._trajectory.checkpoint(t).parameters.to(self.device))
 
     def _buffers_at(self, t: int) -> Mapping[str, Tensor]:
         if t not in self._stored:
@@ -108,13 +129,16 @@ class TrajectoryModel:
 
     @property
     def columns(self) -> int:
-        """The length of a projected gradient, before its second stage."""
-        return self._projectors[0].width
+        """The most numbers of a projected gradient, before its second stage."""
+        return max(projector.width for projector in self._projectors)
 
-    def short(self, projected: Tensor) -> Tensor:
-        """Bring the projections of every segment, ``(queries, segments, width)``, to ``(queries, segments, k)``."""
-        parts = zip(self._projectors, projected.unbind(1), strict=True)
-        return torch.stack([projector.short_covectors(part) for projector, part in parts], dim=1)
+    def width(self, t: int) -> int:
+        """The numbers of a gradient projected as in segment t, before its second stage."""
+        return self._projectors[t].width
+
+    def short(self, t: int, projected: Tensor) -> Tensor:
+        """Bring projections of segment t, ``(queries, width)``, to what multiplies its rows, ``(queries, k)``."""
+        return self._projectors[t].short_covectors(projected)
 
     @property
     def parameters(self) -> int:
@@ -137,14 +161,16 @@ class TrajectoryModel:
 
     def _ledger_vectors(self, t: int) -> Tensor:
         """Stack Δθ_t, weight_decay_t, unsplit_t, optimizer_t and the audited ones, ``(4 + audited, parameters)``."""
-        if t not in self._vectors:
+
+        def read() -> Tensor:
             segment = self._trajectory.segment(t)
             moved = self._checkpoint(t + 1) - self._checkpoint(t)
             unsplit = segment.unsplit if len(segment.unsplit) else torch.zeros_like(segment.optimizer)
             lines = (segment.weight_decay, unsplit, segment.optimizer)
             named = torch.stack([moved, *(line.to(moved) for line in lines)])
-            self._vectors[t] = torch.cat([named, segment.audit_rows.to(moved)])
-        return self._vectors[t]
+            return torch.cat([named, segment.audit_rows.to(moved)])
+
+        return self._vectors.get(t, read)
 
     def move_to_checkpoint(self, t: int) -> None:
         """Set the model's parameters and buffers to those of checkpoint t."""
@@ -210,7 +236,8 @@ class TrajectoryModel:
         pieces = collect(self._capture, len(queries), run)
         vectors = [self._ledger_vectors(t) for t in segments]
         lengths = [len(each) for each in vectors]
-        found = [each.new_zeros(len(queries), len(each) + self.columns) for each in vectors]
+        widths = [self.width(t) for t in segments]
+        found = [each.new_zeros(len(queries), len(each) + n) for each, n in zip(vectors, widths, strict=True)]
         for position, piece in pieces:
             block = self._trajectory.fingerprint.blocks[position]
             for some in torch.arange(len(queries), device=self.device).split(max(1, _NUMBERS_AT_ONCE // block.numel)):
@@ -221,7 +248,8 @@ class TrajectoryModel:
                         row[some, :length] += part.to(self.dtype) @ each[:, span].T
             for t, rows, length in zip(segments, found, lengths, strict=True):
                 self._projectors[t].add_covectors(rows[:, length:], position, piece)
-        return [Products(rows, self.columns) for rows in found], values[-1].detach().double()
+        products = [Products(rows, width) for rows, width in zip(found, widths, strict=True)]
+        return products, values[-1].detach().double()
 
     def gradients(self, queries: QueryBatch, output: Output) -> Tensor:
         """Differentiate f at the model's current point, ``(queries, parameters)``."""

@@ -30,8 +30,9 @@ from pkexplain.optimizers.row_target import (
     spread_all,
 )
 from pkexplain.optimizers.rules import LinearStep
-from pkexplain.projection.kinds import WarmUp
+from pkexplain.projection.base import WarmUp
 from pkexplain.projection.projector import Projector
+from pkexplain.store.scratch import MEMORY_BYTES
 
 __all__ = ["HELD_BYTES", "DisplacementAccumulator"]
 
@@ -229,11 +230,11 @@ class DisplacementAccumulator:
         sizes = [_entering(steps[at], scale) for at, _, scale in self._held]
         factors = choose_factors(spec, self._last, earlier.factors if earlier else {}) if self._fit else {}
         left = earlier.left_over(spec) if earlier else []
-        total = None
+        total, room = None, MEMORY_BYTES * group.world_size // (spec.like.element_size() * spec.num_examples)
         if over:
             total = self._fit.moved * spread_all(spec, factors) if self._fit else self._full.moved
         projector = spec.projection.bind(
-            spec.blocks, spec.like, WarmUp([*seen, *left], [*sizes, *[1.0] * len(left)], factors, total, group)
+            spec.blocks, spec.like, WarmUp([*seen, *left], [*sizes, *[1.0] * len(left)], factors, total, room, group)
         )
         if group.world_size > 1:  # identical to the last bit in every process
             projector = spec.projection.restore(spec.blocks, spec.like, group.broadcast(projector.tensors()))

@@ -14,7 +14,7 @@ from pkexplain.distributed import ProcessGroup
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.displacement import Factors, RowAccumulator
-from pkexplain.projection.kinds import Projection
+from pkexplain.projection.base import Projection
 from pkexplain.projection.projector import Projector
 from pkexplain.store.scratch import zeros_on_disk
 
@@ -118,6 +118,11 @@ class RecordingSpec:
     def operator_dtype(self) -> torch.dtype:
         """Dtype in which a segment's vectors are stored, apart from its checkpoint."""
         return torch.float64 if self.like.dtype == torch.float64 else torch.bfloat16
+
+    @property
+    def audit_dtype(self) -> torch.dtype:
+        """Dtype of the audited examples' displacements: that of the arithmetic where rows are exact, too."""
+        return self.like.dtype if self.projection.keeps_everything else self.operator_dtype
 
     @property
     def spans(self) -> dict[int, slice]:

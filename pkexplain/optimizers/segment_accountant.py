@@ -241,7 +241,7 @@ class SegmentAccountant:
             unsplit=unsplit,
             optimizer=remainder.to(dtype),
             audit_ids=accumulator.audit_ids,
-            audit_rows=totals.audit_rows.to(dtype),
+            audit_rows=totals.audit_rows.to(self._spec.audit_dtype),
             withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64, device="cpu"),
             rate_sums=rate_sums,
             operator=(displacement[:0] if projector.operator is None else projector.operator).to(dtype),

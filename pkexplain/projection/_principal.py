@@ -297,7 +297,9 @@ def fewest_columns(block: Block) -> int:
     return math.prod(_RANDOM_WIDTH if width > _WIDEST else 1 for width in block.matrix)
 
 
-def principal_bases(blocks: Sequence[Block], seen: Seen, k: int) -> dict[int, tuple[Tensor, Tensor]]:
+def principal_bases(
+    blocks: Sequence[Block], seen: Seen, columns: Callable[[float], int]
+) -> dict[int, tuple[Tensor, Tensor]]:
     """Find the bases L and R of every matrix block.
 
     A layer's energy is weighted by its square root, so that a layer with small gradients at first is not starved.
@@ -305,13 +307,16 @@ def principal_bases(blocks: Sequence[Block], seen: Seen, k: int) -> dict[int, tu
     Args:
         blocks: The model's blocks.
         seen: Captured gradients.
-        k: Columns for all blocks together; each block gets at least `fewest_columns`.
+        columns: Says how many columns all blocks get together, from the multiplications of an example's forward and
+            backward passes; each block gets at least `fewest_columns`.
 
     Returns:
         For each matrix block's position, L ``(n_rows, rows)`` and R ``(n_columns, columns)``, rows orthonormal.
     """
     layers: dict[int, _Layer] = {}
-    most = max(1, math.isqrt(max(k, 0) // (2 * len(blocks))))  # a layer without gradients gets half an even share
+    most = max(
+        1, math.isqrt(max(columns(0), 0) // (2 * len(blocks)))
+    )  # a layer without gradients gets half an even share
     for position, block in enumerate(blocks):
         if block.matrix is None:
             continue
@@ -319,8 +324,9 @@ def principal_bases(blocks: Sequence[Block], seen: Seen, k: int) -> dict[int, tu
             sides, weight = _both_sides(seen, position, block.matrix), seen.energy(position) ** 0.5
             layers[position] = _Layer(sides, weight, mine[0][0].positions)
             continue
-        few, (rows, columns) = 1 if max(block.matrix) > _WIDEST else most, block.matrix
-        left = _Side.random(rows, few, seen.seed, 4 * position + 2)
-        layers[position] = _Layer((left, _Side.random(columns, few, seen.seed, 4 * position + 3)), 1.0, 1)
-    sizes = _share_out(layers, k)
+        few, (height, width) = 1 if max(block.matrix) > _WIDEST else most, block.matrix
+        left = _Side.random(height, few, seen.seed, 4 * position + 2)
+        layers[position] = _Layer((left, _Side.random(width, few, seen.seed, 4 * position + 3)), 1.0, 1)
+    training = seen.group.all_reduce_max(float(sum(layer.training() for layer in layers.values())))
+    sizes = _share_out(layers, columns(training))
     return {p: (layers[p].sides[0].first(a), layers[p].sides[1].first(b)) for p, (a, b) in sizes.items()}

@@ -8,9 +8,8 @@ What is random comes from a seed (NumPy's Philox, drawn on the CPU); what depend
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,96 +20,19 @@ from pkexplain.errors import ConfigurationError
 from pkexplain.gradients.layers import Block
 from pkexplain.projection._leading import leading_directions
 from pkexplain.projection._principal import Seen, fewest_columns, principal_bases
-from pkexplain.projection.maps import IdentityMap, Map, Pieces, RowFactors, TwoSidedMap, hashed
+from pkexplain.projection.base import Projection, WarmUp
+from pkexplain.projection.maps import IdentityMap, Map, TwoSidedMap, hashed
 from pkexplain.projection.projector import Projector, SecondStage
 
-__all__ = ["Identity", "Kronecker", "Projection", "SparseSign", "WarmUp", "projection_from_description"]
+__all__ = ["Identity", "Kronecker", "SparseSign", "projection_from_description"]
 
+_SECOND_STAGE_SHARE = 0.05
+"""The share of the training's work for which rows are gathered wider."""
+_PRODUCTS = 3
+"""Products of a wide row with as many directions as are stored, in a second stage."""
+_TIMES_AS_WIDE = (2, 4)
 _MOST_NONZEROS = 256
 """Adding a coordinate to more columns than this makes the table larger and the projection no better."""
-
-
-@dataclass(frozen=True)
-class WarmUp:
-    """What a projection may depend on.
-
-    Attributes:
-        batches: The first batches of captured gradients of a segment.
-        sizes: What each batch's gradients are multiplied by when they enter the optimizer; empty for ones.
-        factors: What rows are multiplied by before they are projected, for each block; None for ones.
-        total: The sum of what will be projected, ``(parameters,)``, if it is known: the segment is over; else None.
-        group: The processes, each with its own batches.
-    """
-
-    batches: Sequence[Pieces] = ()
-    sizes: Sequence[float] = ()
-    factors: Mapping[int, RowFactors] | None = None
-    total: Tensor | None = None
-    group: ProcessGroup = field(default_factory=ProcessGroup)
-
-
-@dataclass(frozen=True)
-class Projection(ABC):
-    """The description of a seeded linear map, not yet bound to a model."""
-
-    kind: ClassVar[str]
-    follows_gradients: ClassVar[bool] = False
-    """Whether the map depends on gradients, so that every segment has its own."""
-    keeps_everything: ClassVar[bool] = False
-    """Whether a row is the displacement itself."""
-
-    @property
-    def warm_up(self) -> int:
-        """The number of examples whose gradients are needed to fix the map."""
-        return 0
-
-    def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of stored rows, given the recorder's dtype."""
-        return torch.float16 if dtype == torch.float32 else dtype
-
-    @abstractmethod
-    def bind(self, blocks: Sequence[Block], like: Tensor, warm_up: WarmUp) -> Projector:
-        """Make the map for a model's blocks.
-
-        Args:
-            blocks: The model's blocks.
-            like: A tensor of the dtype and device of the arithmetic.
-            warm_up: The first gradients of the run, of at least ``warm_up`` examples if there are that many.
-        """
-
-    @abstractmethod
-    def columns(self, blocks: Sequence[Block]) -> int:
-        """Count the columns of a stored row, the same in every segment."""
-
-    def width(self, blocks: Sequence[Block]) -> int:
-        """Count the columns of a row while its segment is recorded."""
-        return self.columns(blocks)
-
-    def takes_sides(self, block: Block) -> bool:
-        """Whether rows of a block can be multiplied by one factor for each row and column of its matrix."""
-        return False
-
-    def second_stage(
-        self, projector: Projector, rows: Tensor, total: Tensor, rates: Tensor, group: ProcessGroup
-    ) -> SecondStage | None:
-        """Choose the directions along which a finished segment's rows are stored; None to store them as they are.
-
-        Args:
-            projector: The segment's projection.
-            rows: The rows of this process's examples, ``(n, width)``.
-            total: The sum of all rows, ``(width,)``.
-            rates: The learning rate of each block, summed over the segment, ``(blocks,)``.
-            group: The processes.
-        """
-        return None
-
-    @abstractmethod
-    def restore(self, blocks: Sequence[Block], like: Tensor, kept: Mapping[str, Tensor]) -> Projector:
-        """Rebuild the same map from what `Projector.tensors` returned."""
-
-    def describe(self) -> dict[str, Any]:
-        """Describe the projection in plain data: its kind and its parameters."""
-        return {"kind": self.kind, **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -205,7 +127,8 @@ class Kronecker(Projection):
 
     Args:
         k: The most numbers in a stored row, for each segment.
-        wide: The most numbers in a row while its segment is recorded; as many as ``k``, or fewer, for no second stage.
+        wide: Numbers in a row while its segment is recorded, and up to four times as many if that is cheap beside
+            the training of this model; ``k`` or fewer for no second stage.
         warm_up_examples: Examples of each segment whose gradients wait in memory (at most 192 MiB) until its directions
             are known.
         seed: Seed of the random combinations and signs.
@@ -234,8 +157,13 @@ class Kronecker(Projection):
         beside = self._beside(blocks) if warm_up.total is not None else []
         sizes = warm_up.sizes or [1.0] * len(warm_up.batches)
         seen = Seen(warm_up.batches, sizes, warm_up.factors or {}, self.seed, warm_up.group)
-        bases = principal_bases(blocks, seen, self.wide - loose - len(beside))
-        kept = {}
+
+        def columns(training: float) -> int:
+            affordable = min(_SECOND_STAGE_SHARE * training / (_PRODUCTS * self.k), float(warm_up.room))
+            times = max((n for n in _TIMES_AS_WIDE if self.k < self.wide and n * self.wide <= affordable), default=1)
+            return times * self.wide - loose - len(beside)
+
+        bases, kept = principal_bases(blocks, seen, columns), {}
         for position, (left, right) in bases.items():
             kept[f"{position}.left"], kept[f"{position}.right"] = left, right
         projector = self.restore(blocks, like, kept)
@@ -263,7 +191,7 @@ class Kronecker(Projection):
         return self.width(blocks) if self.wide == self.k else min(self.k, self.width(blocks))
 
     def width(self, blocks: Sequence[Block]) -> int:
-        """Count the columns of a row while it is recorded; each block gets at least one."""
+        """Count the columns of a row while it is recorded, at the least; each block gets one or more."""
         loose = self._loose_widths(blocks)
         matrices = [block for block in blocks if block.matrix is not None]
         fewest, most = sum(map(fewest_columns, matrices)), sum(block.numel for block in matrices)
@@ -290,7 +218,7 @@ class Kronecker(Projection):
                 maps.append(TwoSidedMap(columns, left, right, len(block.parameters) > 1, beside))
             start = columns.stop
         stage = SecondStage(kept["second_stage"], kept["scale"]) if "second_stage" in kept else None
-        return Projector(blocks, maps, like, self.width(blocks), second_stage=stage)
+        return Projector(blocks, maps, like, max(start, self.width(blocks)), second_stage=stage)
 
     def second_stage(
         self, projector: Projector, rows: Tensor, total: Tensor, rates: Tensor, group: ProcessGroup

@@ -69,7 +69,9 @@ class Projector:
         """Move the maps' tables to the device."""
         self.blocks, self.dtype, self.device, self.width = tuple(blocks), like.dtype, like.device, width
         self.maps = tuple(maps)
-        self.operator = None if operator is None else operator.to(like)
+        self.operator = (
+            None if operator is None else operator.to(like.device)
+        )  # as it is stored: there are many segments
         self.second_stage = second_stage
         if second_stage is not None:
             self.second_stage = SecondStage(second_stage.basis.to(like), second_stage.scale.to(like))
@@ -135,18 +137,20 @@ class Projector:
     def project_displacements(self, vectors: Tensor) -> Tensor:
         """Compute P (D / Q) of plain vectors ``(n, parameters)``, ``(n, columns)``; 0 for D / 0."""
         if self.operator is not None:
-            vectors = torch.where(self.operator == 0, 0.0, vectors / self.operator)
+            operator = self.operator.to(vectors)
+            vectors = torch.where(operator == 0, 0.0, vectors / operator)
         return self.short_rows(self.project_plain(vectors))
 
     def add_covectors(self, rows: Tensor, position: int, gradients: ExampleGradients) -> None:
         """Project one block's output gradients, P (Q ⊙ φ), and add them to wide rows, in place."""
         if self.operator is not None:
-            gradients = gradients.scaled(self.operator[self.blocks[position].span])
+            gradients = gradients.scaled(self.operator[self.blocks[position].span].to(self.dtype))
         rows[:, self.maps[position].columns] += self.maps[position].gradients(gradients)
 
     def project_covectors(self, vectors: Tensor) -> Tensor:
         """Compute P (Q ⊙ φ) of plain vectors ``(n, parameters)``, ``(n, columns)``."""
-        return self.short_covectors(self.project_plain(vectors if self.operator is None else vectors * self.operator))
+        vectors = vectors if self.operator is None else vectors * self.operator.to(vectors)
+        return self.short_covectors(self.project_plain(vectors))
 
     def covectors_from(self, other: Projector, rows: Tensor) -> Tensor:
         """Turn covectors that lie in another segment's directions, P' (Q' ⊙ φ), into P (Q ⊙ φ), ``(n, columns)``.
@@ -167,7 +171,7 @@ class Projector:
                 part = mine.from_columns_of(multiplied, part)
             elif self.operator is not None and other.operator is not None:
                 span = self.blocks[position].span
-                ratio = self.operator[span] / other.operator[span]
+                ratio = self.operator[span].to(self.dtype) / other.operator[span]
                 ratio = torch.where(torch.isfinite(ratio), ratio, 0.0)
                 part = part * (ratio if isinstance(mine, IdentityMap) else ratio.mean())
             found[:, mine.columns] = part
@@ -177,7 +181,7 @@ class Projector:
         if position not in self._sides:
             assert self.operator is not None
             block = self.blocks[position]
-            self._sides[position] = geometric_sides(self.operator[block.span], block)
+            self._sides[position] = geometric_sides(self.operator[block.span].to(self.dtype), block)
         return self._sides[position]
 
     def tensors(self) -> dict[str, Tensor]:

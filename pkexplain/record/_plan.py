@@ -11,7 +11,7 @@ from pkexplain.distributed import ProcessGroup
 from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.layers import Block, flatten_blocks
 from pkexplain.optimizers.base import RecordingSpec
-from pkexplain.projection.kinds import Projection
+from pkexplain.projection.base import Projection
 from pkexplain.record._optimizer_steps import StepReader
 from pkexplain.record._optimizers import Optimizers
 from pkexplain.store.base import Store

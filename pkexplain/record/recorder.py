@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pkexplain.distributed import find_process_group
 from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.layers import find_layers
-from pkexplain.projection.kinds import Kronecker, Projection
+from pkexplain.projection.base import Projection
+from pkexplain.projection.kinds import Kronecker
 from pkexplain.record._contract import broken, check_arguments, not_between_steps
 from pkexplain.record._optimizer_steps import StepReader
 from pkexplain.record._optimizers import Optimizers

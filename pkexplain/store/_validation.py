@@ -99,7 +99,8 @@ class Layout:
         wanted["unsplit"] = ((unsplit,), rounded)
         wanted["rate_sums"] = ((len(self.trajectory.fingerprint.blocks),), (torch.float64,))
         wanted["audit_ids"] = ((min(audited, _MOST_AUDITED),), (torch.int64,))
-        wanted["audit_rows"] = ((audited, self.parameters), rounded)
+        exact = self.trajectory.projection.keeps_everything
+        wanted["audit_rows"] = ((audited, self.parameters), (self.trajectory.dtype,) if exact else rounded)
         operator = self.parameters if _length(tensors.get("operator")) else 0
         wanted["operator"] = ((operator,), rounded)
         _check_tensors(tensors, wanted)
@@ -141,14 +142,14 @@ class Layout:
             tensor = directions[name]
             shape = max(1, min(_length(tensor), sizes[name])), sizes[name]
             _check_tensors(directions, {name: (shape, (self.trajectory.dtype,))})
-        pairs = [len(directions[f"{p}.left"]) * len(directions[f"{p}.right"]) for p in matrices] if expected else []
-        width = self.columns
+        dtype, kept = self.trajectory.dtype, {name: directions[name] for name in (*expected, *beside)}
+        width = self.trajectory.projection.restore(blocks, torch.empty(0, dtype=dtype), kept).width
         if stage:
-            double, width = self.trajectory.dtype == torch.float64, self.trajectory.projection.width(blocks)
-            basis: Format = (self.columns, width), (torch.float64 if double else torch.float16,)
-            _check_tensors(directions, {"second_stage": basis, "scale": ((width,), (self.trajectory.dtype,))})
-        if (found := sum(pairs) + len(beside)) > width:
-            raise MisfitError("it has more directions than the rows have numbers", found, width)
+            half = torch.float64 if dtype == torch.float64 else torch.float16
+            basis: Format = (self.columns, width), (half,)
+            _check_tensors(directions, {"second_stage": basis, "scale": ((width,), (dtype,))})
+        elif width != self.columns:
+            raise MisfitError("it has other directions than its rows have numbers", width, self.columns)
 
 
 def _check_tensors(

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pkexplain.projection.kinds import Projection, projection_from_description
+from pkexplain.projection.base import Projection
+from pkexplain.projection.kinds import projection_from_description
 from pkexplain.projection.projector import Projector
 from pkexplain.store.fingerprint import ModelFingerprint
 from pkexplain.store.manifest import FIRST_CHECKPOINT, InputEntry, Manifest, SegmentFiles, SegmentSummary

@@ -14,7 +14,8 @@ import pkexplain as pk
 from pkexplain.errors import ConfigurationError
 from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.layers import find_layers
-from pkexplain.projection.kinds import WarmUp, projection_from_description
+from pkexplain.projection.base import WarmUp
+from pkexplain.projection.kinds import projection_from_description
 from pkexplain.projection.maps import hashed, random_signs
 from tests.conftest import cnn, digits, mlp
 from tests.golden import projection as golden

@@ -7,9 +7,9 @@ import torch
 
 import pkexplain as pk
 from pkexplain.distributed import ProcessGroup
-from pkexplain.projection.kinds import WarmUp
+from pkexplain.projection.base import WarmUp
 from pkexplain.projection.maps import TwoSidedMap
-from tests.conftest import cnn, mlp
+from tests.conftest import RecordedTraining, cnn, mlp
 from tests.projection.test_projection import Seen
 
 GENERATOR = torch.Generator()
@@ -95,6 +95,40 @@ def test_no_second_stage_without_need():
         bind = Seen(mlp).bind(each)
         rows = normal(3, bind.width)
         assert each.second_stage(bind, rows, rows.sum(0), torch.ones(9), ProcessGroup()) is None
+
+
+@pytest.mark.parametrize(("k", "room", "times"), [(1, 10**9, 4), (1, 100, 2), (1, 0, 1), (38, 10**9, 1)])
+def test_rows_are_gathered_wider_where_that_is_cheap_beside_the_training_and_there_is_room(k, room, times):
+    seen, projection = Seen(cnn), pk.Kronecker(k, wide=40)
+    warm = WarmUp([seen.pieces], room=room)
+    projector = projection.bind(seen.blocks, torch.empty(0, dtype=torch.float64), warm)
+    assert 40 * (times - 1) < projector.width <= 40 * times
+    restored = projection.restore(seen.blocks, torch.empty(0, dtype=torch.float64), projector.tensors())
+    assert restored.width == projector.width
+    rows = restored.project(seen.pieces, seen.count)
+    torch.testing.assert_close(rows, projector.project_plain(seen.dense), rtol=1e-9, atol=1e-10)
+
+
+def test_a_run_with_wider_rows_is_explained(tmp_path):
+    run = RecordedTraining(
+        cnn(),
+        lambda p: torch.optim.AdamW(p, lr=3e-3),
+        projection=pk.Kronecker(3, wide=20),
+        examples=48,
+        queries=4,
+        segments=12,
+        image=True,
+        store=pk.DirectoryStore(tmp_path / "run"),
+    ).train(epochs=2)
+    explainer = pk.Explainer(run.store, run.model)
+    trajectory = explainer.trajectory
+    projectors = [trajectory.projector(t, torch.device("cpu")) for t in range(len(trajectory))]
+    assert max(projector.width for projector in projectors) > 20
+    assert {projector.columns for projector in projectors} == {3}
+    for explanation in explainer.explain(run.queries, output=pk.Logit(3)):
+        named = sum(explanation.ledger.remainders.values())
+        change = explanation.final - explanation.initial
+        assert explanation.contributions.sum() + named == pytest.approx(change, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- the direction of the sum
