@@ -159,8 +159,7 @@ class RowAccumulator:
             return
         moves, stays = self._by_column(moved), self._by_column(buffered)
         derivatives = self._buffer.derivatives()
-        for start in range(0, self._examples, _ROWS_AT_ONCE):
-            some = slice(start, min(start + _ROWS_AT_ONCE, self._examples))
+        for some in self._buffer.used():
             self._moved.add(some, self._buffer.rows[some] * moves, derivatives[some])
             self._buffer.shrink(some, stays, derivatives[some])
         if not _any(buffered):
@@ -211,7 +210,15 @@ class RowSum:
             else:
                 total.index_add_(0, ids, part)
 
-    def shrink(self, some: slice, factors: Number, derivatives: Tensor) -> None:
+    def used(self) -> Iterator[Tensor | slice]:
+        """Yield the rows that are not zero, or all if that is not many more, a few at a time."""
+        count, ids = len(self.weight), self.weight.nonzero()[:, 0]
+        if 2 * len(ids) < count:
+            yield from ids.split(_ROWS_AT_ONCE)
+        else:
+            yield from (slice(at, min(at + _ROWS_AT_ONCE, count)) for at in range(0, count, _ROWS_AT_ONCE))
+
+    def shrink(self, some: Tensor | slice, factors: Number, derivatives: Tensor) -> None:
         """Scale some rows in place, by one number or one for each column; a row counts as one visit from then on."""
         self.rows[some] *= factors
         self.weight[some] = _kernel_weight(self.rows[some], derivatives)

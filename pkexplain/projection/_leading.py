@@ -27,14 +27,14 @@ def leading_directions(rows: Tensor, scale: Tensor, total: Tensor, k: int, *, se
         rows: Rows, ``(n, width)``, those of this process.
         scale: What they are divided by, ``(width,)``.
         total: A vector that is to lie in the basis, ``(width,)``, divided by ``scale`` already.
-        k: Directions, at most ``width``.
+        k: The most directions, at most ``width``; a few rows have no more than one each, and that of ``total``.
         seed: Seed of Ω.
         group: The processes.
 
     Returns:
-        ``(k, width)``.
+        ``(directions, width)``.
     """
-    width = rows.shape[1]
+    width, k = rows.shape[1], min(k, group.all_reduce_int(len(rows)) + 1)
     start = random_signs(seed, width, (k - 1, width)).T.to(rows)
     found = start.new_zeros(width, k - 1)
     norms = torch.cat([torch.linalg.vector_norm(part / scale, dim=1) for part in rows.split(_ROWS_AT_ONCE)])

@@ -39,6 +39,7 @@ _WORK = 1 << 32
 """The most multiplications with which a covariance is computed."""
 _VECTORS_WIDE = 1024
 """The most vectors from which the directions of a wide side are computed."""
+_BLOCK = 8
 _WORK_SHARE = 0.1
 """The share of the training's work at which projecting weighs as much as storing the rows."""
 _RANDOM_WIDTH = 32
@@ -221,6 +222,11 @@ def _side(seen: Seen, position: int, side: int, shape: tuple[int, int], mixer: T
     return _Side.principal(_vectors(seen, position, side, mixer), most, seen.seed, seen.group)
 
 
+def _blocked(directions: int) -> int:
+    """Round up to the blocks in which processors multiply."""
+    return -(-directions // _BLOCK) * _BLOCK
+
+
 @dataclass(frozen=True)
 class _Layer:
     """A layer that gets some of the columns.
@@ -248,7 +254,8 @@ class _Layer:
     def work(self, size: tuple[int, int]) -> int:
         """Multiplications to project an example's gradient; a side that keeps everything costs nothing."""
         (rows, columns), (a, b) = self.shape, size
-        return self.positions * ((a < rows) * a * rows + (b < columns) * b * columns + a * b)
+        each, other = ((a < rows) * _blocked(a) * rows, (b < columns) * _blocked(b) * columns)
+        return self.positions * (each + other + a * b)
 
     def training(self) -> int:
         """Multiplications of a forward and a backward pass."""

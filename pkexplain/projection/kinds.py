@@ -217,7 +217,8 @@ class Kronecker(Projection):
                 columns = slice(start, start + len(left) * len(right) + (beside is not None))
                 maps.append(TwoSidedMap(columns, left, right, len(block.parameters) > 1, beside))
             start = columns.stop
-        stage = SecondStage(kept["second_stage"], kept["scale"]) if "second_stage" in kept else None
+        staged = "second_stage" in kept
+        stage = SecondStage(kept["second_stage"], kept["scale"], self.columns(blocks)) if staged else None
         return Projector(blocks, maps, like, max(start, self.width(blocks)), second_stage=stage)
 
     def second_stage(
@@ -231,7 +232,7 @@ class Kronecker(Projection):
         for position, span in projector.spans.items():
             scale[span] = float(rates[position]) ** 0.5 if rates[position] > 0 else 1.0
         basis = leading_directions(rows, scale, total / scale, k, seed=self.seed, group=group)
-        return SecondStage(basis if basis.dtype == torch.float64 else basis.half(), scale)
+        return SecondStage(basis if basis.dtype == torch.float64 else basis.half(), scale, k)
 
 
 def _check(projection: Projection, seed: object, **sizes: int) -> None:

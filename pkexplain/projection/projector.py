@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block
@@ -23,24 +24,29 @@ class SecondStage:
     root of the block's learning rate. A short row then is V (row / S), and a covector V (S ⊙ covector).
 
     Attributes:
-        basis: V, ``(k, width)``, its rows orthonormal.
+        basis: V, ``(directions, width)``, its rows orthonormal.
         scale: S, ``(width,)``.
+        columns: k; a segment of few rows has fewer directions, and the other numbers are 0.
     """
 
     basis: Tensor
     scale: Tensor
+    columns: int
 
     def rows(self, wide: Tensor) -> Tensor:
         """Shorten rows, ``(n, k)``."""
-        return (wide / self.scale) @ self.basis.T
+        return self._filled((wide / self.scale) @ self.basis.T)
 
     def covectors(self, wide: Tensor) -> Tensor:
         """Shorten covectors, ``(n, k)``."""
-        return (wide * self.scale) @ self.basis.T
+        return self._filled((wide * self.scale) @ self.basis.T)
 
     def wide_covectors(self, short: Tensor) -> Tensor:
         """Rebuild wide covectors as far as the directions go, ``(n, width)``."""
-        return (short @ self.basis) / self.scale
+        return (short[:, : len(self.basis)] @ self.basis) / self.scale
+
+    def _filled(self, short: Tensor) -> Tensor:
+        return F.pad(short, (0, self.columns - len(self.basis)))
 
 
 class Projector:
@@ -74,7 +80,8 @@ class Projector:
         )  # as it is stored: there are many segments
         self.second_stage = second_stage
         if second_stage is not None:
-            self.second_stage = SecondStage(second_stage.basis.to(like), second_stage.scale.to(like))
+            basis, scale = second_stage.basis.to(like), second_stage.scale.to(like)
+            self.second_stage = SecondStage(basis, scale, second_stage.columns)
         self._sides: dict[int, tuple[Tensor, Tensor]] = {}
         for part in maps:
             for name, value in vars(part).items():
@@ -89,7 +96,7 @@ class Projector:
     @property
     def columns(self) -> int:
         """k, the number of columns of a stored row."""
-        return self.width if self.second_stage is None else len(self.second_stage.basis)
+        return self.width if self.second_stage is None else self.second_stage.columns
 
     def with_operator(self, operator: Tensor) -> Projector:
         """Return the same projection with Q, ``(parameters,)``."""

@@ -146,7 +146,8 @@ class Layout:
         width = self.trajectory.projection.restore(blocks, torch.empty(0, dtype=dtype), kept).width
         if stage:
             half = torch.float64 if dtype == torch.float64 else torch.float16
-            basis: Format = (self.columns, width), (half,)
+            few = max(1, min(_length(directions["second_stage"]), self.columns))
+            basis: Format = (few, width), (half,)
             _check_tensors(directions, {"second_stage": basis, "scale": ((width,), (dtype,))})
         elif width != self.columns:
             raise MisfitError("it has other directions than its rows have numbers", width, self.columns)

@@ -8,6 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ __all__ = ["MEMORY_BYTES", "SCRATCH", "empty_on_disk", "zeros_on_disk"]
 
 MEMORY_BYTES = 1 << 30
 """A larger array is a file mapped into memory, deleted when it is no longer used; a GPU with room takes larger ones."""
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 SCRATCH = "pkexplain-rows-"
 """How the names of such files begin."""
 
@@ -25,6 +27,8 @@ SCRATCH = "pkexplain-rows-"
 def zeros_on_disk(*shape: int, like: Tensor, directory: Path | None = None) -> Tensor:
     """Make a tensor of zeros: on ``like``'s device, or in a file if it would take too much of its memory."""
     if math.prod(shape) * like.element_size() <= room_for(like.device, MEMORY_BYTES):
+        if like.device.type == "cpu" and like.dtype in _NUMPY:
+            return torch.from_numpy(np.zeros(shape, _NUMPY[like.dtype]))  # pages that nobody writes take no time
         return like.new_zeros(shape)
     return empty_on_disk(shape, like.dtype, directory)
 
