@@ -37,7 +37,7 @@ for projection in (
     pk.Kronecker(k=256),
     pk.Kronecker(),
     pk.Kronecker(k=1024),
-    pk.Kronecker(wide=2048),
+    pk.Kronecker(wide=4096),
     pk.Kronecker(wide=8192),
     pk.Kronecker(warm_up_examples=256),
     pk.SparseSign(k=1024),

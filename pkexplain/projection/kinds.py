@@ -26,11 +26,11 @@ from pkexplain.projection.projector import Projector, SecondStage
 
 __all__ = ["Identity", "Kronecker", "SparseSign", "projection_from_description"]
 
-_SECOND_STAGE_SHARE = 0.05
+_SECOND_STAGE_SHARE = 0.1
 """The share of the training's work for which rows are gathered wider."""
 _PRODUCTS = 3
 """Products of a wide row with as many directions as are stored, in a second stage."""
-_TIMES_AS_WIDE = (2, 4)
+_TIMES_AS_WIDE = (2, 4, 8)
 _MOST_NONZEROS = 256
 """Adding a coordinate to more columns than this makes the table larger and the projection no better."""
 
@@ -123,11 +123,11 @@ class Kronecker(Projection):
     vocabulary) gets random signs, and so do parameters that are not a matrix.
 
     When a segment ends, its rows are shortened along the leading directions of the rows themselves, over all layers
-    together: they show hardly less in an eighth of the numbers.
+    together: they show hardly less in a quarter of the numbers.
 
     Args:
         k: The most numbers in a stored row, for each segment.
-        wide: Numbers in a row while its segment is recorded, and up to four times as many if that is cheap beside
+        wide: Numbers in a row while its segment is recorded, and up to eight times as many if that is cheap beside
             the training of this model; ``k`` or fewer for no second stage.
         warm_up_examples: Examples of each segment whose gradients wait in memory (at most 192 MiB) until its directions
             are known.
@@ -135,7 +135,7 @@ class Kronecker(Projection):
     """
 
     k: int = 512
-    wide: int = 4096
+    wide: int = 2048
     warm_up_examples: int = 512
     seed: int = 0
     kind: ClassVar[str] = "Kronecker"
