@@ -37,8 +37,8 @@ _VECTORS = 64
 """Vectors for each row of a covariance from which it is estimated at first."""
 _WORK = 1 << 32
 """The most multiplications with which a covariance is computed."""
-_VECTORS_WIDE = 1024
-"""The most vectors from which the directions of a wide side are computed."""
+_VECTORS_WIDE = 2048
+"""About how many vectors the directions of a wide side are computed from."""
 _BLOCK = 8
 _WORK_SHARE = 0.1
 """The share of the training's work at which projecting weighs as much as storing the rows."""
@@ -182,8 +182,11 @@ def _vectors(seen: Seen, position: int, side: int, mixer: Tensor) -> list[Tensor
     """
     mine, group = seen.of(position), seen.group
     width = mine[0][0].matrix[side]
-    most = (_WORK // width**2 if width <= _NARROW else _VECTORS_WIDE) // len(mixer)
-    mine = mine[:: max(1, group.all_reduce_int(sum(len(g) for g, _ in mine)) // max(1, most))]
+    examples = group.all_reduce_int(sum(len(g) for g, _ in mine))
+    if width <= _NARROW:
+        mine = mine[:: max(1, examples // max(1, _WORK // width**2 // len(mixer)))]
+    elif (few := max(1, _VECTORS_WIDE // examples)) < len(mixer):  # all examples count, with fewer combinations each
+        mixer = random_signs(seen.seed, (1 << 33) + 2 * position + side, (few, len(mixer))).to(mixer) @ mixer
     like = mine[0][0].output_gradients
     mixer = seen.multiplied(mixer.to(like), position, 1 - side)
     own = seen.multiplied(like.new_ones(1, width), position, side).T
