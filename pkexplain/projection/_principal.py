@@ -39,7 +39,6 @@ _WORK = 1 << 32
 """The most multiplications with which a covariance is computed."""
 _VECTORS_WIDE = 2048
 """About how many vectors the directions of a wide side are computed from."""
-_BLOCK = 8
 _WORK_SHARE = 0.1
 """The share of the training's work at which projecting weighs as much as storing the rows."""
 _RANDOM_WIDTH = 32
@@ -225,11 +224,6 @@ def _side(seen: Seen, position: int, side: int, shape: tuple[int, int], mixer: T
     return _Side.principal(_vectors(seen, position, side, mixer), most, seen.seed, seen.group)
 
 
-def _blocked(directions: int) -> int:
-    """Round up to the blocks in which processors multiply."""
-    return -(-directions // _BLOCK) * _BLOCK
-
-
 @dataclass(frozen=True)
 class _Layer:
     """A layer that gets some of the columns.
@@ -257,8 +251,7 @@ class _Layer:
     def work(self, size: tuple[int, int]) -> int:
         """Multiplications to project an example's gradient; a side that keeps everything costs nothing."""
         (rows, columns), (a, b) = self.shape, size
-        each, other = ((a < rows) * _blocked(a) * rows, (b < columns) * _blocked(b) * columns)
-        return self.positions * (each + other + a * b)
+        return self.positions * ((a < rows) * a * rows + (b < columns) * b * columns + a * b)
 
     def training(self) -> int:
         """Multiplications of a forward and a backward pass."""
