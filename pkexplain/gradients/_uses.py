@@ -213,7 +213,8 @@ def _summed(rows: ExampleGradients, owners: Tensor, examples: int) -> ExampleGra
     if isinstance(rows, MatrixGradient):
         formed = rows.sketch(None, None)
         total = formed.new_zeros(examples, *formed.shape[1:])
-        return FormedGradient(total.index_add_(0, *living(owners, formed)), rows.weight, rows.bias)
+        terms = rows.positions * max(1, len(rows) // max(1, examples))
+        return FormedGradient(total.index_add_(0, *living(owners, formed)), rows.weight, rows.bias, terms)
     dense = rows.dense()
     total = dense.new_zeros(examples, dense.shape[1])
     return DenseGradient(total.index_add_(0, *living(owners, dense)))

@@ -170,7 +170,7 @@ class MatrixGradient(ExampleGradients):
         rows, columns = self.matrix
         if self.nbytes <= len(g) * rows * columns * g.element_size():
             return self
-        return FormedGradient(self.sketch(None, None), self.weight, self.bias)
+        return FormedGradient(self.sketch(None, None), self.weight, self.bias, self.positions)
 
     @property
     @abstractmethod
@@ -196,11 +196,17 @@ class FormedGradient(MatrixGradient):
     output_gradients: Tensor
     weight: bool
     bias: bool
+    terms: int = 1
 
     @property
     def matrix(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
         return self.output_gradients.shape[1], self.output_gradients.shape[2]
+
+    @property
+    def positions(self) -> int:
+        """Terms in the sum from which it was formed."""
+        return self.terms
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Project from both sides, ``(examples, k_rows, k_columns)``."""

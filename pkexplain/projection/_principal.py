@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pkexplain.distributed import ProcessGroup
-from pkexplain.gradients.factors import MatrixGradient
+from pkexplain.gradients.factors import LinearGradient, MatrixGradient
 from pkexplain.gradients.layers import Block
 from pkexplain.projection.maps import Pieces, RowFactors, random_signs
 
@@ -39,8 +39,10 @@ _WORK = 1 << 32
 """The most multiplications with which a covariance is computed."""
 _VECTORS_WIDE = 2048
 """About how many vectors the directions of a wide side are computed from."""
-_WORK_SHARE = 0.1
+_WORK_SHARE = 0.3
 """The share of the training's work at which projecting weighs as much as storing the rows."""
+_SHARPENED = 2
+"""The power of the energies of directions of the output side, if a gradient has one position (`_Side.sharpened`)."""
 _RANDOM_WIDTH = 32
 """Random directions for a side that is too wide; also the most for a layer whose gradients were not seen."""
 _NORM_SKETCH = 8
@@ -86,6 +88,18 @@ class _Side:
     def random(cls, side: int, most: int, seed: int, stream: int) -> _Side:
         width = _RANDOM_WIDTH if side > _WIDEST else min(_RANDOM_WIDTH, side, most)
         return cls(random_signs(seed, stream, (width, side)), [])
+
+    def sharpened(self) -> _Side:
+        """Count less on small directions of the output side of gradients δxᵀ.
+
+        x comes back with its example. δ's small directions do not: parameters and dropout have changed, and over an
+        example's visits they cancel (docs/mathematics.md, Limits).
+        """
+        energies = torch.tensor([0.0, *self.shares], dtype=torch.float64, device="cpu").diff().clamp_min(0)
+        unseen = self.basis.shape[1] - len(energies)
+        rest = unseen * (max(0.0, 1 - self.shares[-1]) / max(unseen, 1)) ** _SHARPENED
+        powers = energies**_SHARPENED
+        return _Side(self.basis, (powers.cumsum(0) / (powers.sum() + rest)).tolist())
 
     def first(self, n: int) -> Tensor:
         """Return the first n directions; for all of them the identity, which costs nothing and is as good."""
@@ -197,10 +211,9 @@ def _vectors(seen: Seen, position: int, side: int, mixer: Tensor) -> list[Tensor
 
 
 def _both_sides(seen: Seen, position: int, shape: tuple[int, int]) -> tuple[_Side, _Side]:
-    """Find the leading directions of both sides of one block.
+    """Find the directions of both sides: from random combinations of the other side, then from its leading directions.
 
-    First from random combinations of the other side, then from its leading directions: a random combination of columns
-    has an expectation of G Gᵀ, but its noise takes most of the small directions.
+    A random combination of columns has an expectation of G Gᵀ, but its noise takes most of the small directions.
     """
     narrow = min((0, 1), key=lambda side: shape[side])
     if shape[narrow] <= _REFINED:
@@ -261,8 +274,8 @@ class _Layer:
 def _share_out(layers: Mapping[int, _Layer], k: int) -> dict[int, tuple[int, int]]:
     """Give each layer (n_rows, n_columns) directions, Σ n_rows·n_columns ≤ k, adding the best gain per price first.
 
-    The price of directions is the share that they take of k, plus the share that their projection takes of a tenth of
-    the training's work.
+    The price of directions is the share that they take of k, plus the share that their projection takes of three
+    tenths of the training's work.
     """
     sizes: dict[int, tuple[int, int]] = {}
     for position, layer in layers.items():
@@ -324,8 +337,10 @@ def principal_bases(
         if block.matrix is None:
             continue
         if mine := seen.of(position):
-            sides, weight = _both_sides(seen, position, block.matrix), seen.energy(position) ** 0.5
-            layers[position] = _Layer(sides, weight, mine[0][0].positions)
+            (output, inputs), positions = _both_sides(seen, position, block.matrix), max(g.positions for g, _ in mine)
+            if positions == 1 and output.shares and isinstance(mine[0][0], LinearGradient):
+                output = output.sharpened()
+            layers[position] = _Layer((output, inputs), seen.energy(position) ** 0.5, positions)
             continue
         few, (height, width) = 1 if max(block.matrix) > _WIDEST else most, block.matrix
         left = _Side.random(height, few, seen.seed, 4 * position + 2)

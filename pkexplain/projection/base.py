@@ -38,6 +38,12 @@ class WarmUp:
     room: int = 0
     group: ProcessGroup = field(default_factory=ProcessGroup)
 
+    def thinned(self, most: int) -> list[Pieces]:
+        """Keep every n-th example of every batch, so that about ``most`` are left, of as many steps as before."""
+        examples = self.group.all_reduce_int(sum(len(pieces[0][1]) for pieces in self.batches if pieces))
+        some = slice(None, None, max(1, examples // most))
+        return [[(position, gradients.select(some)) for position, gradients in pieces] for pieces in self.batches]
+
 
 @dataclass(frozen=True)
 class Projection(ABC):

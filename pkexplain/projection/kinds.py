@@ -26,6 +26,8 @@ from pkexplain.projection.projector import Projector, SecondStage
 
 __all__ = ["Identity", "Kronecker", "SparseSign", "projection_from_description"]
 
+_CHOOSING = 512
+"""About how many of the waiting examples directions are computed from."""
 _SECOND_STAGE_SHARE = 0.1
 """The share of the training's work for which rows are gathered wider."""
 _PRODUCTS = 3
@@ -130,13 +132,13 @@ class Kronecker(Projection):
         wide: Numbers in a row while its segment is recorded, and up to eight times as many if that is cheap beside
             the training of this model; ``k`` or fewer for no second stage.
         warm_up_examples: Examples of each segment whose gradients wait in memory (at most 192 MiB) until its directions
-            are known.
+            are known: the first steps alone are not like the others.
         seed: Seed of the random combinations and signs.
     """
 
     k: int = 512
     wide: int = 2048
-    warm_up_examples: int = 512
+    warm_up_examples: int = 4096
     seed: int = 0
     kind: ClassVar[str] = "Kronecker"
     follows_gradients: ClassVar[bool] = True
@@ -156,7 +158,7 @@ class Kronecker(Projection):
         loose = sum(width for width in self._loose_widths(blocks).values())
         beside = self._beside(blocks) if warm_up.total is not None else []
         sizes = warm_up.sizes or [1.0] * len(warm_up.batches)
-        seen = Seen(warm_up.batches, sizes, warm_up.factors or {}, self.seed, warm_up.group)
+        seen = Seen(warm_up.thinned(_CHOOSING), sizes, warm_up.factors or {}, self.seed, warm_up.group)
 
         def columns(training: float) -> int:
             affordable = min(_SECOND_STAGE_SHARE * training / (_PRODUCTS * self.k), float(warm_up.room))
