@@ -59,7 +59,8 @@ class Target:
         part, block = self.projector.maps[position], spec.blocks[position]
         if not isinstance(part, TwoSidedMap):
             return None
-        left, right = part.left, part.right
+        back = part.backwards()
+        left, right = back.left, back.right
         if position in self.factors:
             u, v = self.factors[position]
             left, right = left / u, right / v

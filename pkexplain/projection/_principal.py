@@ -18,7 +18,7 @@ from torch import Tensor
 from pkexplain.distributed import ProcessGroup
 from pkexplain.gradients.factors import LinearGradient, MatrixGradient
 from pkexplain.gradients.layers import Block
-from pkexplain.projection.maps import Pieces, RowFactors, random_signs
+from pkexplain.projection.maps import RANDOM_WIDTH, Pieces, RowFactors, random_signs
 
 _WIDEST = 4096
 """The widest side whose principal directions are computed; a wider one (a vocabulary) gets random signs."""
@@ -43,8 +43,6 @@ _WORK_SHARE = 0.3
 """The share of the training's work at which projecting weighs as much as storing the rows."""
 _SHARPENED = 2
 """The power of the energies of directions of the output side, if a gradient has one position (`_Side.sharpened`)."""
-_RANDOM_WIDTH = 32
-"""Random directions for a side that is too wide; also the most for a layer whose gradients were not seen."""
 _NORM_SKETCH = 8
 """Random combinations of rows, and of columns, from which the norm of an example's gradient is estimated."""
 HELD_BACK = 0.5
@@ -86,7 +84,7 @@ class _Side:
 
     @classmethod
     def random(cls, side: int, most: int, seed: int, stream: int) -> _Side:
-        width = _RANDOM_WIDTH if side > _WIDEST else min(_RANDOM_WIDTH, side, most)
+        width = RANDOM_WIDTH if side > _WIDEST else min(RANDOM_WIDTH, side, most)
         return cls(random_signs(seed, stream, (width, side)), [])
 
     def sharpened(self) -> _Side:
@@ -233,7 +231,7 @@ def _both_sides(seen: Seen, position: int, shape: tuple[int, int]) -> tuple[_Sid
 def _side(seen: Seen, position: int, side: int, shape: tuple[int, int], mixer: Tensor, most: int = _LEADING) -> _Side:
     """Find the leading directions of one side from combinations of the other; random ones if it is too wide."""
     if shape[side] > _WIDEST:
-        return _Side(random_signs(seen.seed, 4 * position + side + 2, (_RANDOM_WIDTH, shape[side])), [])
+        return _Side(random_signs(seen.seed, 4 * position + side + 2, (RANDOM_WIDTH, shape[side])), [])
     return _Side.principal(_vectors(seen, position, side, mixer), most, seen.seed, seen.group)
 
 
@@ -310,7 +308,7 @@ def _share_out(layers: Mapping[int, _Layer], k: int) -> dict[int, tuple[int, int
 def fewest_columns(block: Block) -> int:
     """Count the columns that a matrix block gets at least: one for each pair of directions, random ones included."""
     assert block.matrix is not None
-    return math.prod(_RANDOM_WIDTH if width > _WIDEST else 1 for width in block.matrix)
+    return math.prod(RANDOM_WIDTH if width > _WIDEST else 1 for width in block.matrix)
 
 
 def principal_bases(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 _TINY = 1e-30
+RANDOM_WIDTH = 32
+"""The most random directions of a side."""
+_ORTHONORMAL = 1e-2
+"""By how much products of directions, which may be rounded to 16 bits, may differ from 0 and 1."""
 _NOTHING = 1e-4
 """The share of a sum outside of a map's directions that needs no direction of its own."""
 _NUMBERS_AT_ONCE = 1 << 19
@@ -185,6 +189,13 @@ class TwoSidedMap(Map):
             found = torch.cat([found, values.flatten(1) @ along[:, None]], dim=1)
         return found if other.beside is None else found + columns[:, -1:] * self.vectors(other.beside[None])
 
+    def backwards(self) -> TwoSidedMap:
+        """Return the map whose transpose undoes this one as far as its directions go: itself if they are orthonormal.
+
+        Random signs are not: L Lᵀ X would be side / width times X, so that what is carried over would grow.
+        """
+        return replace(self, left=_dual(self.left), right=_dual(self.right))
+
     def direction_of(self, total: Tensor) -> Tensor:
         """Find the direction of what L and R leave of a sum, ``(numel,)``; 0 if that is hardly anything."""
         direction = self.left_of(self.left_of(total))  # twice, against rounding
@@ -194,7 +205,19 @@ class TwoSidedMap(Map):
     def left_of(self, vector: Tensor) -> Tensor:
         """Return what L and R, with orthonormal rows, leave of a plain vector, ``(numel,)``."""
         values = self.vectors(vector[None]).view(len(self.left), len(self.right))
-        return vector - flat_matrix(self.left.T @ values @ self.right, self.split)
+        back = self.backwards()
+        return vector - flat_matrix(back.left.T @ values @ back.right, self.split)
+
+
+def _dual(side: Tensor) -> Tensor:
+    """Compute (L Lᵀ)⁻¹ L, the transposed pseudo-inverse; L itself if its rows are orthonormal, as they are if many."""
+    if len(side) > RANDOM_WIDTH:
+        return side
+    gram = side.double() @ side.double().T
+    eye = torch.eye(len(side), dtype=gram.dtype, device=gram.device)
+    if float((gram - eye).abs().max()) < _ORTHONORMAL:
+        return side
+    return (torch.linalg.pinv(gram, hermitian=True) @ side.double()).to(side)
 
 
 def geometric_sides(values: Tensor, block: Block) -> tuple[Tensor, Tensor]:

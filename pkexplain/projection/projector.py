@@ -171,10 +171,10 @@ class Projector:
         for position, (mine, its) in enumerate(zip(self.maps, other.maps, strict=True)):
             part = rows[:, its.columns]
             if isinstance(mine, TwoSidedMap) and isinstance(its, TwoSidedMap):
-                multiplied = its
+                multiplied = its.backwards()
                 if self.operator is not None and other.operator is not None:
                     (u, v), (u_its, v_its) = self._sides_of(position), other._sides_of(position)
-                    multiplied = its.of_multiples((u / u_its, v / v_its))
+                    multiplied = multiplied.of_multiples((u / u_its, v / v_its))
                 part = mine.from_columns_of(multiplied, part)
             elif self.operator is not None and other.operator is not None:
                 span = self.blocks[position].span

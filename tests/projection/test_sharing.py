@@ -13,6 +13,7 @@ from pkexplain.gradients.factors import FormedGradient, LinearGradient
 from pkexplain.gradients.layers import Block, find_layers
 from pkexplain.projection import _principal
 from pkexplain.projection.base import WarmUp
+from pkexplain.projection.maps import TwoSidedMap, random_signs
 from tests.conftest import cnn
 from tests.projection.test_projection import Seen
 
@@ -96,3 +97,14 @@ def test_fewer_examples_of_every_batch(most: int):
     assert min(sizes) >= 1
     assert sum(sizes) <= max(2 * most, VISITS)
     assert torch.equal(some[2][0][1].inputs[0], found[2].inputs[0])
+
+
+def test_what_random_signs_hold_does_not_grow_when_it_is_carried_over():
+    signs = random_signs(0, 1, (32, 5000))
+    whole = TwoSidedMap(slice(0, 96), signs.clone(), torch.eye(3, dtype=signs.dtype), False)
+    rows = torch.randn(4, 96, dtype=signs.dtype)
+    carried = rows
+    for _ in range(5):  # five segments
+        carried = whole.from_columns_of(whole.backwards(), carried)
+    torch.testing.assert_close(carried, rows)
+    assert whole.from_columns_of(whole, rows).norm() > 100 * rows.norm()  # the transpose alone is no inverse
