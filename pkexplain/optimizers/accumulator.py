@@ -45,6 +45,7 @@ class DisplacementAccumulator:
 
     Attributes:
         arrived: The numbers by which rows move, of the steps since this was last emptied, as far as they are known.
+        elementwise: Whether the optimizer has numbers for each coordinate, whatever the projection.
 
     Args:
         spec: What is recorded, and in which dtype.
@@ -54,7 +55,7 @@ class DisplacementAccumulator:
 
     def __init__(self, spec: RecordingSpec, elementwise: bool, before: Projector | None = None) -> None:
         """Begin a segment."""
-        self._spec, self._audit = spec, Audit(spec)
+        self._spec, self._audit, self.elementwise = spec, Audit(spec), elementwise
         fits = elementwise and not spec.projection.keeps_everything
         self._fit = OperatorFit(spec.spans, spec.like.new_zeros(spec.size)) if fits else None
         self._sampler = LevelSampler(spec.spans, spec.like)
@@ -71,11 +72,6 @@ class DisplacementAccumulator:
         self._still: dict[int, Tensor] = {}
         self._waiting = 0
         self._carry = Carry(spec)
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether a segment has an operator that differs from coordinate to coordinate."""
-        return self._fit is not None
 
     @property
     def audit_ids(self) -> Tensor:

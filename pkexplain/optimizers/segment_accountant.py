@@ -86,7 +86,7 @@ class SegmentAccountant:
 
     @property
     def elementwise(self) -> bool:
-        """Whether a segment has an operator that differs from coordinate to coordinate."""
+        """Whether the optimizer has numbers for each coordinate."""
         return self._accumulator is not None and self._accumulator.elementwise
 
     def receive(self, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:

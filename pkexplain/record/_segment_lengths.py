@@ -7,7 +7,8 @@ class SegmentLengths:
     """Counts visits and steps, and says when a segment is full.
 
     Under an optimizer that divides by a second moment the first segments are short, of 1, 1, 2, 4, … steps: while few
-    gradients have entered that moment, it changes too fast for one operator to stand for more steps.
+    gradients have entered that moment, it changes too fast for one operator to stand for more steps. So they are with
+    every projection, since contributions are those of the same path then.
 
     Attributes:
         age: Steps since the optimizer began.
@@ -51,7 +52,7 @@ class SegmentLengths:
         """Whether the segment ends here.
 
         Args:
-            elementwise: Whether a segment has an operator that differs from coordinate to coordinate.
+            elementwise: Whether the optimizer has numbers for each coordinate.
         """
         if isinstance(self._segments, int):
             whole, done = self._segments, self._steps
