@@ -12,6 +12,7 @@ momentum at every later one, is what the optimizer's recursion makes of that gra
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,7 @@ def train(
     schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
     steps_per_segment: int,
     clip_norm: float | None = None,
+    short_first: bool = False,
 ) -> OracleRun:
     """Train `model` in place by an ordinary loop and keep everything.
 
@@ -111,6 +113,7 @@ def train(
         schedule: makes a scheduler, stepped after each optimizer step.
         steps_per_segment: the last segment may be shorter.
         clip_norm: clips the batch gradient by `torch.nn.utils.clip_grad_norm_`.
+        short_first: whether segments end after 1, 2, 4, … steps, too, up to half of the first one.
 
     Raises:
         ValueError: what was given is outside the equations, or the rows' gradients do not add up to the batch gradient.
@@ -155,8 +158,10 @@ def train(
         steps.append(OracleStep(before, groups, tuple(ids), gradients, loss_derivatives, scale, first, divisors))
         if scheduler is not None:
             scheduler.step()
-    starts = range(0, len(steps), steps_per_segment)
-    segments = tuple(range(start, min(start + steps_per_segment, len(steps))) for start in starts)
+    boundaries = {*range(0, len(steps), steps_per_segment), len(steps)}
+    if short_first:
+        boundaries |= {power for power in (2**n for n in range(64)) if 2 * power <= steps_per_segment}
+    segments = tuple(range(*pair) for pair in itertools.pairwise(sorted(b for b in boundaries if b <= len(steps))))
     return OracleRun(type(optimizer), tuple(steps), segments, _flat(parameters), owner, len(inputs))
 
 

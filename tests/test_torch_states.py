@@ -159,7 +159,7 @@ def test_a_training_in_autocast_with_its_backward_pass_is_not_changed(kind):
         assert torch.equal(one, other)
     for segment in store.manifest().segments:
         assert segment.summary.displacement_gap < 1e-5
-        assert segment.summary.optimizer_share < 0.02
+        assert segment.summary.optimizer_share < 0.03  # of a single step, in the first ones
 
 
 def explained(net, store, x, y):

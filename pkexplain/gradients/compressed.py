@@ -33,6 +33,26 @@ class CompressedGradient(MatrixGradient):
         after = self.right if right is None else self.right @ right.T
         return before @ self.output_gradients @ after
 
+    def few_vectors(self, side: int, mixer: Tensor, weights: Tensor) -> Tensor:
+        """Find few vectors with the second moments of all w_i G_i Ωᵀ (side 0) or w_i G_iᵀ Ωᵀ (side 1).
+
+        All of them lie along the rows of L, or of R.
+
+        Args:
+            side: Whose vectors are wanted.
+            mixer: Ω, ``(combinations, other side)``.
+            weights: w, ``(examples,)``.
+
+        Returns:
+            ``(side, k_rows)`` or ``(side, k_columns)``.
+        """
+        values = self.output_gradients if side == 0 else self.output_gradients.transpose(1, 2)
+        basis, other = (self.left, self.right) if side == 0 else (self.right, self.left)
+        inside = values @ (other @ mixer.T) * weights.to(values)[:, None, None]
+        inside = inside.transpose(0, 1).flatten(1).double()
+        energies, turn = torch.linalg.eigh((inside @ inside.T).cpu())
+        return basis.T @ (turn * energies.clamp_min(0).sqrt()).to(basis)
+
     def select(self, positions: Tensor | slice) -> CompressedGradient:
         """Keep the examples at ``positions``."""
         return replace(self, output_gradients=self.output_gradients[positions])

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pkexplain.gradients.devices import place
@@ -159,15 +160,16 @@ class DisplacementAccumulator:
             operator = fitted.operator
             for block, moves in self._still.items():
                 operator[self._spec.spans[block]] *= moves
-            stored = (operator / factors).to(self._spec.operator_dtype)  # its rounding is on the optimizer line
-            projector, operator = projector.with_operator(stored), stored.to(factors) * factors
-            examples, audit_rows = -operator * fitted.moved, self._exactly.close()
+            # The rounding of what is stored is on the optimizer line.
+            stored = operator.div_(factors).to(self._spec.operator_dtype, copy=True)
+            projector, operator = projector.with_operator(stored), operator.copy_(stored).mul_(factors)
+            examples, audit_rows = (operator * fitted.moved).neg_(), self._exactly.close()
             expected = factors * fitted.moved
             carried = factors[: len(carried[0])] * carried[0], carried[1]
             for block, span in self._spec.spans.items():
-                energy = fitted.energy[span].double()
-                size = float((operator[span].double() * energy).sum())
-                balance[block] = float((factors[span].double().square() * energy).sum()) / size if size > 0 else 1.0
+                energy, own = fitted.energy[span], factors[span]
+                size = float((operator[span] * energy).sum(dtype=torch.float64))
+                balance[block] = float((own * energy * own).sum(dtype=torch.float64)) / size if size > 0 else 1.0
         audit_rows = self._spec.group.all_reduce(audit_rows)
         if self._spec.projection.follows_gradients:
             self._earlier, self._target = target, None

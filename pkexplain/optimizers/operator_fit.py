@@ -151,10 +151,14 @@ class OperatorFit:
 
     def close(self) -> FittedOperator:
         """End the segment: return its operator, and start the next."""
-        size = self._energy + _SUM_COUNTS * self._moved.square()
-        fit = (self._products + _SUM_COUNTS * self._moved * self._truly) / size
-        operator = torch.where(torch.isfinite(fit), fit, 0.0).clamp_min_(0.0)
-        found = FittedOperator(operator, self._moved, self._energy)
+        fit, energy = self._products, self._energy
+        at_once = len(fit) if devices.accelerated(fit.device) else _NUMBERS_AT_ONCE
+        for start in range(0, len(fit), at_once):
+            some = slice(start, start + at_once)
+            counted = _SUM_COUNTS * self._moved[some]
+            fit[some].addcmul_(counted, self._truly[some]).div_(energy[some] + counted * self._moved[some])
+            fit[some].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).clamp_min_(0.0)
+        found = FittedOperator(fit, self._moved, energy)
         self._begin()
         return found
 

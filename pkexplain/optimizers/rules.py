@@ -183,7 +183,7 @@ class Adam:
         steps = float(state["step"])
         second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         rate = _signed(group) * float(group["lr"]) / (1 - beta1**steps)
-        buffer_step = rate / _root(second, 1 - beta2**steps, group["eps"])
+        buffer_step = _over_root(rate, second, 1 - beta2**steps, group["eps"])
         return LinearStep(beta1, 1 - beta1, buffer_step, 0.0, **_decays(group, self._decoupled(group)))
 
     def _decoupled(self, group: Mapping[str, Any]) -> bool:
@@ -210,7 +210,8 @@ class NAdam:
         beta1, beta2 = map(float, group["betas"])
         steps, product = float(state["step"]), float(state["mu_product"])
         now, following = (beta1 * (1 - 0.5 * 0.96 ** (s * float(group["momentum_decay"]))) for s in (steps, steps + 1))
-        rate = _signed(group) * float(group["lr"]) / _root(state["exp_avg_sq"], 1 - beta2**steps, group["eps"])
+        rate = _signed(group) * float(group["lr"])
+        rate = _over_root(rate, state["exp_avg_sq"], 1 - beta2**steps, group["eps"])
         buffer_step, gradient_step = rate * following / (1 - product * following), rate * (1 - now) / (1 - product)
         decays = _decays(group, bool(group.get("decoupled_weight_decay")))
         return LinearStep(beta1, 1 - beta1, buffer_step, gradient_step, **decays)
@@ -232,7 +233,7 @@ class RAdam:
         second = state["exp_avg_sq"]
         if length > 5:
             rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-            buffer_step = rate * (rectified * left) ** 0.5 / _root(second, 1.0, group["eps"])
+            buffer_step = _over_root(rate * (rectified * left) ** 0.5, second, 1.0, group["eps"])
         else:
             buffer_step = torch.full_like(second, rate)
         decays = _decays(group, bool(group.get("decoupled_weight_decay")))
@@ -263,7 +264,7 @@ class RMSprop:
         second, rate, momentum = state["square_avg"], _signed(group) * float(group["lr"]), float(group["momentum"])
         if group["centered"]:
             second = second - state["grad_avg"].square()
-        inverse = 1 / _root(second, 1.0, group["eps"])
+        inverse = _over_root(1.0, second, 1.0, group["eps"])
         if momentum > 0:
             return LinearStep(momentum, inverse, rate, 0.0, **_decays(group, False))
         return LinearStep(0.0, 0.0, 0.0, rate * inverse, **_decays(group, False))
@@ -278,9 +279,9 @@ class Adagrad:
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> LinearStep:
         """Read one parameter's numbers."""
         rate = _signed(group) * float(group["lr"]) / (1 + (float(state["step"]) - 1) * float(group["lr_decay"]))
-        return LinearStep(0.0, 0.0, 0.0, rate / _root(state["sum"], 1.0, group["eps"]), **_decays(group, False))
+        return LinearStep(0.0, 0.0, 0.0, _over_root(rate, state["sum"], 1.0, group["eps"]), **_decays(group, False))
 
 
-def _root(second: Tensor, correction: float, eps: float) -> Tensor:
-    """Compute √(v / correction) + ε."""
-    return (second.detach() / correction).sqrt_().add_(float(eps))
+def _over_root(rate: float, second: Tensor, correction: float, eps: float) -> Tensor:
+    """Compute rate / (√(v / correction) + ε), with one new tensor."""
+    return (second.detach() / correction).sqrt_().add_(float(eps)).reciprocal_().mul_(rate)

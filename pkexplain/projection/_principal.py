@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pkexplain.distributed import ProcessGroup
+from pkexplain.gradients.compressed import CompressedGradient
 from pkexplain.gradients.factors import LinearGradient, MatrixGradient
 from pkexplain.gradients.layers import Block
 from pkexplain.projection.maps import RANDOM_WIDTH, Pieces, RowFactors, random_signs
@@ -35,8 +36,8 @@ _REFINED = 64
 """Directions of one side along which those of the other are then computed."""
 _VECTORS = 64
 """Vectors for each row of a covariance from which it is estimated at first."""
-_WORK = 1 << 32
-"""The most multiplications with which a covariance is computed."""
+_VECTORS_NARROW = 8
+"""About how many for each row of a covariance it is computed from in the end."""
 _VECTORS_WIDE = 2048
 """About how many vectors the directions of a wide side are computed from."""
 _WORK_SHARE = 0.3
@@ -194,15 +195,17 @@ def _vectors(seen: Seen, position: int, side: int, mixer: Tensor) -> list[Tensor
     mine, group = seen.of(position), seen.group
     width = mine[0][0].matrix[side]
     examples = group.all_reduce_int(sum(len(g) for g, _ in mine))
-    if width <= _NARROW:
-        mine = mine[:: max(1, examples // max(1, _WORK // width**2 // len(mixer)))]
-    elif (few := max(1, _VECTORS_WIDE // examples)) < len(mixer):  # all examples count, with fewer combinations each
+    vectors = max(_VECTORS_NARROW * width, _VECTORS_WIDE) if width <= _NARROW else _VECTORS_WIDE
+    if (few := max(1, vectors // examples)) < len(mixer):  # all examples count, with fewer combinations each
         mixer = random_signs(seen.seed, (1 << 33) + 2 * position + side, (few, len(mixer))).to(mixer) @ mixer
     like = mine[0][0].output_gradients
     mixer = seen.multiplied(mixer.to(like), position, 1 - side)
     own = seen.multiplied(like.new_ones(1, width), position, side).T
     found: list[Tensor] = []
     for gradients, weights in mine:
+        if isinstance(gradients, CompressedGradient):
+            found.append(own * gradients.few_vectors(side, mixer, weights))
+            continue
         mixed = gradients.sketch(None, mixer) if side == 0 else gradients.sketch(mixer, None).transpose(1, 2)
         found.append((mixed * own * weights.to(mixed)[:, None, None]).transpose(0, 1).flatten(1))
     return found
@@ -328,9 +331,7 @@ def principal_bases(
         For each matrix block's position, L ``(n_rows, rows)`` and R ``(n_columns, columns)``, rows orthonormal.
     """
     layers: dict[int, _Layer] = {}
-    most = max(
-        1, math.isqrt(max(columns(0), 0) // (2 * len(blocks)))
-    )  # a layer without gradients gets half an even share
+    most = max(1, math.isqrt(max(columns(0), 0) // (2 * len(blocks))))  # half an even share without gradients
     for position, block in enumerate(blocks):
         if block.matrix is None:
             continue

@@ -129,7 +129,7 @@ class StepReader:
                     f"before.{n}": v.detach().clone() if isinstance(v, Tensor) else v for n, v in kept.items()
                 }
         if len(given) == len(self._parameters):  # a copy: a fused optimizer may change the gradients in place
-            self.applied = torch.cat([flat for _, flat in given])
+            torch.cat([flat for _, flat in given], out=self.applied)
             return
         for span, flat in given:
             self.applied[span] = flat

@@ -73,6 +73,7 @@ def pair(make, optimizer, options, schedule=None, clip_norm=None, groups=None, s
         schedule=schedule,
         steps_per_segment=segment,
         clip_norm=clip_norm,
+        short_first=optimizer is not SGD,
     )
     model, store = make(), pk.MemoryStore()
     applied = optimizer_of(model)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import pkexplain as pk
 from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.compressed import CompressedGradient
 from pkexplain.gradients.factors import FormedGradient, LinearGradient
 from pkexplain.gradients.layers import Block, find_layers
 from pkexplain.projection import _principal
@@ -108,3 +109,17 @@ def test_what_random_signs_hold_does_not_grow_when_it_is_carried_over():
         carried = whole.from_columns_of(whole.backwards(), carried)
     torch.testing.assert_close(carried, rows)
     assert whole.from_columns_of(whole, rows).norm() > 100 * rows.norm()  # the transpose alone is no inverse
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_few_vectors_have_the_second_moments_of_many(side: int):
+    torch.manual_seed(0)
+    shape = {"weight": True, "bias": False}
+    kept = CompressedGradient(torch.randn(9, 3, 4), torch.randn(3, 7), torch.randn(4, 6), **shape)
+    weights, mixer = torch.rand(9), torch.randn(5, (6, 7)[side])
+    full = torch.einsum("ca,ncd,de->nae", kept.left, kept.output_gradients, kept.right)
+    vectors = full @ mixer.T if side == 0 else full.transpose(1, 2) @ mixer.T
+    expected = torch.einsum("n,nac,nbc->ab", weights.square(), vectors, vectors)
+    found = kept.few_vectors(side, mixer, weights)
+    assert found.shape == ((7, 3), (6, 4))[side]
+    torch.testing.assert_close(found @ found.T, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
