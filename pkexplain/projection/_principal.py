@@ -36,8 +36,8 @@ _REFINED = 64
 """Directions of one side along which those of the other are then computed."""
 _VECTORS = 64
 """Vectors for each row of a covariance from which it is estimated at first."""
-_VECTORS_NARROW = 8
-"""About how many for each row of a covariance it is computed from in the end."""
+_WORK = 1 << 30
+"""About how many multiplications a covariance that is formed takes."""
 _VECTORS_WIDE = 2048
 """About how many vectors the directions of a wide side are computed from."""
 _WORK_SHARE = 0.3
@@ -195,7 +195,7 @@ def _vectors(seen: Seen, position: int, side: int, mixer: Tensor) -> list[Tensor
     mine, group = seen.of(position), seen.group
     width = mine[0][0].matrix[side]
     examples = group.all_reduce_int(sum(len(g) for g, _ in mine))
-    vectors = max(_VECTORS_NARROW * width, _VECTORS_WIDE) if width <= _NARROW else _VECTORS_WIDE
+    vectors = _WORK // width**2 if width <= _NARROW else _VECTORS_WIDE
     if (few := max(1, vectors // examples)) < len(mixer):  # all examples count, with fewer combinations each
         mixer = random_signs(seen.seed, (1 << 33) + 2 * position + side, (few, len(mixer))).to(mixer) @ mixer
     like = mine[0][0].output_gradients
