@@ -19,17 +19,19 @@ from pkexplain.distributed import ProcessGroup
 from pkexplain.gradients.compressed import CompressedGradient
 from pkexplain.gradients.factors import LinearGradient, MatrixGradient
 from pkexplain.gradients.layers import Block
+from pkexplain.projection._subspace import leading_eigenvectors
 from pkexplain.projection.maps import RANDOM_WIDTH, Pieces, RowFactors, random_signs
 
 _WIDEST = 4096
-"""The widest side whose principal directions are computed; a wider one (a vocabulary) gets random signs."""
+"""A wider side is a vocabulary: it has fewer directions, from fewer examples, as they take much memory."""
+_NUMBERS_WIDEST = 1 << 23
+"""The most numbers in the vectors from which the directions of a vocabulary are computed."""
 _LEADING = 128
 """The number of directions computed for a side wider than twice as many; no layer gets more."""
 _NARROW = 512
 """The widest side whose covariance is formed."""
 _FEW = 2
 """All directions of it are computed, unless it has more than this many times those that are wanted."""
-_OVERSAMPLING, _ITERATIONS = 16, 2
 _COMBINATIONS = 16
 """The most random combinations of each example's columns, or rows, from which the first directions are estimated."""
 _REFINED = 64
@@ -67,7 +69,7 @@ class _Side:
             total = float(group.all_reduce(everything.square().sum()))
             product = lambda block: group.all_reduce(everything @ (everything.T @ block))  # noqa: E731
             rank = group.all_reduce_int(everything.shape[1])
-            energies, directions = _leading(product, side, rank, most, everything, seed)
+            energies, directions = leading_eigenvectors(product, side, rank, most, everything, seed)
         else:
             gram = vectors[0].new_zeros(side, side)
             for some in vectors:
@@ -75,7 +77,7 @@ class _Side:
             gram = group.all_reduce(gram).double()
             total = float(gram.trace())
             if side > _FEW * most:
-                energies, directions = _leading(lambda block: gram @ block, side, side, most, gram, seed)
+                energies, directions = leading_eigenvectors(lambda block: gram @ block, side, side, most, gram, seed)
             else:
                 energies, directions = torch.linalg.eigh(gram.cpu())
         energies = energies.flip(0).clamp_min(0)
@@ -104,29 +106,6 @@ class _Side:
         """Return the first n directions; for all of them the identity, which costs nothing and is as good."""
         side = self.basis.shape[1]
         return torch.eye(side, dtype=self.basis.dtype, device="cpu") if n == side else self.basis[:n]
-
-
-def _leading(
-    product: Callable[[Tensor], Tensor], side: int, rank: int, most: int, like: Tensor, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Find the largest eigenvalues of a covariance, ascending, and its eigenvectors, by subspace iteration.
-
-    Halko, Martinsson & Tropp 2011, algorithm 4.4.
-
-    Args:
-        product: Multiplies the covariance by ``(side, n)``.
-        side: Its rows and columns.
-        rank: The most eigenvalues that are not 0.
-        most: How many are wanted.
-        like: A tensor of the dtype and device to compute in.
-        seed: Seed of the directions to begin with.
-    """
-    width = min(most + _OVERSAMPLING, side, rank)
-    block = random_signs(seed, side, (width, side)).T.to(like)
-    for _ in range(_ITERATIONS):
-        block = torch.linalg.qr(product(block).double().cpu())[0].to(like)
-    energies, turn = torch.linalg.eigh((block.T @ product(block)).double().cpu())
-    return energies[-most:], (block.double().cpu() @ turn)[:, -most:]
 
 
 @dataclass(frozen=True)
@@ -196,6 +175,8 @@ def _vectors(seen: Seen, position: int, side: int, mixer: Tensor) -> list[Tensor
     width = mine[0][0].matrix[side]
     examples = group.all_reduce_int(sum(len(g) for g, _ in mine))
     vectors = _WORK // width**2 if width <= _NARROW else _VECTORS_WIDE
+    vectors = max(_REFINED, min(vectors, _NUMBERS_WIDEST // width)) if width > _WIDEST else vectors
+    every = -(-examples // vectors)  # one in so many examples counts, as much as all of them
     if (few := max(1, vectors // examples)) < len(mixer):  # all examples count, with fewer combinations each
         mixer = random_signs(seen.seed, (1 << 33) + 2 * position + side, (few, len(mixer))).to(mixer) @ mixer
     like = mine[0][0].output_gradients
@@ -206,6 +187,7 @@ def _vectors(seen: Seen, position: int, side: int, mixer: Tensor) -> list[Tensor
         if isinstance(gradients, CompressedGradient):
             found.append(own * gradients.few_vectors(side, mixer, weights))
             continue
+        gradients, weights = gradients.select(slice(None, None, every)), weights[::every] * every**0.5
         mixed = gradients.sketch(None, mixer) if side == 0 else gradients.sketch(mixer, None).transpose(1, 2)
         found.append((mixed * own * weights.to(mixed)[:, None, None]).transpose(0, 1).flatten(1))
     return found
@@ -232,9 +214,8 @@ def _both_sides(seen: Seen, position: int, shape: tuple[int, int]) -> tuple[_Sid
 
 
 def _side(seen: Seen, position: int, side: int, shape: tuple[int, int], mixer: Tensor, most: int = _LEADING) -> _Side:
-    """Find the leading directions of one side from combinations of the other; random ones if it is too wide."""
-    if shape[side] > _WIDEST:
-        return _Side(random_signs(seen.seed, 4 * position + side + 2, (RANDOM_WIDTH, shape[side])), [])
+    """Find the leading directions of one side from combinations of the other."""
+    most = min(most, _REFINED) if shape[side] > _WIDEST else most
     return _Side.principal(_vectors(seen, position, side, mixer), most, seen.seed, seen.group)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -123,3 +124,39 @@ def test_few_vectors_have_the_second_moments_of_many(side: int):
     found = kept.few_vectors(side, mixer, weights)
     assert found.shape == ((7, 3), (6, 4))[side]
     torch.testing.assert_close(found @ found.T, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_vocabulary_has_principal_directions():
+    """Random signs of so wide a side were off by many times what they should have shown."""
+    generator = torch.Generator().manual_seed(0)
+    frequent = torch.arange(1, 5001).double().reciprocal()
+    inputs = torch.multinomial(frequent, 96 * 12, replacement=True, generator=generator).view(96, 12)
+    labels = (inputs[:, 0] % 3).long()
+
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(5000, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.words(x).mean(1))
+
+    found = []
+    for projection in (pk.Identity(), pk.Kronecker(512, wide=512)):
+        torch.manual_seed(0)
+        model, run = Bag(), pk.MemoryStore()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        with pk.Recorder(run, model, optimizer, num_examples=96, projection=projection) as recorder:
+            for _ in range(3):
+                for ids in torch.arange(96).split(16):
+                    with recorder.step(ids):
+                        optimizer.zero_grad()
+                        F.cross_entropy(model(inputs[ids]), labels[ids]).backward()
+                        optimizer.step()
+        explanations = pk.Explainer(run, model).explain(inputs[:8], output=pk.Margin(labels[:8]))
+        gaps = [check.value for e in explanations for check in e.checks if check.name == "projection gap"]
+        found.append((torch.tensor(np.stack([e.contributions for e in explanations])), float(np.median(gaps))))
+    (exact, _), (stored, gap) = found
+    error = torch.linalg.vector_norm(stored - exact, dim=1) / torch.linalg.vector_norm(exact, dim=1)
+    assert float(error.median()) < 0.1
+    assert gap < 0.1
