@@ -121,8 +121,8 @@ class Kronecker(Projection):
     L and R hold the leading eigenvectors of Σ_i G_i G_iᵀ and Σ_i G_iᵀ G_i over the segment's first examples
     (each estimated from random combinations of columns and rows, without forming G_i). How many of each a layer gets
     is chosen greedily by energy gained per number. Inner products lose what is outside these directions (a bias that
-    the projection gap and the audit measure) and have no random error inside them. A side wider than 4,096 (a
-    vocabulary) gets random signs, and so do parameters that are not a matrix.
+    the projection gap and the audit measure) and have no random error inside them. Parameters that are not a matrix
+    get random signs.
 
     When a segment ends, its rows are shortened along the leading directions of the rows themselves, over all layers
     together: they show hardly less in a quarter of the numbers.
