@@ -35,10 +35,7 @@ from pkexplain.projection.base import WarmUp
 from pkexplain.projection.projector import Projector
 from pkexplain.store.scratch import MEMORY_BYTES
 
-__all__ = ["HELD_BYTES", "DisplacementAccumulator"]
-
-HELD_BYTES = 192 << 20
-"""The most memory for gradients that wait for the projection to be fixed."""
+__all__ = ["DisplacementAccumulator"]
 
 
 class DisplacementAccumulator:
@@ -214,7 +211,7 @@ class DisplacementAccumulator:
         """Whether enough gradients wait to fix the projection."""
         examples = sum(batch.everywhere for _, batch, _ in self._held)
         held = self._spec.group.all_reduce_max(sum(batch.nbytes for _, batch, _ in self._held))
-        return examples >= self._spec.projection.warm_up or held >= HELD_BYTES
+        return examples >= self._spec.projection.warm_up or held >= self._spec.projection.warm_up_bytes
 
     def _bind(self, over: bool = False) -> Target:
         """Fix the projection from the waiting gradients, and from what is left of earlier ones.

@@ -60,6 +60,11 @@ class Projection(ABC):
         """The number of examples whose gradients are needed to fix the map."""
         return 0
 
+    @property
+    def warm_up_bytes(self) -> int:
+        """The most memory for them, and a batch more."""
+        return 0
+
     def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of stored rows, given the recorder's dtype."""
         return torch.float16 if dtype == torch.float32 else dtype

@@ -131,27 +131,36 @@ class Kronecker(Projection):
         k: The most numbers in a stored row, for each segment.
         wide: Numbers in a row while its segment is recorded, and up to eight times as many if that is cheap beside
             the training of this model; ``k`` or fewer for no second stage.
-        warm_up_examples: Examples of each segment whose gradients wait in memory (at most 192 MiB) until its directions
-            are known: the first steps alone are not like the others.
+        warm_up_examples: Examples of each segment whose gradients wait in memory until its directions are known: the
+            first steps alone are not like the others.
+        warm_up_mib: The most memory for waiting gradients, in MiB (of 2²⁰ bytes), and a batch more. More of it is more
+            exact where an example's gradient is large: tokens times widths, added up over the layers.
         seed: Seed of the random combinations and signs.
     """
 
     k: int = 512
     wide: int = 2048
     warm_up_examples: int = 4096
+    warm_up_mib: int = 192
     seed: int = 0
     kind: ClassVar[str] = "Kronecker"
     follows_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse invalid sizes."""
-        _check(self, self.seed, k=self.k, wide=self.wide, warm_up_examples=self.warm_up_examples)
+        sizes = {"warm_up_examples": self.warm_up_examples, "warm_up_mib": self.warm_up_mib}
+        _check(self, self.seed, k=self.k, wide=self.wide, **sizes)
         object.__setattr__(self, "wide", max(self.wide, self.k))
 
     @property
     def warm_up(self) -> int:
         """The number of examples whose gradients are needed to fix the map."""
         return self.warm_up_examples
+
+    @property
+    def warm_up_bytes(self) -> int:
+        """The most memory for them, and a batch more."""
+        return self.warm_up_mib << 20
 
     def bind(self, blocks: Sequence[Block], like: Tensor, warm_up: WarmUp) -> Projector:
         """Find the principal directions of the gradients seen and make the map."""

@@ -274,6 +274,8 @@ def test_other_sizes_are_refused_too():
         pk.SparseSign(nonzeros=0)
     with pytest.raises(ConfigurationError, match=r"Kronecker\(warm_up_examples=…\)"):
         pk.Kronecker(warm_up_examples=0)
+    with pytest.raises(ConfigurationError, match=r"Kronecker\(warm_up_mib=…\)"):
+        pk.Kronecker(warm_up_mib=0)
 
 
 def test_a_kind_of_another_version_is_refused():
@@ -293,3 +295,4 @@ def test_rows_are_stored_in_half_precision_except_exact_ones():
     assert pk.Kronecker().row_dtype(torch.float64) == torch.float64
     assert (pk.Identity().warm_up, pk.SparseSign().warm_up) == (0, 0)
     assert pk.Kronecker(warm_up_examples=9).warm_up == 9
+    assert pk.Kronecker(warm_up_mib=3).warm_up_bytes == 3 << 20
