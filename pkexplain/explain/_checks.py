@@ -42,14 +42,14 @@ _MEANINGS = {
     "projection gap": "The part of the examples' total that the compressed rows missed before the completeness "
     "correction. If it fails, contributions are rough: record wider rows: Recorder(projection=pk.Kronecker(wide=…)).",
     "audit error": "Relative error of the contributions of {audited} examples whose displacements were also kept "
-    "uncompressed. If it fails, record wider rows: Recorder(projection=pk.Kronecker(wide=…)).",
+    "uncompressed{sampled}. If it fails, record wider rows: Recorder(projection=pk.Kronecker(wide=…)).",
     "completeness gap": "The part of the total that the contributions miss. Closes by construction: an arithmetic "
     "check only; the other checks are the evidence.",
 }
 
 _AUDITED_GRADIENT = (
     "Relative error of the products of this output's gradient with the displacements of {audited} examples, which were "
-    "also kept uncompressed, before the curvature is applied. If it fails, record wider rows: "
+    "also kept uncompressed{sampled}, before the curvature is applied. If it fails, record wider rows: "
     "Recorder(projection=pk.Kronecker(wide=…))."
 )
 
@@ -63,6 +63,12 @@ _INTERACTING = (
 def _split(trajectory: Trajectory) -> SplitSummary:
     """The split of the segment that comes closest to its tolerance."""
     return max((summary.split for summary in trajectory.summaries), key=lambda split: split.gap / split.tolerance)
+
+
+def _sampled(trajectory: Trajectory) -> str:
+    """Say from how much of it an audited displacement's product is estimated."""
+    kept, size = len(trajectory.coordinates), sum(block.numel for block in trajectory.fingerprint.blocks)
+    return "" if kept == size else f", at {kept:,} of {size:,} coordinates: the error of this sample counts, too"
 
 
 def checks_of(
@@ -100,6 +106,7 @@ def checks_of(
     facts = {
         "state": "met" if covectors.settled[row] else "not met within the budget",
         "audited": 0 if audited is None else audited.shape[1],
+        "sampled": _sampled(trajectory),
         "interacting": _INTERACTING if any(s.split.interacting for s in trajectory.summaries) else "",
     }
     tolerances = {"quadrature gap": tolerance, **_TOLERANCES, "split gap": _split(trajectory).tolerance}
@@ -130,7 +137,7 @@ def removal_checks(trajectory: Trajectory, final: FinalGradient, row: int) -> tu
         size = final.audit[row].norm().clamp_min(torch.finfo(final.audit.dtype).tiny)
         values["audit error"] = float((final.stored[row] - final.audit[row]).norm() / size)
     mixed = _INTERACTING if any(s.split.interacting for s in trajectory.summaries) else ""
-    meanings = {**_MEANINGS, "audit error": _AUDITED_GRADIENT.format(audited=audited)}
+    meanings = {**_MEANINGS, "audit error": _AUDITED_GRADIENT.format(audited=audited, sampled=_sampled(trajectory))}
     meanings["split gap"] = meanings["split gap"].format(interacting=mixed)
     tolerances = {**_TOLERANCES, "split gap": _split(trajectory).tolerance}
     return tuple(Check(name, abs(value), tolerances[name], meanings[name]) for name, value in values.items())

@@ -13,6 +13,7 @@ from pkexplain.explain.queries import QueryBatch
 from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.collect import collect
 from pkexplain.gradients.layers import Layer
+from pkexplain.projection.coordinates import Coordinates
 from pkexplain.projection.projector import Projector
 from pkexplain.store.trajectory import Trajectory
 
@@ -116,7 +117,7 @@ class TrajectoryModel:
         self._buffers = dict(model.named_buffers())
         some = next(iter(self._named.values()))
         self.device, self.dtype = some.device, trajectory.dtype
-        self._ends, self._vectors = _LastUsed(), _LastUsed()
+        self._ends, self._vectors, self._audits = _LastUsed(), _LastUsed(), _LastUsed()
         self._stored: dict[int, dict[str, Tensor]] = {}
 
     def _checkpoint(self, t: int) -> Tensor:
@@ -159,16 +160,29 @@ class TrajectoryModel:
         before, after = self._buffers_at(segment), self._buffers_at(segment + 1)
         return any(not torch.equal(before[name], after[name]) for name in before)
 
+    @property
+    def coordinates(self) -> Coordinates:
+        """Where the audited displacements are kept."""
+        return self._trajectory.coordinates
+
+    def _audited(self, t: int) -> Tensor:
+        """Read the audited displacements, weighted as a sample, ``(audited, coordinates)``."""
+
+        def read() -> Tensor:
+            rows = self._trajectory.segment(t).audit_rows.to(self.device, self.dtype)
+            return self.coordinates.weighted(rows)
+
+        return self._audits.get(t, read)
+
     def _ledger_vectors(self, t: int) -> Tensor:
-        """Stack Δθ_t, weight_decay_t, unsplit_t, optimizer_t and the audited ones, ``(4 + audited, parameters)``."""
+        """Stack Δθ_t, weight_decay_t, unsplit_t and optimizer_t, ``(4, parameters)``."""
 
         def read() -> Tensor:
             segment = self._trajectory.segment(t)
             moved = self._checkpoint(t + 1) - self._checkpoint(t)
             unsplit = segment.unsplit if len(segment.unsplit) else torch.zeros_like(segment.optimizer)
             lines = (segment.weight_decay, unsplit, segment.optimizer)
-            named = torch.stack([moved, *(line.to(moved) for line in lines)])
-            return torch.cat([named, segment.audit_rows.to(moved)])
+            return torch.stack([moved, *(line.to(moved) for line in lines)])
 
         return self._vectors.get(t, read)
 
@@ -234,18 +248,23 @@ class TrajectoryModel:
             return values[-1]
 
         pieces = collect(self._capture, len(queries), run)
-        vectors = [self._ledger_vectors(t) for t in segments]
-        lengths = [len(each) for each in vectors]
+        vectors = [(self._ledger_vectors(t), self._audited(t)) for t in segments]
+        lengths = [len(named) + len(audited) for named, audited in vectors]
         widths = [self.width(t) for t in segments]
-        found = [each.new_zeros(len(queries), len(each) + n) for each, n in zip(vectors, widths, strict=True)]
+        shapes = [(len(queries), length + width) for length, width in zip(lengths, widths, strict=True)]
+        found = [torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes]
         for position, piece in pieces:
             block = self._trajectory.fingerprint.blocks[position]
             for some in torch.arange(len(queries), device=self.device).split(max(1, _NUMBERS_AT_ONCE // block.numel)):
-                start = block.start
+                start = 0
                 for part in piece.select(some).parts():
-                    span, start = slice(start, start + part.shape[1]), start + part.shape[1]
-                    for row, each, length in zip(found, vectors, lengths, strict=True):
-                        row[some, :length] += part.to(self.dtype) @ each[:, span].T
+                    here, start = slice(start, start + part.shape[1]), start + part.shape[1]
+                    span = slice(block.start + here.start, block.start + here.stop)
+                    sampled, places = self.coordinates.within(position, here)
+                    part = part.to(self.dtype)
+                    for row, (named, audited), length in zip(found, vectors, lengths, strict=True):
+                        row[some, : len(named)] += part @ named[:, span].T
+                        row[some, len(named) : length] += part[:, places] @ audited[:, sampled].T
             for t, rows, length in zip(segments, found, lengths, strict=True):
                 self._projectors[t].add_covectors(rows[:, length:], position, piece)
         products = [Products(rows, width) for rows, width in zip(found, widths, strict=True)]

@@ -111,14 +111,15 @@ def final_gradient(
     last, ids = range(len(segments))[-(checkpoints or len(segments)) :], segments[0].audit_ids
     steps = [model.steps(t) for t in last]
     found: list[tuple[Tensor, Tensor, Tensor]] = []
+    audited = [model.coordinates.weighted(segments[t].audit_rows.to(model.device, model.dtype)) for t in last]
     for some in torch.arange(len(queries), device="cpu").split(max(1, _NUMBERS_AT_ONCE // model.parameters)):
         mean = torch.zeros((), dtype=model.dtype, device=model.device)
         audit = stored = torch.zeros(len(some), len(ids), dtype=torch.float64, device="cpu")
-        for t, weight in zip(last, steps, strict=True):
+        for t, weight, exact in zip(last, steps, audited, strict=True):
             model.move_to_checkpoint(t + 1)
             gradients = model.gradients(queries.select(some), output.select(some))
             mean = mean + gradients * (weight / sum(steps))
-            audit = audit + (gradients @ segments[t].audit_rows.to(gradients).T).double().cpu()
+            audit = audit + (model.coordinates.of(gradients) @ exact.T).double().cpu()
             covectors = projectors[t].project_covectors(gradients).cpu()
             stored = stored + (covectors @ segments[t].read_rows(ids, model.dtype).T).double()
         projected = torch.stack([projector.project_covectors(mean) for projector in projectors], dim=1)

@@ -57,7 +57,7 @@ class DisplacementAccumulator:
         fits = elementwise and not spec.projection.keeps_everything
         self._fit = OperatorFit(spec.spans, spec.like.new_zeros(spec.size)) if fits else None
         self._sampler = LevelSampler(spec.spans, spec.like)
-        self._exactly = ExactAudit(len(self._audit.ids), spec.spans, spec.like) if fits else None
+        self._exactly = ExactAudit(len(self._audit.ids), self._audit.coordinates, spec.like) if fits else None
         self._full = MomentumBuffer(spec.spans, spec.like.new_zeros(0 if fits else spec.size))
         self._target: Target | None = None
         self._earlier = None if before is None else Target.of(spec, before, {})
@@ -144,7 +144,7 @@ class DisplacementAccumulator:
         rows, derivatives, ids = target.rows.close()
         audited, _, at = self._audit.rows.close()
         audit_rows, balance, projector = (
-            self._spec.like.new_zeros(len(self._audit.ids), self._spec.size),
+            self._spec.like.new_zeros(len(self._audit.ids), len(self._audit.coordinates)),
             {},
             target.projector,
         )
@@ -253,7 +253,7 @@ class DisplacementAccumulator:
             if self._exactly is not None:
                 batch.audited = batch.audit_rows = None  # they were followed already
             elif batch.audit_rows is not None:
-                _scale(batch.audit_rows, self._spec.spans, scale)
+                _scale(batch.audit_rows, self._audit.coordinates.spans, scale)
             factor = float(next(iter(scale.values())))
             self._visits.append((position, batch, batch.loss_derivatives(factor, like)))
             self._waiting += batch.everywhere
@@ -284,16 +284,16 @@ class DisplacementAccumulator:
         self._visits, self._steps, self._levels, self._waiting = [], [], [], 0
 
     def _audited(self, batch: CapturedBatch, scale: Factors) -> tuple[Tensor, Tensor]:
-        """Return a batch's audited examples and their gradients as applied, in full space."""
-        chosen = self._audit.positions(batch.ids)
-        gradients = self._spec.like.new_zeros(len(chosen), self._spec.size)
+        """Return a batch's audited examples and their gradients as applied, at the sampled coordinates."""
+        chosen, coordinates = self._audit.positions(batch.ids), self._audit.coordinates
+        gradients = self._spec.like.new_zeros(len(chosen), len(coordinates))
         if len(chosen) and batch.audit_rows is not None:
             gradients = batch.audit_rows.clone()
-            _scale(gradients, self._spec.spans, scale)
+            _scale(gradients, coordinates.spans, scale)
         elif len(chosen):
             for position, piece in batch.pieces:
-                span = self._spec.blocks[position].span
-                gradients[:, span] += piece.select(place(chosen, batch.device)).dense() * scale[position]
+                found = coordinates.gradients(position, piece.select(place(chosen, batch.device)))
+                gradients[:, coordinates.spans[position]] += found * scale[position]
         return self._audit.places(batch.ids[chosen]), gradients
 
     def _project(self, target: Target, batch: CapturedBatch, position: int, gradients: ExampleGradients) -> None:
@@ -301,8 +301,8 @@ class DisplacementAccumulator:
         part = target.maps[position]
         self._rows_of(target, batch)[:, part.columns].add_(part.gradients(gradients))
         if batch.audited is not None and batch.audit_rows is not None:
-            span = self._spec.blocks[position].span
-            batch.audit_rows[:, span].add_(gradients.select(place(batch.audited, batch.device)).dense())
+            coordinates, theirs = self._audit.coordinates, gradients.select(place(batch.audited, batch.device))
+            batch.audit_rows[:, coordinates.spans[position]].add_(coordinates.gradients(position, theirs))
 
     def _rows_of(self, target: Target, batch: CapturedBatch) -> Tensor:
         """Return a batch's rows in projection space, zero before the first block arrives."""
@@ -311,7 +311,8 @@ class DisplacementAccumulator:
             batch.rows = like.new_zeros(len(batch.ids), target.projector.width)
             chosen = self._audit.positions(batch.ids)
             if len(chosen):
-                batch.audited, batch.audit_rows = chosen, like.new_zeros(len(chosen), self._spec.size)
+                sampled = like.new_zeros(len(chosen), len(self._audit.coordinates))
+                batch.audited, batch.audit_rows = chosen, sampled
         return batch.rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.displacement import Factors, RowAccumulator
 from pkexplain.projection.base import Projection
+from pkexplain.projection.coordinates import Coordinates
 from pkexplain.projection.projector import Projector
 from pkexplain.store.scratch import zeros_on_disk
 
@@ -28,7 +29,7 @@ __all__ = [
 
 _AUDIT_EXAMPLES = 16
 _AUDIT_NUMBERS = 1 << 23
-"""The most numbers that a segment keeps unprojected: 32 MiB in float32."""
+"""The most numbers that a segment keeps of them: 32 MiB in float32."""
 
 
 @dataclass
@@ -40,7 +41,7 @@ class CapturedBatch:
         pieces: Block positions and their per-example gradients, while they wait to be projected.
         rows: Their sum in projection space, ``(batch, columns)``, once they are projected.
         audited: Positions of the audited examples in the batch, ``(chosen,)``, on the CPU.
-        audit_rows: Their gradients without projection, ``(chosen, parameters)``.
+        audit_rows: Their gradients without projection, at the sampled coordinates, ``(chosen, coordinates)``.
         derivatives: Loss derivatives, ``(batch,)``; None if the model's output was not seen.
         summed: Parameters whose gradient has arrived.
         everywhere: Examples in the batch over all processes; by default those of this process.
@@ -124,6 +125,11 @@ class RecordingSpec:
         """Dtype of the audited examples' displacements: that of the arithmetic where rows are exact, too."""
         return self.like.dtype if self.projection.keeps_everything else self.operator_dtype
 
+    @cached_property
+    def coordinates(self) -> Coordinates:
+        """Where the audited examples' displacements are kept."""
+        return self.projection.audited_coordinates(self.blocks)
+
     @property
     def spans(self) -> dict[int, slice]:
         """Each block's slice of the flat vector."""
@@ -139,6 +145,11 @@ class RecordingSpec:
 class Audit:
     """A few examples whose displacements are also kept unprojected, to measure what the projection loses.
 
+    Attributes:
+        coordinates: Where they are kept.
+        ids: Which examples, ``(audited,)``, on the CPU.
+        rows: Their displacements, if they follow the blocks' factors.
+
     Args:
         spec: What is recorded, and in which dtype.
     """
@@ -146,12 +157,13 @@ class Audit:
     def __init__(self, spec: RecordingSpec) -> None:
         """Choose them, evenly spaced in the training set; which they are is asked on the CPU, where ids are."""
         count, device = spec.num_examples, torch.device("cpu")
-        chosen = min(_AUDIT_EXAMPLES, count, _AUDIT_NUMBERS // spec.size)
+        self.coordinates = spec.coordinates
+        chosen = min(_AUDIT_EXAMPLES, count, _AUDIT_NUMBERS // max(1, len(self.coordinates)))
         evenly = torch.arange(chosen, device=device) * count // max(chosen, 1)
         self.ids = evenly if spec.audited is None else spec.audited.to(device)
         self._place = torch.full((count,), -1, device=device, dtype=torch.int64)
         self._place[self.ids] = torch.arange(len(self.ids), device=device)
-        self.rows = RowAccumulator(len(self.ids), spec.spans, spec.size, spec.like)
+        self.rows = RowAccumulator(len(self.ids), self.coordinates.spans, len(self.coordinates), spec.like)
 
     def positions(self, ids: Tensor) -> Tensor:
         """Find the audited examples in a batch, ``(chosen,)``."""
@@ -170,7 +182,7 @@ class Totals:
         rows: Displacements in projection space of those of this process's examples that moved, ``(kept, columns)``.
         derivatives: Their loss derivatives, ``(kept,)``.
         ids: Whose they are, counted from the first of this process's examples, ``(kept,)``.
-        audit_rows: The audited examples' displacements, ``(audited, parameters)``.
+        audit_rows: The audited examples' displacements at the sampled coordinates, ``(audited, coordinates)``.
         examples: The sum of all displacements, without projection, ``(parameters,)``.
         projector: The segment's projection.
         balance: What each block's rate is multiplied by, because its operator is not the same for all coordinates.

@@ -7,6 +7,7 @@ the recursion itself, step by step, for its few examples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from pkexplain.optimizers.displacement import add_product, copy_exactly
 from pkexplain.optimizers.rules import LinearStep, Number
 from pkexplain.optimizers.step_numbers import joined
+from pkexplain.projection.coordinates import Coordinates
 
 __all__ = ["ExactAudit"]
 
@@ -27,14 +29,13 @@ class ExactAudit:
 
     Args:
         examples: How many examples.
-        spans: Each block's slice of the flat vector.
+        coordinates: Where they are followed: an optimizer's numbers act on each coordinate by itself.
         like: An empty tensor of the dtype and device of the arithmetic.
     """
 
-    def __init__(self, examples: int, spans: Mapping[int, slice], like: Tensor) -> None:
+    def __init__(self, examples: int, coordinates: Coordinates, like: Tensor) -> None:
         """Begin with empty momentum buffers."""
-        size = max((span.stop for span in spans.values()), default=0)
-        self._spans = spans
+        size, self._coordinates = len(coordinates), coordinates
         self._moved = like.new_zeros(examples, size)
         self._buffer = like.new_zeros(examples, size)  # the first rows are in use
         self._in_use: list[int] = []  # whose they are
@@ -46,14 +47,14 @@ class ExactAudit:
         Args:
             numbers: The step's numbers for each block.
             visits: The examples in its batches, ``(examples,)`` on the CPU, with their gradients as applied,
-                ``(examples, parameters)``.
+                at the coordinates, ``(examples, coordinates)``.
         """
         visited = [pair for places, gradients in visits for pair in zip(places.tolist(), gradients, strict=True)]
         for place, _ in visited:
             self._use(place)
         if not self._in_use:
             return
-        n = joined(numbers, self._spans, self._moved[:0])
+        n = joined(self._sampled(numbers), self._coordinates.spans, self._moved[:0])
         self._buffer[: len(self._in_use)] *= n.momentum
         for place, gradient in visited:
             add_product(self._buffer[self._in_use.index(place)], n.gain, gradient)
@@ -65,6 +66,17 @@ class ExactAudit:
         for slot in reversed(range(len(self._in_use))):
             if self._left[slot] <= _FORGOTTEN:
                 self._forget(slot)
+
+    def _sampled(self, numbers: Mapping[int, LinearStep]) -> Mapping[int, LinearStep]:
+        if self._coordinates.complete:
+            return numbers
+
+        found: dict[int, LinearStep] = {}
+        for block, number in numbers.items():
+            each = {name: value for name, value in vars(number).items() if isinstance(value, Tensor) and value.ndim}
+            sampled: dict[str, Any] = {n: self._coordinates.of_block(block, v.flatten()) for n, v in each.items()}
+            found[block] = replace(number, **sampled)
+        return found
 
     def _use(self, place: int) -> None:
         if place not in self._in_use:
@@ -80,7 +92,7 @@ class ExactAudit:
         self._left.pop()
 
     def close(self) -> Tensor:
-        """End the segment: return the displacements, ``(examples, parameters)``, and start the next."""
+        """End the segment: return the displacements, ``(examples, coordinates)``, and start the next."""
         moved, self._moved = self._moved, torch.zeros_like(self._moved)
         return moved
 

@@ -12,10 +12,14 @@ from torch import Tensor
 
 from pkexplain.distributed import ProcessGroup
 from pkexplain.gradients.layers import Block
+from pkexplain.projection.coordinates import Coordinates
 from pkexplain.projection.maps import Pieces, RowFactors
 from pkexplain.projection.projector import Projector, SecondStage
 
 __all__ = ["Projection", "WarmUp"]
+
+_AUDITED_COORDINATES = 1 << 19
+"""The most numbers that are kept of an audited example's displacement: 2 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,10 @@ class Projection(ABC):
             group: The processes.
         """
         return None
+
+    def audited_coordinates(self, blocks: Sequence[Block]) -> Coordinates:
+        """Choose where audited displacements are kept: everywhere, or in a sample where that would be too many."""
+        return Coordinates(blocks, None if self.keeps_everything else _AUDITED_COORDINATES)
 
     @abstractmethod
     def restore(self, blocks: Sequence[Block], like: Tensor, kept: Mapping[str, Tensor]) -> Projector:

@@ -99,8 +99,8 @@ class Layout:
         wanted["unsplit"] = ((unsplit,), rounded)
         wanted["rate_sums"] = ((len(self.trajectory.fingerprint.blocks),), (torch.float64,))
         wanted["audit_ids"] = ((min(audited, _MOST_AUDITED),), (torch.int64,))
-        exact = self.trajectory.projection.keeps_everything
-        wanted["audit_rows"] = ((audited, self.parameters), (self.trajectory.dtype,) if exact else rounded)
+        kinds = (self.trajectory.dtype,) if self.trajectory.projection.keeps_everything else rounded
+        wanted["audit_rows"] = ((audited, len(self.trajectory.coordinates)), kinds)
         operator = self.parameters if _length(tensors.get("operator")) else 0
         wanted["operator"] = ((operator,), rounded)
         _check_tensors(tensors, wanted)

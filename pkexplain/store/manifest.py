@@ -32,7 +32,7 @@ __all__ = [
     "StateEntry",
 ]
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
 FILE_NAME = re.compile(r"(?:checkpoints|segments|rows|states)/[0-9]{5,9}(?:\.[0-9]{3,6})?(?:-[0-9]{1,9})?\.safetensors")
 """The names that files of tensors have."""

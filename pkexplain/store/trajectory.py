@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pkexplain.projection.base import Projection
+from pkexplain.projection.coordinates import Coordinates
 from pkexplain.projection.kinds import projection_from_description
 from pkexplain.projection.projector import Projector
 from pkexplain.store.fingerprint import ModelFingerprint
@@ -69,7 +70,7 @@ class Segment:
             there were none.
         optimizer: The rest of Δθ_t, what rounding took from the other vectors included, ``(parameters,)``.
         audit_ids: Examples whose displacements were kept without projection, ``(audited,)``.
-        audit_rows: Their displacements D_i,t, ``(audited, parameters)``.
+        audit_rows: Their displacements D_i,t, at `Trajectory.coordinates`, ``(audited, coordinates)``.
         withdrawn: Sum of the rows that were withdrawn, in float64, ``(k,)``.
         rate_sums: The effective learning rate of each block, summed over the steps, in float64, ``(blocks,)``; see
             `pkexplain.optimizers._learning_rates`.
@@ -211,6 +212,11 @@ class Trajectory:
     def operator_dtype(self) -> torch.dtype:
         """Dtype of the segments' vectors, apart from checkpoints."""
         return torch.float64 if self.dtype == torch.float64 else torch.bfloat16
+
+    @cached_property
+    def coordinates(self) -> Coordinates:
+        """Where the audited examples' displacements are kept."""
+        return self.projection.audited_coordinates(self.fingerprint.blocks)
 
     @property
     def fingerprint(self) -> ModelFingerprint:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import pkexplain as pk
 from pkexplain.errors import ConfigurationError, ModelMismatchError, RecordingError, RunBusyError
+from pkexplain.projection import base
 from tests.conftest import batches, digits
 from tests.trainings import EPOCHS, EXAMPLES, Training, small_model
 
@@ -70,6 +71,18 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_last_bit(tmp_path, kind, every
     assert_same_run(tmp_path / "unbroken/run", tmp_path / "broken/run")
     explanation = pk.Explainer(resumed.run, resumed.model).explain(resumed.queries[0])
     assert {check.name: check.passed for check in explanation.checks}["displacement gap"]
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_sampled_audit_goes_on_where_it_was(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(base, "_AUDITED_COORDINATES", 200)
+    for name in ("unbroken", "broken"):
+        (tmp_path / name).mkdir()
+    Training(tmp_path / "unbroken", kind).go()
+    interrupted(Training(tmp_path / "broken", kind), after=3)
+    Training(tmp_path / "broken", kind).go()
+    assert not pk.DirectoryStore(tmp_path / "broken/run").trajectory().coordinates.complete
+    assert_same_run(tmp_path / "unbroken/run", tmp_path / "broken/run")
 
 
 def test_a_state_lost_between_the_two_saves_is_found_one_save_earlier(tmp_path):
