@@ -180,7 +180,7 @@ class TrajectoryModel:
         def read() -> Tensor:
             segment = self._trajectory.segment(t)
             moved = self._checkpoint(t + 1) - self._checkpoint(t)
-            unsplit = segment.unsplit if len(segment.unsplit) else torch.zeros_like(segment.optimizer)
+            unsplit = segment.unsplit if len(segment.unsplit) else torch.zeros_like(moved)
             lines = (segment.weight_decay, unsplit, segment.optimizer)
             return torch.stack([moved, *(line.to(moved) for line in lines)])
 

@@ -32,6 +32,7 @@ from pkexplain.optimizers.row_target import (
 )
 from pkexplain.optimizers.rules import LinearStep
 from pkexplain.projection.base import WarmUp
+from pkexplain.projection.packed import Vector, pack
 from pkexplain.projection.projector import Projector
 from pkexplain.store.scratch import MEMORY_BYTES
 
@@ -158,8 +159,8 @@ class DisplacementAccumulator:
             for block, moves in self._still.items():
                 operator[self._spec.spans[block]] *= moves
             # The rounding of what is stored is on the optimizer line.
-            stored = operator.div_(factors).to(self._spec.operator_dtype, copy=True)
-            projector, operator = projector.with_operator(stored), operator.copy_(stored).mul_(factors)
+            stored = self._stored(operator.div_(factors))
+            projector, operator = projector.with_operator(stored), operator.copy_(stored.to(operator)).mul_(factors)
             examples, audit_rows = (operator * fitted.moved).neg_(), self._exactly.close()
             expected = factors * fitted.moved
             carried = factors[: len(carried[0])] * carried[0], carried[1]
@@ -176,6 +177,12 @@ class DisplacementAccumulator:
         if len(carried[1]):
             row_sum += carried[1]
         return Totals(rows, derivatives, ids, audit_rows, examples, projector, balance, row_sum)
+
+    def _stored(self, operator: Tensor) -> Vector:
+        """Round an operator as it is stored."""
+        if self._spec.packs and bool((operator >= 0).all()):
+            return pack(operator, logarithmic=True)
+        return operator.to(self._spec.operator_dtype, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two segments: tensors, numbers and dataclasses of them."""

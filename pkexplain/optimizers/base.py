@@ -31,6 +31,9 @@ _AUDIT_EXAMPLES = 16
 _AUDIT_NUMBERS = 1 << 23
 """The most numbers that a segment keeps of them: 32 MiB in float32."""
 
+_UNPACKED = 1 << 20
+"""Vectors of up to so many parameters are stored in half precision, which costs little then."""
+
 
 @dataclass
 class CapturedBatch:
@@ -119,6 +122,11 @@ class RecordingSpec:
     def operator_dtype(self) -> torch.dtype:
         """Dtype in which a segment's vectors are stored, apart from its checkpoint."""
         return torch.float64 if self.like.dtype == torch.float64 else torch.bfloat16
+
+    @property
+    def packs(self) -> bool:
+        """Whether those vectors may take fewer bits: not where they are to be exact, nor of a small model."""
+        return not (self.size <= _UNPACKED or self.like.dtype == torch.float64 or self.projection.keeps_everything)
 
     @property
     def audit_dtype(self) -> torch.dtype:

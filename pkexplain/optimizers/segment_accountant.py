@@ -18,6 +18,7 @@ from pkexplain.optimizers.accumulator import DisplacementAccumulator
 from pkexplain.optimizers.base import CapturedBatch, RecordingSpec, Totals
 from pkexplain.optimizers.displacement import MomentumBuffer
 from pkexplain.optimizers.rules import LinearStep
+from pkexplain.projection.packed import Vector, pack
 from pkexplain.projection.projector import Projector
 from pkexplain.store.manifest import SegmentSummary, SplitSummary
 from pkexplain.store.rows import Rows
@@ -27,6 +28,8 @@ from pkexplain.store.trajectory import Segment
 __all__ = ["AppliedStep", "SegmentAccountant"]
 
 _ROWS_AT_ONCE = 4096
+_MISSED = 1e-2
+"""The share of ‖Δθ‖ that the rounding of one of the ledger's vectors may take."""
 _CHECKED_STEP = 16
 """Captured gradients are compared with the gradient at a segment's first step and every this many steps."""
 
@@ -222,14 +225,16 @@ class SegmentAccountant:
         """
         accumulator = self._accumulator = self._accumulator or self._open(elementwise=False)
         dtype = self._spec.operator_dtype
-        totals, decay = accumulator.close(), self._decay.close().to(dtype)
+        totals = accumulator.close()
+        decay = self._stored(self._decay.close(), displacement)
         self._sum_rates(accumulator, displacement)  # their sizes are known: no gradient is needed any more
         rate_sums = self._rate_sums.close(totals.balance)
         totals = self._shortened(totals, rate_sums)
         projector = totals.projector
         unsplit = (self._unsplit.close() if self._unsplit else displacement[:0]).to(dtype)
-        named = decay + unsplit if len(unsplit) else decay
-        remainder = displacement - totals.examples - named
+        remainder = displacement - totals.examples - decay.to(displacement)
+        if len(unsplit):
+            remainder -= unsplit
         row_dtype = self._spec.projection.row_dtype(self._spec.like.dtype)
         empty = partial(empty_on_disk, directory=self._spec.scratch) if totals.rows.device.type == "cpu" else None
         mine = self._spec.group.shard(self._spec.num_examples)
@@ -239,12 +244,12 @@ class SegmentAccountant:
             row_sum=self._spec.group.all_reduce(rows.sum().to(remainder.device)),
             weight_decay=decay,
             unsplit=unsplit,
-            optimizer=remainder.to(dtype),
+            optimizer=self._stored(remainder, displacement),
             audit_ids=accumulator.audit_ids,
             audit_rows=totals.audit_rows.to(self._spec.audit_dtype),
             withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64, device="cpu"),
             rate_sums=rate_sums,
-            operator=(displacement[:0] if projector.operator is None else projector.operator).to(dtype),
+            operator=displacement[:0].to(dtype) if projector.operator is None else projector.operator,
             directions=projector.tensors(),
         )
         expected, size = totals.row_sum.double(), totals.row_sum.double().norm()
@@ -265,6 +270,14 @@ class SegmentAccountant:
         )
         self._begin()
         return segment, summary
+
+    def _stored(self, line: Tensor, displacement: Tensor) -> Vector:
+        """Round one of the ledger's vectors as it is stored: in four bits if that misses little of Δθ."""
+        if self._spec.packs:
+            packed = pack(line)
+            if bool((packed.to(line) - line).norm() <= _MISSED * displacement.norm()):
+                return packed
+        return line.to(self._spec.operator_dtype)
 
     def _shortened(self, totals: Totals, rate_sums: Tensor) -> Totals:
         """Make a segment's wide rows as short as they are stored."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block
 from pkexplain.projection.maps import IdentityMap, Map, Pieces, TwoSidedMap, geometric_sides, rounded
+from pkexplain.projection.packed import Vector
 
 __all__ = ["Projector", "SecondStage"]
 
@@ -69,7 +70,7 @@ class Projector:
         like: Tensor,
         width: int,
         *,
-        operator: Tensor | None = None,
+        operator: Vector | None = None,
         second_stage: SecondStage | None = None,
     ) -> None:
         """Move the maps' tables to the device."""
@@ -98,7 +99,7 @@ class Projector:
         """k, the number of columns of a stored row."""
         return self.width if self.second_stage is None else self.second_stage.columns
 
-    def with_operator(self, operator: Tensor) -> Projector:
+    def with_operator(self, operator: Vector) -> Projector:
         """Return the same projection with Q, ``(parameters,)``."""
         return self._with(operator, self.second_stage)
 
@@ -106,7 +107,7 @@ class Projector:
         """Return the same projection with a second stage."""
         return self._with(self.operator, second_stage)
 
-    def _with(self, operator: Tensor | None, second_stage: SecondStage | None) -> Projector:
+    def _with(self, operator: Vector | None, second_stage: SecondStage | None) -> Projector:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         options = {"operator": operator, "second_stage": second_stage}
         return Projector(self.blocks, self.maps, like, self.width, **options)
@@ -151,7 +152,7 @@ class Projector:
     def add_covectors(self, rows: Tensor, position: int, gradients: ExampleGradients) -> None:
         """Project one block's output gradients, P (Q ⊙ φ), and add them to wide rows, in place."""
         if self.operator is not None:
-            gradients = gradients.scaled(self.operator[self.blocks[position].span].to(self.dtype))
+            gradients = gradients.scaled(self._operator_of(position))
         rows[:, self.maps[position].columns] += self.maps[position].gradients(gradients)
 
     def project_covectors(self, vectors: Tensor) -> Tensor:
@@ -177,8 +178,7 @@ class Projector:
                     multiplied = multiplied.of_multiples((u / u_its, v / v_its))
                 part = mine.from_columns_of(multiplied, part)
             elif self.operator is not None and other.operator is not None:
-                span = self.blocks[position].span
-                ratio = self.operator[span].to(self.dtype) / other.operator[span]
+                ratio = self._operator_of(position) / other._operator_of(position)
                 ratio = torch.where(torch.isfinite(ratio), ratio, 0.0)
                 part = part * (ratio if isinstance(mine, IdentityMap) else ratio.mean())
             found[:, mine.columns] = part
@@ -186,10 +186,12 @@ class Projector:
 
     def _sides_of(self, position: int) -> tuple[Tensor, Tensor]:
         if position not in self._sides:
-            assert self.operator is not None
-            block = self.blocks[position]
-            self._sides[position] = geometric_sides(self.operator[block.span].to(self.dtype), block)
+            self._sides[position] = geometric_sides(self._operator_of(position), self.blocks[position])
         return self._sides[position]
+
+    def _operator_of(self, position: int) -> Tensor:
+        assert self.operator is not None
+        return self.operator[self.blocks[position].span].to(self.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a seed cannot reproduce and must be stored: two-sided maps' bases, and the second stage."""

@@ -45,7 +45,7 @@ class SegmentWarnings:
         """
         if not self._warned and not apart and summary.bent <= _BEND:
             most = _UNEXPLAINED_ELEMENTWISE if len(segment.operator) else _UNEXPLAINED
-            self._of_unexplained(position, segment.optimizer, moved, most)
+            self._of_unexplained(position, segment.optimizer.to(moved), moved, most)
         if summary.bent > _BEND and not self._warned:
             self._warned = True
             warn(

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pkexplain.projection.packed import PackedVector
 from pkexplain.store.manifest import FIRST_CHECKPOINT
-from pkexplain.store.trajectory import DIRECTIONS, Trajectory
+from pkexplain.store.trajectory import DIRECTIONS, PACKABLE, Trajectory
 
 _MOST_AUDITED = 1 << 16
 
@@ -93,17 +94,25 @@ class Layout:
     def _check_vectors(self, tensors: Mapping[str, Tensor]) -> None:
         audited = _length(tensors.get("audit_ids"))
         rounded = (self.trajectory.operator_dtype,)
-        vector, row = ((self.parameters,), rounded), ((self.columns,), (torch.float64,))
-        wanted: dict[str, Format] = {"row_sum": row, "withdrawn": row, "weight_decay": vector, "optimizer": vector}
+        vector: Format = (self.parameters,), rounded
+        row: Format = (self.columns,), (torch.float64,)
+        wanted: dict[str, Format] = {"row_sum": row, "withdrawn": row}
         unsplit = self.parameters if _length(tensors.get("unsplit")) else 0
         wanted["unsplit"] = ((unsplit,), rounded)
         wanted["rate_sums"] = ((len(self.trajectory.fingerprint.blocks),), (torch.float64,))
         wanted["audit_ids"] = ((min(audited, _MOST_AUDITED),), (torch.int64,))
         kinds = (self.trajectory.dtype,) if self.trajectory.projection.keeps_everything else rounded
         wanted["audit_rows"] = ((audited, len(self.trajectory.coordinates)), kinds)
-        operator = self.parameters if _length(tensors.get("operator")) else 0
-        wanted["operator"] = ((operator,), rounded)
+        for name in PACKABLE:
+            if f"{name}.codes" in tensors and rounded != (torch.float64,):
+                codes, scales = PackedVector.shapes(self.parameters, name == "operator")
+                wanted |= {f"{name}.codes": (codes, (torch.uint8,)), f"{name}.scales": (scales, (torch.float32,))}
+            else:
+                wanted[name] = vector if name != "operator" or _length(tensors.get(name)) else ((0,), rounded)
         _check_tensors(tensors, wanted)
+        for name in PACKABLE:
+            if f"{name}.codes" in wanted and not PackedVector.from_tensors(tensors, name, self.parameters).finite:
+                raise MisfitError(f"its vector {name} is not finite", "a scale that is too large", "numbers")
         self._check_directions({n.removeprefix(DIRECTIONS): t for n, t in tensors.items() if n.startswith(DIRECTIONS)})
         ids, most = tensors["audit_ids"], self.trajectory.num_examples
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= most or len(ids.unique()) < len(ids)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,27 +13,20 @@ from torch import Tensor
 from pkexplain.projection.base import Projection
 from pkexplain.projection.coordinates import Coordinates
 from pkexplain.projection.kinds import projection_from_description
+from pkexplain.projection.packed import PackedVector, Vector
 from pkexplain.projection.projector import Projector
 from pkexplain.store.fingerprint import ModelFingerprint
 from pkexplain.store.manifest import FIRST_CHECKPOINT, InputEntry, Manifest, SegmentFiles, SegmentSummary
 from pkexplain.store.rows import Rows
 
-__all__ = ["DIRECTIONS", "Checkpoint", "Segment", "Trajectory"]
+__all__ = ["DIRECTIONS", "PACKABLE", "Checkpoint", "Segment", "Trajectory"]
 
 DIRECTIONS = "directions."
 """How the names of the tensors of a segment's directions begin."""
 
-_VECTORS = (
-    "row_sum",
-    "weight_decay",
-    "unsplit",
-    "optimizer",
-    "audit_ids",
-    "audit_rows",
-    "withdrawn",
-    "rate_sums",
-    "operator",
-)
+_TENSORS = ("row_sum", "unsplit", "audit_ids", "audit_rows", "withdrawn", "rate_sums")
+PACKABLE = ("weight_decay", "optimizer", "operator")
+"""Vectors of a segment that may be packed."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +75,14 @@ class Segment:
 
     shards: tuple[Rows, ...]
     row_sum: Tensor
-    weight_decay: Tensor
+    weight_decay: Vector
     unsplit: Tensor
-    optimizer: Tensor
+    optimizer: Vector
     audit_ids: Tensor
     audit_rows: Tensor
     withdrawn: Tensor
     rate_sums: Tensor
-    operator: Tensor
+    operator: Vector
     directions: Mapping[str, Tensor] = field(default_factory=dict)
     examples: int = 0
 
@@ -158,6 +152,9 @@ class Segment:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to store with the rows."""
         vectors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        for name in PACKABLE:
+            value = getattr(self, name)
+            vectors |= value.tensors(name) if isinstance(value, PackedVector) else {}
         return vectors | {f"{DIRECTIONS}{name}": value for name, value in self.directions.items()}
 
     @classmethod
@@ -167,9 +164,21 @@ class Segment:
         shards: Iterable[Mapping[str, Tensor]],
         counts: Sequence[int],
         examples: int,
+        parameters: int,
     ) -> Segment:
-        """Rebuild the segment of so many examples from stored tensors; each shard has the rows of so many of them."""
-        named = {name: tensors[name] for name in _VECTORS}
+        """Rebuild a segment from stored tensors.
+
+        Args:
+            tensors: Everything but its rows.
+            shards: The tensors of its rows.
+            counts: Of how many examples each shard has the rows.
+            examples: How many examples there are.
+            parameters: The size of θ.
+        """
+        named: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
+        for name in PACKABLE:
+            packed = f"{name}.codes" in tensors
+            named[name] = PackedVector.from_tensors(tensors, name, parameters) if packed else tensors[name]
         directions = {n.removeprefix(DIRECTIONS): v for n, v in tensors.items() if n.startswith(DIRECTIONS)}
         rows = tuple(Rows.from_tensors(*shard) for shard in zip(shards, counts, strict=True))
         return cls(rows, examples=examples, directions=directions, **named)
@@ -260,6 +269,7 @@ class Trajectory:
             map(self.read, files.rows),
             files.counts,
             max(sum(files.counts), self.first + self.num_examples),
+            sum(block.numel for block in self.fingerprint.blocks),
         )
         if self.first or whole.examples > self.num_examples:
             return whole.subset(slice(self.first, self.first + self.num_examples))
