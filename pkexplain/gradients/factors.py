@@ -115,6 +115,11 @@ class MatrixGradient(ExampleGradients):
         """Return the number of examples."""
         return len(self.output_gradients)
 
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of their dtype and device."""
+        return self.output_gradients[:0]
+
     def weighted(self, weights: Tensor) -> Tensor:
         """Sum over the examples, each times its weight: every form is linear in its output gradients."""
         g = self.output_gradients

@@ -32,7 +32,6 @@ from pkexplain.optimizers.row_target import (
 )
 from pkexplain.optimizers.rules import LinearStep
 from pkexplain.projection.base import WarmUp
-from pkexplain.projection.packed import Vector, pack
 from pkexplain.projection.projector import Projector
 from pkexplain.store.scratch import MEMORY_BYTES
 
@@ -106,10 +105,10 @@ class DisplacementAccumulator:
             self._steps.append(numbers)
             self.arrived.append(numbers)
         self._held += [(position, batch, scale) for batch in batches]
+        if self._exactly is not None:  # before anything is rounded
+            self._exactly.step(numbers, [self._audited(batch, scale) for batch in batches])
         if self._target is None and self._warm():
             self._bind()
-        if self._exactly is not None:
-            self._exactly.step(numbers, [self._audited(batch, scale) for batch in batches])
         if self._target is not None:
             self._enter_held(self._target)
             if self._waiting >= self._spec.num_examples:
@@ -159,7 +158,7 @@ class DisplacementAccumulator:
             for block, moves in self._still.items():
                 operator[self._spec.spans[block]] *= moves
             # The rounding of what is stored is on the optimizer line.
-            stored = self._stored(operator.div_(factors))
+            stored = self._spec.stored_operator(operator.div_(factors))
             projector, operator = projector.with_operator(stored), operator.copy_(stored.to(operator)).mul_(factors)
             examples, audit_rows = (operator * fitted.moved).neg_(), self._exactly.close()
             expected = factors * fitted.moved
@@ -177,12 +176,6 @@ class DisplacementAccumulator:
         if len(carried[1]):
             row_sum += carried[1]
         return Totals(rows, derivatives, ids, audit_rows, examples, projector, balance, row_sum)
-
-    def _stored(self, operator: Tensor) -> Vector:
-        """Round an operator as it is stored."""
-        if self._spec.packs and bool((operator >= 0).all()):
-            return pack(operator, logarithmic=True)
-        return operator.to(self._spec.operator_dtype, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two segments: tensors, numbers and dataclasses of them."""
@@ -215,10 +208,19 @@ class DisplacementAccumulator:
             self._earlier, self._target = (target, None) if follows else (None, target)
 
     def _warm(self) -> bool:
-        """Whether enough gradients wait to fix the projection."""
-        examples = sum(batch.everywhere for _, batch, _ in self._held)
-        held = self._spec.group.all_reduce_max(sum(batch.nbytes for _, batch, _ in self._held))
-        return examples >= self._spec.projection.warm_up or held >= self._spec.projection.warm_up_bytes
+        """Whether enough gradients wait to fix the projection; where they are too few for their memory, round them."""
+        projection, examples = self._spec.projection, sum(batch.everywhere for _, batch, _ in self._held)
+        if examples >= projection.warm_up:
+            return True
+        full = self._bytes_held() >= projection.warm_up_bytes
+        if full and examples < projection.choosing:
+            for _, batch, _ in self._held:
+                batch.round()
+            full = self._bytes_held() >= projection.warm_up_bytes
+        return full
+
+    def _bytes_held(self) -> float:
+        return self._spec.group.all_reduce_max(sum(batch.nbytes for _, batch, _ in self._held))
 
     def _bind(self, over: bool = False) -> Target:
         """Fix the projection from the waiting gradients, and from what is left of earlier ones.

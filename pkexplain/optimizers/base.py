@@ -13,9 +13,11 @@ from torch import Tensor
 from pkexplain.distributed import ProcessGroup
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block
+from pkexplain.gradients.rounded import rounded
 from pkexplain.optimizers.displacement import Factors, RowAccumulator
 from pkexplain.projection.base import Projection
 from pkexplain.projection.coordinates import Coordinates
+from pkexplain.projection.packed import Vector, pack
 from pkexplain.projection.projector import Projector
 from pkexplain.store.scratch import zeros_on_disk
 
@@ -31,6 +33,9 @@ _AUDIT_EXAMPLES = 16
 _AUDIT_NUMBERS = 1 << 23
 """The most numbers that a segment keeps of them: 32 MiB in float32."""
 
+_MISSED = 1e-2
+"""The share of ‖Δθ‖ that the rounding of one of the ledger's vectors may take."""
+_SEEDS = (1 << 63) - 1
 _UNPACKED = 1 << 20
 """Vectors of up to so many parameters are stored in half precision, which costs little then."""
 
@@ -84,6 +89,11 @@ class CapturedBatch:
             # a copy: a layer's input may be a parameter that changes, or a buffer that the next batch is written into
             self.pieces[index] = position, gradients.select(everyone) if compact is gradients else compact
 
+    def round(self) -> None:
+        """Keep the waiting gradients in twelve bits a number."""
+        seed = hash(tuple(self.ids.tolist())) & _SEEDS
+        self.pieces = [(position, rounded(gradients, seed ^ position)) for position, gradients in self.pieces]
+
     def loss_derivatives(self, factor: float, like: Tensor) -> Tensor:
         """Return the loss derivatives as the optimizer saw them, nan if there are none, ``(batch,)``."""
         if self.derivatives is None:
@@ -123,8 +133,28 @@ class RecordingSpec:
         """Dtype in which a segment's vectors are stored, apart from its checkpoint."""
         return torch.float64 if self.like.dtype == torch.float64 else torch.bfloat16
 
+    def stored_operator(self, operator: Tensor) -> Vector:
+        """Round an operator, ``(parameters,)``, as it is stored."""
+        if self._packs and bool((operator >= 0).all()):
+            return pack(operator, logarithmic=True)
+        return operator.to(self.operator_dtype, copy=True)
+
+    def stored_line(self, line: Tensor, displacement: Tensor, seed: int) -> Vector:
+        """Round one of the ledger's vectors as it is stored: in four bits if that misses little of Δθ.
+
+        Args:
+            line: The vector, ``(parameters,)``.
+            displacement: Δθ, ``(parameters,)``.
+            seed: Of the random numbers by which it is rounded.
+        """
+        if self._packs:
+            packed = pack(line, seed=seed)
+            if bool((packed.to(line) - line).norm() <= _MISSED * displacement.norm()):
+                return packed
+        return line.to(self.operator_dtype)
+
     @property
-    def packs(self) -> bool:
+    def _packs(self) -> bool:
         """Whether those vectors may take fewer bits: not where they are to be exact, nor of a small model."""
         return not (self.size <= _UNPACKED or self.like.dtype == torch.float64 or self.projection.keeps_everything)
 

@@ -18,7 +18,6 @@ from pkexplain.optimizers.accumulator import DisplacementAccumulator
 from pkexplain.optimizers.base import CapturedBatch, RecordingSpec, Totals
 from pkexplain.optimizers.displacement import MomentumBuffer
 from pkexplain.optimizers.rules import LinearStep
-from pkexplain.projection.packed import Vector, pack
 from pkexplain.projection.projector import Projector
 from pkexplain.store.manifest import SegmentSummary, SplitSummary
 from pkexplain.store.rows import Rows
@@ -28,8 +27,6 @@ from pkexplain.store.trajectory import Segment
 __all__ = ["AppliedStep", "SegmentAccountant"]
 
 _ROWS_AT_ONCE = 4096
-_MISSED = 1e-2
-"""The share of ‖Δθ‖ that the rounding of one of the ledger's vectors may take."""
 _CHECKED_STEP = 16
 """Captured gradients are compared with the gradient at a segment's first step and every this many steps."""
 
@@ -226,7 +223,7 @@ class SegmentAccountant:
         accumulator = self._accumulator = self._accumulator or self._open(elementwise=False)
         dtype = self._spec.operator_dtype
         totals = accumulator.close()
-        decay = self._stored(self._decay.close(), displacement)
+        decay = self._spec.stored_line(self._decay.close(), displacement, self.total_steps)
         self._sum_rates(accumulator, displacement)  # their sizes are known: no gradient is needed any more
         rate_sums = self._rate_sums.close(totals.balance)
         totals = self._shortened(totals, rate_sums)
@@ -244,7 +241,7 @@ class SegmentAccountant:
             row_sum=self._spec.group.all_reduce(rows.sum().to(remainder.device)),
             weight_decay=decay,
             unsplit=unsplit,
-            optimizer=self._stored(remainder, displacement),
+            optimizer=self._spec.stored_line(remainder, displacement, self.total_steps + 1),
             audit_ids=accumulator.audit_ids,
             audit_rows=totals.audit_rows.to(self._spec.audit_dtype),
             withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64, device="cpu"),
@@ -270,14 +267,6 @@ class SegmentAccountant:
         )
         self._begin()
         return segment, summary
-
-    def _stored(self, line: Tensor, displacement: Tensor) -> Vector:
-        """Round one of the ledger's vectors as it is stored: in four bits if that misses little of Δθ."""
-        if self._spec.packs:
-            packed = pack(line)
-            if bool((packed.to(line) - line).norm() <= _MISSED * displacement.norm()):
-                return packed
-        return line.to(self._spec.operator_dtype)
 
     def _shortened(self, totals: Totals, rate_sums: Tensor) -> Totals:
         """Make a segment's wide rows as short as they are stored."""

@@ -19,6 +19,7 @@ from pkexplain.distributed import ProcessGroup
 from pkexplain.gradients.compressed import CompressedGradient
 from pkexplain.gradients.factors import LinearGradient, MatrixGradient
 from pkexplain.gradients.layers import Block
+from pkexplain.gradients.rounded import RoundedGradient
 from pkexplain.projection._subspace import leading_eigenvectors
 from pkexplain.projection.maps import RANDOM_WIDTH, Pieces, RowFactors, random_signs
 
@@ -127,6 +128,7 @@ class Seen:
     seed: int
     group: ProcessGroup
     weights: list[Tensor] = field(default_factory=list)
+    _unpacked: dict[int, list[tuple[MatrixGradient, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Hold back examples with large gradients."""
@@ -139,7 +141,7 @@ class Seen:
         mixers = []
         for side, width in enumerate(gradients.matrix):
             signs = random_signs(self.seed, (1 << 32) + 2 * position + side, (min(_NORM_SKETCH, width), width))
-            mixers.append(self.multiplied(signs.to(gradients.output_gradients), position, side))
+            mixers.append(self.multiplied(signs.to(gradients.like), position, side))
         return gradients.sketch(*mixers).flatten(1).double().square().sum(1).cpu()
 
     def multiplied(self, mixer: Tensor, position: int, side: int) -> Tensor:
@@ -153,13 +155,16 @@ class Seen:
         return float(self.group.all_reduce(torch.stack(own).sum()))
 
     def of(self, position: int) -> list[tuple[MatrixGradient, Tensor]]:
-        """Return one block's gradients, with the weights of their examples."""
-        return [
-            (g, weights)
-            for pieces, weights in zip(self.batches, self.weights, strict=True)
-            for p, g in pieces
-            if p == position and isinstance(g, MatrixGradient)
-        ]
+        """Return one block's gradients, with the weights of their examples; those of the last block asked for stay."""
+        if position not in self._unpacked:
+            self._unpacked.clear()
+            self._unpacked[position] = [
+                (g.unpacked() if isinstance(g, RoundedGradient) else g, weights)
+                for pieces, weights in zip(self.batches, self.weights, strict=True)
+                for p, g in pieces
+                if p == position and isinstance(g, MatrixGradient)
+            ]
+        return self._unpacked[position]
 
 
 def _vectors(seen: Seen, position: int, side: int, mixer: Tensor) -> list[Tensor]:
@@ -179,7 +184,7 @@ def _vectors(seen: Seen, position: int, side: int, mixer: Tensor) -> list[Tensor
     every = -(-examples // vectors)  # one in so many examples counts, as much as all of them
     if (few := max(1, vectors // examples)) < len(mixer):  # all examples count, with fewer combinations each
         mixer = random_signs(seen.seed, (1 << 33) + 2 * position + side, (few, len(mixer))).to(mixer) @ mixer
-    like = mine[0][0].output_gradients
+    like = mine[0][0].like
     mixer = seen.multiplied(mixer.to(like), position, 1 - side)
     own = seen.multiplied(like.new_ones(1, width), position, side).T
     found: list[Tensor] = []

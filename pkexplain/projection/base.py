@@ -69,6 +69,11 @@ class Projection(ABC):
         """The most memory for them, and a batch more."""
         return 0
 
+    @property
+    def choosing(self) -> int:
+        """With fewer examples than this, memory for more is worth rounding them."""
+        return 0
+
     def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of stored rows, given the recorder's dtype."""
         return torch.float16 if dtype == torch.float32 else dtype

@@ -162,6 +162,11 @@ class Kronecker(Projection):
         """The most memory for them, and a batch more."""
         return self.warm_up_mib << 20
 
+    @property
+    def choosing(self) -> int:
+        """With fewer examples than this, memory for more is worth rounding them."""
+        return _CHOOSING
+
     def bind(self, blocks: Sequence[Block], like: Tensor, warm_up: WarmUp) -> Projector:
         """Find the principal directions of the gradients seen and make the map."""
         loose = sum(width for width in self._loose_widths(blocks).values())

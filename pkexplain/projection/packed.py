@@ -97,15 +97,20 @@ class PackedVector:
 Vector = Tensor | PackedVector
 
 
-def pack(vector: Tensor, logarithmic: bool = False) -> PackedVector:
+def pack(vector: Tensor, logarithmic: bool = False, seed: int = 0) -> PackedVector:
     """Pack a vector.
+
+    Numbers of four bits are rounded up or down at random, right on average: to round to the nearest would lose what
+    many small ones add up to.
 
     Args:
         vector: ``(size,)``.
         logarithmic: Whether what counts is each number's relative error, which is at most half a step of its block:
             eight bits for each number, none of which is negative.
+        seed: Of the numbers by which is decided how to round; torch's own are left alone.
     """
-    codes, scales = zip(*(_packed(part, logarithmic) for part in _blocks(vector)), strict=True)
+    generator = None if logarithmic else torch.Generator(vector.device).manual_seed(seed)
+    codes, scales = zip(*(_packed(part, generator) for part in _blocks(vector)), strict=True)
     return PackedVector(torch.cat(codes), torch.cat(scales), len(vector))
 
 
@@ -115,10 +120,12 @@ def _blocks(vector: Tensor) -> Iterator[Tensor]:
         yield padded.view(-1, _BLOCK)
 
 
-def _packed(blocks: Tensor, logarithmic: bool) -> tuple[Tensor, Tensor]:
-    if not logarithmic:
+def _packed(blocks: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    if generator is not None:
         scales = blocks.abs().amax(1) / _LEVELS
-        codes = (blocks / torch.where(scales > 0, scales, 1.0)[:, None]).round().add_(_LEVELS).to(torch.uint8)
+        chance = torch.rand(blocks.shape, generator=generator, device=blocks.device)
+        levels = (blocks / torch.where(scales > 0, scales, 1.0)[:, None]).add_(chance).floor_()
+        codes = levels.clamp_(-_LEVELS, _LEVELS).add_(_LEVELS).to(torch.uint8)
         return (codes[:, ::2] | codes[:, 1::2] << 4).flatten(), scales
     positive, logs = blocks > 0, blocks.log()
     low = torch.where(positive, logs, torch.inf).amin(1)
