@@ -171,8 +171,7 @@ class MatrixGradient(ExampleGradients):
 
     def compact(self) -> MatrixGradient:
         """Return the same gradients in the form that takes less memory: factored, or formed."""
-        g = self.output_gradients
-        rows, columns = self.matrix
+        g, (rows, columns) = self.output_gradients, self.matrix
         if self.nbytes <= len(g) * rows * columns * g.element_size():
             return self
         return FormedGradient(self.sketch(None, None), self.weight, self.bias, self.positions)

@@ -133,8 +133,9 @@ class Kronecker(Projection):
             the training of this model; ``k`` or fewer for no second stage.
         warm_up_examples: Examples of each segment whose gradients wait in memory until its directions are known: the
             first steps alone are not like the others.
-        warm_up_mib: The most memory for waiting gradients, in MiB (of 2²⁰ bytes), and a batch more. More of it is more
-            exact where an example's gradient is large: tokens times widths, added up over the layers.
+        warm_up_mib: The most memory for waiting gradients, in MiB (of 2²⁰ bytes), and a batch more; where it holds
+            fewer than 512 examples, they are rounded to twelve bits. More of it is more exact where an example's
+            gradient is large: tokens times widths, added up over the layers.
         seed: Seed of the random combinations and signs.
     """
 
