@@ -166,23 +166,24 @@ class TrajectoryModel:
         return self._trajectory.coordinates
 
     def _audited(self, t: int) -> Tensor:
-        """Read the audited displacements, weighted as a sample, ``(audited, coordinates)``."""
+        """Read the audited displacements that are a sample, weighted, ``(audited, coordinates)``, or none."""
 
         def read() -> Tensor:
-            rows = self._trajectory.segment(t).audit_rows.to(self.device, self.dtype)
-            return self.coordinates.weighted(rows)
+            rows = self._trajectory.segment(t).audit_rows[: 0 if self.coordinates.complete else None]
+            return self.coordinates.weighted(rows.to(self.device, self.dtype))
 
         return self._audits.get(t, read)
 
     def _ledger_vectors(self, t: int) -> Tensor:
-        """Stack Δθ_t, weight_decay_t, unsplit_t and optimizer_t, ``(4, parameters)``."""
+        """Stack Δθ_t, weight_decay_t, unsplit_t, optimizer_t, ``(4, parameters)``, and audited vectors if complete."""
 
         def read() -> Tensor:
             segment = self._trajectory.segment(t)
             moved = self._checkpoint(t + 1) - self._checkpoint(t)
             unsplit = segment.unsplit if len(segment.unsplit) else torch.zeros_like(moved)
             lines = (segment.weight_decay, unsplit, segment.optimizer)
-            return torch.stack([moved, *(line.to(moved) for line in lines)])
+            named = torch.stack([moved, *(line.to(moved) for line in lines)])
+            return torch.cat([named, segment.audit_rows.to(moved)]) if self.coordinates.complete else named
 
         return self._vectors.get(t, read)
 
@@ -260,11 +261,12 @@ class TrajectoryModel:
                 for part in piece.select(some).parts():
                     here, start = slice(start, start + part.shape[1]), start + part.shape[1]
                     span = slice(block.start + here.start, block.start + here.stop)
-                    sampled, places = self.coordinates.within(position, here)
+                    sampled, places = self.coordinates.within(position, here)  # all of them, or a sample
                     part = part.to(self.dtype)
                     for row, (named, audited), length in zip(found, vectors, lengths, strict=True):
                         row[some, : len(named)] += part @ named[:, span].T
-                        row[some, len(named) : length] += part[:, places] @ audited[:, sampled].T
+                        if len(audited):
+                            row[some, len(named) : length] += part[:, places] @ audited[:, sampled].T
             for t, rows, length in zip(segments, found, lengths, strict=True):
                 self._projectors[t].add_covectors(rows[:, length:], position, piece)
         products = [Products(rows, width) for rows, width in zip(found, widths, strict=True)]
