@@ -41,6 +41,7 @@ from pkexplain.explain.token_outputs import TokenLogProbability
 from pkexplain.optimizers.registry import register_update_rule
 from pkexplain.optimizers.rules import LinearStep, UpdateRule
 from pkexplain.projection.kinds import Identity, Kronecker, SparseSign
+from pkexplain.record.loaders import indexed
 from pkexplain.record.recorder import Recorder
 from pkexplain.record.verification import verify_recording
 from pkexplain.results.comparison import Comparison
@@ -95,6 +96,7 @@ __all__ = [
     "compare",
     "copy_run",
     "evaluation",
+    "indexed",
     "merge",
     "register_update_rule",
     "salvage",

@@ -14,7 +14,11 @@ __all__ = ["check_ids", "first_tensor"]
 
 
 def check_ids(
-    ids: Sequence[int] | Tensor, num_examples: int, asked: str = "recorder.step(ids)", gone: Sequence[int] = ()
+    ids: Sequence[int] | Tensor,
+    num_examples: int,
+    asked: str = "recorder.step(ids)",
+    gone: Sequence[int] = (),
+    repeats: bool = False,
 ) -> Tensor:
     """Check example ids and return them as a tensor of row numbers, ``(batch,)``.
 
@@ -23,13 +27,14 @@ def check_ids(
         num_examples: The number of examples.
         asked: The argument they were passed as.
         gone: Examples that were withdrawn.
+        repeats: Whether an example may come more than once.
 
     Raises:
-        ExampleIdError: They are not integers in one dimension, in range and without repeats.
+        ExampleIdError: They are not integers in one dimension, in range and without repeats unless these are allowed.
     """
 
     def bad(wrong: str, got: Any, fix: str) -> ExampleIdError:
-        expected = f"different integers from 0 to {num_examples - 1}"
+        expected = f"{'' if repeats else 'different '}integers from 0 to {num_examples - 1}"
         return ExampleIdError(asked, wrong, got=got, expected=expected, source=f"{num_examples=}", fix=fix)
 
     try:
@@ -54,9 +59,8 @@ def check_ids(
     if len(withdrawn):
         raise bad("these examples were withdrawn from the run", list(map(int, withdrawn[:5])), "Train without them")
     values, counts = tensor.unique(return_counts=True)
-    if len(values) < len(tensor):
-        fix = "Use an example once in a batch, or in two batches with accumulate=True"
-        raise bad("ids are repeated in one batch", values[counts > 1][:5].tolist(), fix)
+    if len(values) < len(tensor) and not repeats:
+        raise bad("ids are repeated", values[counts > 1][:5].tolist(), "Pass each example once")
     return tensor
 
 

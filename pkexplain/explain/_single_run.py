@@ -86,9 +86,9 @@ class RunExplainer:
         self.trajectory = store.trajectory(setting.segments)
         whole = len(store.manifest().segments)
         self.run_segments = whole if setting.segments is not None and whole > setting.segments else None
-        self.trajectory.fingerprint.check(model)
         device = torch.device(setting.device) if setting.device else next(model.parameters()).device
         self.model = copy_model(model).to(device).eval()
+        self.trajectory.fingerprint.check(self.model)
         groups = {name: block.group for block in self.trajectory.fingerprint.blocks for name in block.parameters}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in groups)

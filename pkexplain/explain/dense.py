@@ -93,8 +93,8 @@ def path_kernel(
     """
     trajectory = open_store(run).trajectory()
     _refuse_what_is_not_exact(trajectory)
-    trajectory.fingerprint.check(model)
     model = copy_model(model).eval()  # it is moved along the run, and another thread may be using the user's
+    trajectory.fingerprint.check(model)
     queries = as_queries(x, trajectory.inputs, next(model.parameters()).device, trajectory.manifest.output)
     field = _Field(model, trajectory)
     final = field.at_checkpoint(len(trajectory), lambda: queries.run(model).detach())

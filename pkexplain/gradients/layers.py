@@ -14,6 +14,7 @@ from pkexplain.errors import ConfigurationError, UnsupportedLayerError
 from pkexplain.gradients import _layer_rules as rules
 from pkexplain.gradients._layer_rules import Parts, Rule, Use
 from pkexplain.gradients._recurrent import recurrent, recurrent_axes, recurrent_misuse, recurrent_unfit
+from pkexplain.gradients.compiled import named_modules, named_parameters
 from pkexplain.gradients.factors import DenseGradient, ExampleGradients, MatrixGradient
 
 __all__ = ["Block", "Layer", "find_layers", "flatten_blocks", "refusal"]
@@ -231,17 +232,17 @@ def find_layers(model: nn.Module, groups: dict[str, int]) -> tuple[list[Layer], 
         )
     layers, blocks = _lay_out(sorted(_owned(model, groups), key=lambda owned: owned.group))
     known = {id(layer.module) for layer in layers}
-    norms = [(path, m) for path, m in model.named_modules() if isinstance(m, _BATCH_NORM) and id(m) not in known]
+    norms = [(path, m) for path, m in named_modules(model) if isinstance(m, _BATCH_NORM) and id(m) not in known]
     return [*layers, *(Layer(path, module, rules.batch_norm, ()) for path, module in norms)], blocks
 
 
 def _owned(model: nn.Module, groups: dict[str, int]) -> Iterator[_Owned]:
     """Iterate over the modules that own parameters to record, with one entry for each of their blocks."""
-    names = {id(p): n for n, p in model.named_parameters()}
+    names = {id(p): n for n, p in named_parameters(model)}
     owners: dict[str, int] = {}
     found: list[tuple[str, nn.Module, dict[str, str]]] = []
     inside: set[nn.Module] = set()
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if module in inside:
             continue
         whole = _composite(module) is not None or isinstance(module, nn.MultiheadAttention)

@@ -8,12 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pkexplain.gradients.compiled import uncompiled
+
 __all__ = ["copy_model"]
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Copy a model; a tensor that a module keeps from its last forward pass is copied without its graph."""
-    memo = {id(t): t.detach().clone() for part in model.modules() for t in _kept(vars(part)) if not t.is_leaf}
+    """Copy a model, as it was before `torch.compile`.
+
+    A tensor that a module keeps from its last forward pass is copied without its graph.
+    """
+    model = uncompiled(model)
+    memo: dict[int, Any] = {id(t): t.detach().clone() for p in model.modules() for t in _kept(vars(p)) if not t.is_leaf}
+    for part in reversed(list(model.modules())):  # those inside others first
+        if uncompiled(part) is not part:
+            memo[id(part)] = copy.deepcopy(uncompiled(part), memo)
     return copy.deepcopy(model, memo)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pkexplain.errors import ConfigurationError, NonFiniteGradientError, RecordingError, warn
+from pkexplain.gradients.compiled import compiled_parts
 from pkexplain.optimizers.base import CapturedBatch
 
 
@@ -21,6 +22,8 @@ def check_arguments(model: nn.Module, **given: Any) -> None:
     n, segments = given["num_examples"], given["segments"]
     rules: list[tuple[str, bool, str, str]] = [
         ("num_examples", _is_count(n), "an integer from 1 up", "Give len(train)"),
+        ("augmented", isinstance(given["augmented"], bool), "True or False", "Leave it out"),
+        ("overwrite", isinstance(given["overwrite"], bool), "True or False", "Leave it out"),
         ("segments", segments == "epoch" or _is_count(segments), '"epoch" or a number of steps', "Leave it out"),
         ("unsplit", given["unsplit"] in ("warn", "refuse"), '"warn" or "refuse"', "Leave it out"),
         ("dtype", given["dtype"] in (torch.float32, torch.float64), "float32 or float64", "Leave it out"),
@@ -32,15 +35,12 @@ def check_arguments(model: nn.Module, **given: Any) -> None:
             raise ConfigurationError(
                 f"Recorder({name}=…)", wrong, got=repr(given[name]), expected=expected, source=source, fix=fix
             )
-    compiled = [name for name, part in model.named_modules() if getattr(part, "_compiled_call_impl", None) is not None]
-    wrapped = hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel)
-    if wrapped or compiled:
-        got = type(model).__name__ if wrapped else f"compile() was called on {compiled[0] or 'the model itself'!r}"
+    if isinstance(model, nn.DataParallel):
         raise _not_this_model(
-            "hooks do not reach the layers of a wrapped or compiled model",
-            got,
+            "hooks do not reach the copies of the model that it makes in every forward pass",
+            type(model).__name__,
             "the model itself, or its DistributedDataParallel",
-            "Record the model without torch.compile and DataParallel",
+            "Train without DataParallel, or with DistributedDataParallel",
         )
     sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]
     if sharded:
@@ -142,6 +142,24 @@ def not_after_a_torn_step() -> RecordingError:
         "an earlier step was not recorded as a whole",
         "a step after an error inside the recording of another",
         "Leave the 'with' block; Recorder.resume continues from the last recorder.save()",
+    )
+
+
+def warn_of_compiled(model: nn.Module) -> None:
+    """Warn that a compiled model runs as it was written while it is recorded."""
+    if compiled_parts(model):
+        warn(
+            "pkexplain: the model is compiled; while it is recorded it runs eagerly, as hooks do not reach compiled "
+            "code. The training is then that of the model without torch.compile: dropout draws other masks than "
+            "compiled code would, and a step takes as long as it does without it."
+        )
+
+
+def warn_of_unapplied(examples: int) -> None:
+    """Warn that the last gradients were never given to the optimizer."""
+    warn(
+        f"pkexplain: the gradients of the last {examples} examples were never applied: no optimizer.step() followed "
+        "them. They moved nothing, and have no part in any explanation."
     )
 
 

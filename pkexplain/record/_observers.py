@@ -87,9 +87,7 @@ class InputShapes:
         """Note the inputs of every forward pass with ``examples`` rows."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
-            nested = {n: value.items() for n, value in named.items() if isinstance(value, Mapping)}
-            named |= {f"{name}.{inner}": part for name, parts in nested.items() for inner, part in parts}
+            named = named_inputs(args, kwargs)
             self.axes |= _batch_axes(named, examples)
             for name, value in named.items():
                 if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != examples:
@@ -105,6 +103,13 @@ class InputShapes:
             yield
         finally:
             handle.remove()
+
+
+def named_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Name a model's inputs by position or name, and the parts of those that are mappings ``"0.input_ids"``."""
+    named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    nested = {n: value.items() for n, value in named.items() if isinstance(value, Mapping)}
+    return named | {f"{name}.{inner}": part for name, parts in nested.items() for inner, part in parts}
 
 
 def _batch_axes(inputs: Any, examples: int) -> set[int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pkexplain.gradients import devices
+from pkexplain.gradients.compiled import named_parameters
 from pkexplain.gradients.devices import fetch
 from pkexplain.gradients.layers import Block
 from pkexplain.optimizers.rules import LinearStep, UpdateRule
@@ -22,6 +23,40 @@ def skips(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step will change nothing, because a loss scaler found a gradient that is not finite."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def closure_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
+    """The closure that an optimizer's ``step`` was given, if any.
+
+    Args:
+        args: Its arguments; the first is the optimizer.
+        kwargs: Its named arguments.
+
+    Raises:
+        RecordingError: It was given something else.
+    """
+    given = [value for value in (*args[1:], *kwargs.values()) if value is not None]
+    if not given:
+        return None
+    if len(given) == 1 and callable(given[0]):
+        return given[0]
+    raise broken(
+        "optimizer.step() was given arguments",
+        ", ".join(type(value).__name__ for value in given),
+        "Call loss.backward() yourself, then optimizer.step() without arguments, or with a closure that does it",
+    )
+
+
+def with_result(loss: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with a closure that only returns the loss: every optimizer with a rule evaluates it once."""
+
+    def known() -> Any:
+        return loss
+
+    def instead(value: Any) -> Any:
+        return known if callable(value) else value
+
+    return (args[0], *map(instead, args[1:])), {name: instead(value) for name, value in kwargs.items()}
 
 
 def _spread(value: Any) -> bool:
@@ -55,7 +90,7 @@ class StepReader:
     ) -> None:
         """Find the parameters."""
         self._model, self._optimizers, self._blocks, self._like = model, optimizers, blocks, like
-        named = dict(model.named_parameters())
+        named = dict(named_parameters(model))
         self._parameters = [named[name] for block in blocks for name in block.parameters]
         self._known = {id(p) for p in self._parameters}
         self._others = {n: (p, p._version) for n, p in named.items() if id(p) not in self._known}
@@ -63,19 +98,6 @@ class StepReader:
         self._before: dict[int, dict[str, Any]] = {}
         self.applied = like
         self._counts: dict[int, Tensor] = {}  # steps taken before, where an optimizer counts on a GPU
-
-    def refuse_closure(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Refuse a closure, which the optimizer may evaluate any number of times.
-
-        Raises:
-            RecordingError: ``step`` was given a closure.
-        """
-        if any(value is not None for value in (*args[1:], *kwargs.values())):  # the first is the optimizer
-            raise broken(
-                "optimizer.step() was given a closure",
-                "a loss that the optimizer may evaluate several times",
-                "Call loss.backward() yourself, then optimizer.step() without arguments",
-            )
 
     def refuse_unknown_parameters(self) -> None:
         """Refuse a parameter that the optimizer updates and the recorder does not know.
@@ -86,7 +108,7 @@ class StepReader:
         for group in self._optimizers.groups:
             for parameter in group["params"]:
                 if parameter.requires_grad and id(parameter) not in self._known:
-                    names = [name for name, p in self._model.named_parameters() if p is parameter]
+                    names = [name for name, p in named_parameters(self._model) if p is parameter]
                     raise unknown_parameter(names[0] if names else f"of shape {tuple(parameter.shape)}")
 
     def refuse_movement_of_others(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pkexplain.distributed import ProcessGroup
 from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.compiled import named_parameters
 from pkexplain.gradients.layers import Block, flatten_blocks
 from pkexplain.optimizers.base import RecordingSpec
 from pkexplain.projection.base import Projection
@@ -18,6 +20,7 @@ from pkexplain.store.base import Store
 from pkexplain.store.directory import DirectoryStore
 from pkexplain.store.fingerprint import ModelFingerprint
 from pkexplain.store.manifest import FORMAT_VERSION, InputEntry, Manifest, OptimizerEntry, RecordingEntry
+from pkexplain.store.writer import STATES_KEPT
 from pkexplain.version import __version__
 
 
@@ -40,6 +43,10 @@ class Plan:
         projection: How gradients are compressed.
         like: An empty tensor of the dtype and device of the arithmetic.
         resumes: Whether the run already exists.
+        overwrite: Whether a run that is there is deleted.
+        augmented: Whether an example's inputs may differ from visit to visit.
+        dataset: The training set, if its rows are to be compared with the inputs.
+        keeps: How many saved states are kept.
     """
 
     store: Store
@@ -56,6 +63,10 @@ class Plan:
     projection: Projection
     like: Tensor
     resumes: bool = False
+    overwrite: bool = False
+    augmented: bool = False
+    dataset: Any = None
+    keeps: int | None = STATES_KEPT
 
     @property
     def names(self) -> list[str]:
@@ -65,7 +76,7 @@ class Plan:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The parameters, in the order of the flat vector."""
-        named = dict(self.model.named_parameters())
+        named = dict(named_parameters(self.model))
         return [named[name] for name in self.names]
 
     def spec(self, audited: Tensor | None = None) -> RecordingSpec:
@@ -78,6 +89,7 @@ class Plan:
         ended: str,
         fingerprint: ModelFingerprint,
         inputs: dict[str, InputEntry],
+        digests: dict[str, dict[str, str]],
         output: str | None,
     ) -> Manifest:
         """Describe the run; the writer adds what it has written.
@@ -86,6 +98,7 @@ class Plan:
             ended: How recording ended, in words.
             fingerprint: What the model must be.
             inputs: The inputs that were seen.
+            digests: Digests of those of some examples.
             output: Which tensor of its output is the prediction.
         """
         return Manifest(
@@ -95,12 +108,13 @@ class Plan:
             ended=ended,
             num_examples=self.num_examples,
             dtype="float64" if self.like.dtype == torch.float64 else "float32",
-            recording=RecordingEntry(segments=self.segments, unsplit=self.unsplit),
+            recording=RecordingEntry(segments=self.segments, unsplit=self.unsplit, augmented=self.augmented),
             optimizer=OptimizerEntry.of(*self.optimizers.all),
             projection=self.projection.describe(),
             columns=self.projection.columns(self.blocks),
             model=fingerprint,
             inputs=inputs,
+            digests=digests,
             output=output,
             segments=(),
             states=(),
@@ -112,4 +126,4 @@ class Plan:
 
     def point(self) -> Tensor:
         """Return the model's current θ, ``(parameters,)``."""
-        return flatten_blocks(self.blocks, dict(self.model.named_parameters()), self.like.dtype)
+        return flatten_blocks(self.blocks, dict(named_parameters(self.model)), self.like.dtype)

@@ -64,6 +64,7 @@ def recorded_arguments(store: Store, trajectory: Trajectory, num_examples: int |
         "projection": trajectory.projection,
         "segments": settings.segments,
         "unsplit": settings.unsplit,
+        "augmented": settings.augmented,
         "dtype": trajectory.dtype,
     }
 

@@ -14,8 +14,8 @@ from pkexplain.record._contract import broken
 
 __all__ = ["RollCall"]
 
-_DOING = ("steps", "accumulates a gradient", "refused its batch", "saves", "has left the recorder")
-STEP, ACCUMULATE, REFUSED, SAVE, END = range(len(_DOING))
+_DOING = ("steps", "accumulates a gradient", "refused its batch", "saves", "has left the recorder", "takes a batch")
+STEP, ACCUMULATE, REFUSED, SAVE, END, BATCH = range(len(_DOING))
 
 
 class RollCall:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pkexplain.gradients.compiled import named_buffers
 from pkexplain.gradients.interrupts import deferred_interrupts
 from pkexplain.optimizers.segment_accountant import SegmentAccountant
 from pkexplain.record._contract import warn_of_torn_step
@@ -57,7 +58,7 @@ class SegmentEnds:
 
     def checkpoint(self) -> Checkpoint:
         """Copy the model at the last segment's end."""
-        buffers = self._plan.model.named_buffers()
+        buffers = named_buffers(self._plan.model)
         return Checkpoint(self._start, {name: value.detach().clone() for name, value in buffers})
 
     @contextmanager

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pkexplain.distributed import find_process_group
 from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.compiled import named_parameters, uncompiled
 from pkexplain.gradients.layers import find_layers
 from pkexplain.projection.base import Projection
 from pkexplain.projection.kinds import Kronecker
-from pkexplain.record._contract import broken, check_arguments, not_between_steps
+from pkexplain.record._contract import broken, check_arguments, not_between_steps, warn_of_compiled
 from pkexplain.record._optimizer_steps import StepReader
 from pkexplain.record._optimizers import Optimizers
 from pkexplain.record._plan import Plan
 from pkexplain.record._resume import recorded_arguments
 from pkexplain.record._session import Session
+from pkexplain.record.loaders import DrawnIds, Draws
 from pkexplain.store.base import Store
 from pkexplain.store.directory import open_store
 
 __all__ = ["Recorder"]
+
+_Batch = TypeVar("_Batch")
 
 
 class Recorder:
@@ -39,11 +44,17 @@ class Recorder:
         optimizer: Its optimizer, one that has an update rule: those of `torch.optim` but Muon, SparseAdam and L-BFGS,
             or one whose rule was passed to `pkexplain.register_update_rule`. Or a list, if several move the model;
             then each steps once in a recorded step.
-        num_examples: The number of training examples; ids run from 0 to ``num_examples - 1``.
+        num_examples: The number of training examples; ids run from 0 to ``num_examples - 1``. Not needed with
+            ``dataset``.
         projection: How gradients are compressed; ``Kronecker()`` by default.
         segments: ``"epoch"`` for a checkpoint after every ``num_examples`` visits, or a number of optimizer steps. If
             the optimizer divides by a second moment (Adam), the first segments are shorter: 1, 1, 2, 4, … steps.
         dtype: Dtype of the arithmetic and of the checkpoints, `torch.float32` or `torch.float64`.
+        augmented: Whether an example's inputs may differ from visit to visit. If not, the inputs of 64 examples are
+            compared whenever these come back, and a warning says so if they differ: then the ids are wrong.
+        dataset: The training set. Then the inputs of those examples are also compared with its rows, from the first
+            step on; pass ``num_examples`` instead if the loop changes inputs on their way to the model.
+        overwrite: Whether to delete a run that is there.
 
     Raises:
         UnsupportedOptimizerError: The optimizer has no update rule.
@@ -54,9 +65,11 @@ class Recorder:
         >>> import torch, pkexplain as pk
         >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.randint(2, (8,))
         >>> optimizer, store = torch.optim.SGD(model.parameters(), lr=0.1), pk.MemoryStore()
+        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4, shuffle=True)
         >>> with pk.Recorder(store, model, optimizer, num_examples=8) as recorder:
-        ...     with recorder.step(range(8)):
-        ...         torch.nn.functional.cross_entropy(model(x), y).backward()
+        ...     for inputs, labels in recorder.batches(loader):
+        ...         optimizer.zero_grad()
+        ...         torch.nn.functional.cross_entropy(model(inputs), labels).backward()
         ...         optimizer.step()
     """
 
@@ -66,19 +79,27 @@ class Recorder:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
-        num_examples: int,
+        num_examples: int | None = None,
         projection: Projection | None = None,
         segments: str | int = "epoch",
         unsplit: str = "warn",
         dtype: torch.dtype = torch.float32,
+        augmented: bool = False,
+        dataset: Any = None,
+        overwrite: bool = False,
     ) -> None:
         """Check that everything can be recorded, without writing anything."""
-        given = {"num_examples": num_examples, "segments": segments, "unsplit": unsplit}
-        check_arguments(model, **given, dtype=dtype)
-        wrapped, (model, group) = model, find_process_group(model)
+        if num_examples is None and dataset is not None:
+            num_examples = len(dataset)
+        given = {"num_examples": num_examples, "segments": segments, "unsplit": unsplit, "augmented": augmented}
+        check_arguments(model, **given, overwrite=overwrite, dtype=dtype)
+        assert num_examples is not None
+        warn_of_compiled(model)
+        wrapped, (model, group) = model, find_process_group(uncompiled(model))
+        model = uncompiled(model)
         optimizers = Optimizers(optimizer)
         in_group = {id(p): g for g, each in enumerate(optimizers.groups) for p in each["params"]}
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) in in_group}
+        named = {n: p for n, p in named_parameters(model) if p.requires_grad and id(p) in in_group}
         layers, found = find_layers(model, {name: in_group[id(p)] for name, p in named.items()})
         blocks = tuple(found)
         like = torch.empty(0, dtype=dtype, device=named[blocks[0].parameters[0]].device)
@@ -96,8 +117,12 @@ class Recorder:
             unsplit=unsplit,
             projection=projection or Kronecker(),
             like=like,
+            overwrite=overwrite,
+            augmented=augmented,
+            dataset=dataset,
         )
         self._session: Session | None = None
+        self._drawn: dict[int, DrawnIds] = {}
 
     @classmethod
     def resume(
@@ -146,6 +171,9 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the last segment and remove the hooks, also after an error."""
         session, self._session = self._session, None
+        for drawn in self._drawn.values():
+            drawn.remove()
+        self._drawn.clear()
         if session is not None:
             session.close(kind)
 
@@ -163,26 +191,90 @@ class Recorder:
             raise not_between_steps(recording=False)
         self._session.save()
 
+    def batches(self, loader: Iterable[_Batch]) -> Iterator[_Batch]:
+        """Iterate over a data loader; each turn of the loop is a recorded step.
+
+        Which examples are in a batch is read from the loader's sampler, so that data set and batches stay as they are.
+        The optimizer steps in the loop's body, or leaves the gradient for a later turn.
+
+        Args:
+            loader: A `torch.utils.data.DataLoader` of the training set, also with workers, a sampler of its own, or
+                prepared by Accelerate; not one of an iterable data set.
+
+        Yields:
+            The loader's batches.
+
+        Raises:
+            ConfigurationError: The loader's row numbers are not to be had, or are not those of the run.
+            RecordingError: The loop broke the contract; see `step`.
+        """
+        session = self._opened()
+        drawn = self._drawn.get(id(loader))
+        if drawn is None:
+            drawn = self._drawn[id(loader)] = DrawnIds(loader, self._plan.num_examples)
+        draws: Draws | None = None
+        for batch in loader:
+            if draws is None:
+                draws = drawn.follow()
+            session.steps.begin(draws.take(), None)
+            try:
+                yield batch
+            except GeneratorExit:  # the loop was left
+                if self._session is session:
+                    session.steps.leave()
+                raise
+            session.steps.end()
+
+    def begin(self, ids: Sequence[int] | Tensor, *, accumulate: bool | None = None) -> None:
+        """Begin a step whose parts are called from different places; `end` ends it. Otherwise use `step`.
+
+        Args:
+            ids: Each example's row number in the training set, ``(batch,)``.
+            accumulate: Whether the batch only adds to the gradient; None where that is to be seen at `end`.
+
+        Raises:
+            ExampleIdError: The ids are out of range, or of the wrong type.
+            RecordingError: A step is open already.
+        """
+        self._opened().steps.begin(ids, accumulate)
+
+    def end(self) -> None:
+        """End the step that `begin` began.
+
+        Raises:
+            RecordingError: No step is open, or the loop broke the contract; see `step`.
+        """
+        self._opened().steps.end()
+
+    def _opened(self) -> Session:
+        if self._session is None:
+            fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"
+            got = "a step before it was entered or after it was closed"
+            raise broken("the recorder is not open", got, fix)
+        return self._session
+
     @contextmanager
     def step(self, ids: Sequence[int] | Tensor, *, accumulate: bool = False) -> Iterator[None]:
         """Record one batch: its forward and backward passes and the optimizer's step.
 
         Args:
-            ids: Each example's row number in the training set, ``(batch,)``, without repeats within the batch.
+            ids: Each example's row number in the training set, ``(batch,)``. One that comes twice counts twice.
             accumulate: Whether the batch only adds to the gradient, and the optimizer steps in a later ``step``.
 
         Yields:
             Nothing.
 
         Raises:
-            ExampleIdError: The ids are out of range, repeated, or of the wrong length or type.
-            RecordingError: The loop broke the contract: nested, closed, no backward pass, no step, a closure, or a
-                parameter that the recorder does not know.
+            ExampleIdError: The ids are out of range, or of the wrong length or type.
+            RecordingError: The loop broke the contract: nested, closed, no backward pass, no step, or a parameter that
+                the recorder does not know.
             NonFiniteGradientError: The loss or a gradient is not finite; the optimizer did not step.
         """
-        if self._session is None:
-            fix = "Train inside 'with pkexplain.Recorder(…) as recorder:'"
-            got = "a step before it was entered or after it was closed"
-            raise broken("the recorder is not open", got, fix)
-        with self._session.step(ids, accumulate):
+        steps = self._opened().steps
+        steps.begin(ids, accumulate)
+        try:
             yield
+        except BaseException:
+            steps.abandon()
+            raise
+        steps.end()

@@ -24,8 +24,8 @@ class Store(ABC):
     """Where a run's manifest and tensors are kept."""
 
     @abstractmethod
-    def create(self, manifest: Manifest) -> None:
-        """Start a run.
+    def create(self, manifest: Manifest, overwrite: bool = False) -> None:
+        """Start a run; ``overwrite`` deletes one that is there.
 
         Raises:
             RunExistsError: There is one already.
@@ -200,7 +200,7 @@ def exists(store: Store, wrong: str = "it already holds a run") -> RunExistsErro
         got="a manifest" if wrong.endswith("run") else "a file of somebody else",
         expected="an empty directory",
         source="manifest.json" if wrong.endswith("run") else "the directory",
-        fix="Choose another directory, continue this run with Recorder.resume, or delete it first"
+        fix="Choose another directory, continue with Recorder.resume, or replace the run: Recorder(…, overwrite=True)"
         if wrong.endswith("run")
         else "Choose another directory",
     )

@@ -69,7 +69,7 @@ class DirectoryStore(Store):
         except OSError:
             return None
 
-    def create(self, manifest: Manifest) -> None:
+    def create(self, manifest: Manifest, overwrite: bool = False) -> None:
         """Start a run; one that was interrupted before its first segment was finished is replaced."""
         try:
             self._make_folder(self.path)
@@ -79,8 +79,10 @@ class DirectoryStore(Store):
             before = self.manifest() if (self.path / "manifest.json").exists() else None
         except RunDamagedError as error:
             raise exists(self) from error
-        if before is not None and before.segments:
+        if before is not None and before.segments and not overwrite:
             raise exists(self)
+        if before is not None and overwrite:
+            self._delete("manifest.json")  # then its files are no run's, and are swept
         self._files, self._read, self._dropped = {}, {}, set()  # of a run that was here before
         self.sweep()
         for name in claims(self.path, _FOLDERS):

@@ -10,6 +10,7 @@ from torch import nn
 
 from pkexplain.errors import ModelMismatchError
 from pkexplain.files import checksum
+from pkexplain.gradients.compiled import named_buffers, named_modules, named_parameters
 from pkexplain.gradients.layers import Block
 
 __all__ = ["ModelFingerprint"]
@@ -37,9 +38,9 @@ class ModelFingerprint:
     def of(cls, model: nn.Module, blocks: tuple[Block, ...]) -> ModelFingerprint:
         """Take a model's fingerprint."""
         recorded = {name for block in blocks for name in block.parameters}
-        frozen = {name: (tuple(p.shape), checksum(p)) for name, p in model.named_parameters() if name not in recorded}
-        dtypes = {name: str(p.dtype) for name, p in model.named_parameters()}
-        buffers = {name: tuple(b.shape) for name, b in model.named_buffers()}
+        frozen = {name: (tuple(p.shape), checksum(p)) for name, p in named_parameters(model) if name not in recorded}
+        dtypes = {name: str(p.dtype) for name, p in named_parameters(model)}
+        buffers = {name: tuple(b.shape) for name, b in named_buffers(model)}
         return cls(blocks, frozen, buffers, dtypes, _types(model))
 
     def check(self, model: nn.Module) -> None:
@@ -48,7 +49,7 @@ class ModelFingerprint:
         Raises:
             ModelMismatchError: A name, a shape or a frozen value differs; the message names the first one.
         """
-        here = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        here = {name: tuple(p.shape) for name, p in named_parameters(model)}
         recorded = {n: s for block in self.blocks for n, s in zip(block.parameters, block.shapes, strict=True)}
         wanted = {**recorded, **{n: shape for n, (shape, _) in self.frozen.items()}}
         for name in [*wanted, *(n for n in here if n not in wanted)]:
@@ -59,21 +60,21 @@ class ModelFingerprint:
             got, expected = (where.get(path, "no such module") for where in (types, self.modules))
             if got != expected:
                 raise _mismatch(path or "(the model itself)", got, expected, "module")
-        named = dict(model.named_parameters())
+        named = dict(named_parameters(model))
         for name, dtype in self.dtypes.items():
             if str(named[name].dtype) != dtype:
                 raise _mismatch(name, named[name].dtype, dtype)
         for name, (_, values) in self.frozen.items():
             if checksum(named[name]) != values:
                 raise _mismatch(name, "other values", "the values it was frozen at")
-        buffers = {n: tuple(b.shape) for n, b in model.named_buffers()}
+        buffers = {n: tuple(b.shape) for n, b in named_buffers(model)}
         for name, shape in self.buffers.items():
             if buffers.get(name) != shape:
                 raise _mismatch(name, buffers.get(name, "no such buffer"), shape)
 
 
 def _types(model: nn.Module) -> dict[str, str]:
-    return {path: type(module).__name__ for path, module in model.named_modules()}
+    return {path: type(module).__name__ for path, module in named_modules(model)}
 
 
 def _mismatch(name: str, got: Any, expected: Any, kind: str = "parameter") -> ModelMismatchError:

@@ -32,7 +32,7 @@ __all__ = [
     "StateEntry",
 ]
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 FIRST_CHECKPOINT = "checkpoints/00000.safetensors"
 FILE_NAME = re.compile(r"(?:checkpoints|segments|rows|states)/[0-9]{5,9}(?:\.[0-9]{3,6})?(?:-[0-9]{1,9})?\.safetensors")
 """The names that files of tensors have."""
@@ -96,6 +96,7 @@ class RecordingEntry(_Entry, frozen=True):
 
     segments: str | int
     unsplit: str = "warn"
+    augmented: bool = False
 
 
 class SplitSummary(_Entry, frozen=True):
@@ -230,6 +231,7 @@ class Manifest(_Entry, frozen=True):
         columns: k, how many numbers a row holds.
         model: What the model must be.
         inputs: The model's inputs by name, or position; empty where none was a tensor with a batch dimension.
+        digests: Digests of the inputs of some examples, by id and by the input's name or position.
         output: Which tensor of the model's output is the prediction, by its path; None if the loss did not show it.
         segments: The finished segments.
         states: The points from which a recording can be resumed.
@@ -251,6 +253,7 @@ class Manifest(_Entry, frozen=True):
     columns: int | None
     model: ModelFingerprint
     inputs: dict[str, InputEntry]
+    digests: dict[str, dict[str, str]]
     output: str | None
     segments: tuple[SegmentEntry, ...]
     states: tuple[StateEntry, ...]

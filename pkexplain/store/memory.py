@@ -29,9 +29,9 @@ class MemoryStore(Store):
         """Return its name."""
         return "memory"
 
-    def create(self, manifest: Manifest) -> None:
+    def create(self, manifest: Manifest, overwrite: bool = False) -> None:
         """Start a run."""
-        if self._manifest is not None and self._manifest.segments:
+        if self._manifest is not None and self._manifest.segments and not overwrite:
             raise exists(self)
         self._tensors = {}  # of a run that was interrupted before its first segment was finished
         self.commit(manifest)

@@ -27,9 +27,9 @@ from pkexplain.store.manifest import (
 )
 from pkexplain.store.trajectory import Checkpoint, Segment
 
-__all__ = ["RunWriter"]
+__all__ = ["STATES_KEPT", "RunWriter"]
 
-_STATES_KEPT = 2
+STATES_KEPT = 2
 """The last state, and the one before it, in case the user's own checkpoint for the last was never written."""
 
 _T = TypeVar("_T")
@@ -41,10 +41,12 @@ class RunWriter:
     Args:
         store: Where to write it.
         group: The processes that record.
+        keeps: How many saved states are kept; None for all.
     """
 
-    def __init__(self, store: Store, group: ProcessGroup) -> None:
+    def __init__(self, store: Store, group: ProcessGroup, keeps: int | None = STATES_KEPT) -> None:
         """Write nothing yet."""
+        self._keeps = keeps
         self._store, self._group, self._first = store, group, group.rank == 0
         self._held = ExitStack()
         self._now: Manifest | None = None
@@ -61,12 +63,13 @@ class RunWriter:
         """
         self._together(lambda: self._held.enter_context(self._store.lock()) if self._first else None)
 
-    def start(self, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    def start(self, manifest: Manifest, checkpoint: Checkpoint, overwrite: bool = False) -> None:
         """Start a run with its first checkpoint.
 
         Args:
             manifest: Of a run without segments; it is given the run's id.
             checkpoint: θ_0.
+            overwrite: Whether to delete a run that is there.
 
         Raises:
             RunExistsError: There is one already.
@@ -76,7 +79,7 @@ class RunWriter:
 
         def write() -> None:
             if self._first:
-                self._store.create(self._manifest)
+                self._store.create(self._manifest, overwrite)
                 self._store.put(FIRST_CHECKPOINT, checkpoint.tensors())
                 self._store.commit(self._manifest)
 
@@ -160,7 +163,8 @@ class RunWriter:
         names = tuple(f"states/{after:05d}.{rank:03d}{end}.safetensors" for rank in range(self._group.world_size))
         self._put_each(names[self._group.rank], tensors)
         before = self._manifest.states
-        kept = [state for state in before if state.segments != after][1 - _STATES_KEPT :]
+        others = [state for state in before if state.segments != after]
+        kept = others if self._keeps is None else others[1 - self._keeps :] if self._keeps > 1 else []
         new = StateEntry(segments=after, files=names, optimizer=optimizer, settings=settings)
         then = replace(self._manifest, states=(*kept, new), revision=revision)
         self._together(lambda: self._store.commit(then) if self._first else None)

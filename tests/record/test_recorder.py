@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import random
 import re
 import warnings
@@ -59,9 +58,8 @@ def failed(explanation):
 @pytest.mark.parametrize(
     ("ids", "wrong"),
     [
-        ([0, 24], r"ids are out of range\. Got \[24\]; expected different integers from 0 to 23"),
+        ([0, 24], r"ids are out of range\. Got \[24\]; expected integers from 0 to 23"),
         ([0, -1], r"ids are out of range\. Got \[-1\]; "),
-        ([3, 4, 3], r"ids are repeated in one batch\. Got \[3\]; "),
         ([0.0, 1.0], r"the ids are not integers\. Got torch\.float32; "),
         (torch.tensor([True, False]), r"the ids are not integers\. Got torch\.bool; "),
         (["a", "b"], r"the ids are not numbers\. Got \['a', 'b'\];"),
@@ -157,14 +155,11 @@ def test_backward_that_is_never_called(loop):
     with broken("backward was never called"), loop.recorder.step([0, 1], accumulate=True):
         pass
     loop.optimizer.zero_grad()
-    with broken(r"optimizer\.step\(\) was given a closure\. .*without arguments"), loop.recorder.step([0, 1]):
-
-        def closure():
-            loss = F.cross_entropy(loop.model(loop.inputs[:2]), loop.targets[:2])
-            loss.backward()
-            return loss
-
-        loop.optimizer.step(closure)
+    with (
+        broken(r"optimizer\.step\(\) was given arguments\. Got float; .*or with a closure"),
+        loop.recorder.step([0, 1]),
+    ):
+        loop.optimizer.step(0.5)
     assert equal(before, loop.parameters())
 
 
@@ -326,23 +321,9 @@ def test_a_model_without_a_trainable_parameter():
         RecordedTraining(mlp(), torch.optim.SGD(other.parameters(), lr=0.1))
 
 
-def compiled_in_place(model):
-    model[0].compile(backend="eager")
-    return model
-
-
-@pytest.mark.parametrize(
-    ("wrap", "got"),
-    [
-        (functools.partial(torch.compile, backend="eager"), "OptimizedModule"),
-        (nn.DataParallel, "DataParallel"),
-        (compiled_in_place, r"compile\(\) was called on '0'"),
-    ],
-    ids=["compile", "parallel", "in place"],
-)
-def test_a_wrapped_or_compiled_model_is_refused(wrap, got):
-    with pytest.raises(ConfigurationError, match=rf"layers of a wrapped or compiled model\. Got {got}; "):
-        RecordedTraining(wrap(mlp()))
+def test_data_parallel_is_refused():
+    with pytest.raises(ConfigurationError, match=r"hooks do not reach the copies .* Got DataParallel; "):
+        RecordedTraining(nn.DataParallel(mlp()))
 
 
 def test_nothing_is_written_before_the_model_is_accepted(tmp_path):
