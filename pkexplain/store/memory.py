@@ -29,6 +29,13 @@ class MemoryStore(Store):
         """Return its name."""
         return "memory"
 
+    def __repr__(self) -> str:
+        """Describe it in one line."""
+        if self._manifest is None:
+            return "<MemoryStore, empty>"
+        examples, size = self._manifest.num_examples, sum(file.bytes for file in self._manifest.files.values())
+        return f"<MemoryStore: {examples:,} examples, {len(self._manifest.segments)} segments, {size / 2**20:,.1f} MiB>"
+
     def create(self, manifest: Manifest) -> None:
         """Start a run."""
         if self._manifest is not None and self._manifest.segments:
