@@ -44,7 +44,7 @@ def notes_on_run(trajectory: Trajectory, segments: Iterable[Segment]) -> list[No
     count = unvisited(trajectory, segments)
     if count:
         examples = f"{count:,} of {trajectory.num_examples:,} training examples"
-        notes.append(Note(f"{examples} were never visited in this run; they contribute nothing."))
+        notes.append(Note(f"Never visited in this run: {examples}. They contribute nothing."))
     return notes
 
 

@@ -156,7 +156,9 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return [kind, [_encode(part, f"{name}.{at}", tensors) for at, part in enumerate(value)]]
     array: Any = value
     try:
-        tensor = torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array.detach().cpu()
+        tensor = (
+            torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array.detach().cpu()
+        )
         tensors[name] = tensor.contiguous().clone()
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigurationError(

@@ -34,7 +34,9 @@ class MemoryStore(Store):
         if self._manifest is None:
             return "<MemoryStore, empty>"
         examples, size = self._manifest.num_examples, sum(file.bytes for file in self._manifest.files.values())
-        return f"<MemoryStore: {examples:,} examples, {len(self._manifest.segments)} segments, {size / 2**20:,.1f} MiB>"
+        count = len(self._manifest.segments)
+        segments = f"{count} segment{'s' if count != 1 else ''}"
+        return f"<MemoryStore: {examples:,} examples, {segments}, {size / 2**20:,.1f} MiB>"
 
     def create(self, manifest: Manifest) -> None:
         """Start a run."""

@@ -152,7 +152,9 @@ def test_other_files_are_refused_by_name(explanation, tmp_path):
     path = tmp_path / "e"
     for content in (b"", b"{}", b"\x80\x04K*.", pickle.dumps(explanation)):
         path.write_bytes(content)
-        with pytest.raises(ExplanationFileError, match=r"loading .*e: it is not a saved explanation\. Got .*save wrote\.$"):
+        with pytest.raises(
+            ExplanationFileError, match=r"loading .*e: it is not a saved explanation\. Got .*save wrote\.$"
+        ):
             pk.Explanation.load(path)
     for metadata in (None, {"format": "pt"}):
         save_file({"0.contributions": torch.zeros(3)}, path, metadata)
