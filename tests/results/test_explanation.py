@@ -120,10 +120,8 @@ def test_an_explanation_prints_as_a_table(explanation):
 
 
 def test_an_explanation_is_a_line_where_it_is_one_of_many(explanation):
-    assert re.fullmatch(
-        r"<Explanation logit\[3\]: -0\.\d+ before training, \S+ after; 60 examples \S+; all 2 checks passed>",
-        repr(explanation),
-    )
+    wanted = r"<Explanation logit\[3\]: -0\.\d+ before training, \S+ after; 60 examples \S+; all 2 checks passed>"
+    assert re.fullmatch(wanted, repr(explanation))
     assert "1 of 2 checks failed: quadrature gap>" in repr(make_explanation(failing=True))
     assert ", removal reading; " in repr(make_explanation(reading="removal"))
     assert len(repr(make_explanation(output="o" * 500))) < 200

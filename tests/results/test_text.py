@@ -116,7 +116,8 @@ def test_several_explanations_are_a_table() -> None:
     assert "… and 20 more" in lines
     for explanation, row in zip(explanations[:100], rows, strict=True):
         first = explanation.proponents[0]
-        assert f" {first.id}: {first.contribution:+.3f} " in row
+        places = table.decimals([first.contribution], 3)
+        assert f" {first.id}: {first.contribution:+.{places}f} " in row
         assert row.endswith("pass" if explanation.passed else "1 FAILED")
 
 
