@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +104,21 @@ def test_a_log_of_short_work_gets_no_line_and_no_error_stream_is_no_error(capsys
     monkeypatch.setattr(progress, "_PAUSE", 0.0)
     monkeypatch.setattr(sys, "stderr", None)
     bar("index", 0, 10), bar("index", 10, 10)
+
+
+def test_a_notebook_sees_a_bar():
+    manager = pytest.importorskip("jupyter_client.manager")
+    code = "import pkexplain as pk\nfrom pkexplain import progress\nprogress._PATIENCE = 0.0\nbar = pk.ProgressBar()\n"
+    shown: list[str] = []
+
+    def keep(message):
+        if message["msg_type"] == "stream":
+            shown.append(message["content"]["text"])
+
+    with manager.run_kernel(kernel_name="python3", cwd=str(Path(__file__).parents[1])) as client:
+        reply = client.execute_interactive(
+            code + "for i in range(4):\n    bar('index', i, 3)", timeout=120, output_hook=keep
+        )
+    assert reply["content"]["status"] == "ok"
+    assert "index: 100%" in "".join(shown)
+    assert "3/3" in "".join(shown)
