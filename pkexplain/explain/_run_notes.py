@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from pkexplain.errors import warn
 from pkexplain.store.trajectory import Segment, Trajectory
 
+_ROUNDED = 1e-3
+"""Below this share of the distance that training covered, weights differ as after a change of dtype or device."""
 _TRAINED = 0.9
 """A model is taken for one that was trained along this run if it is nearer to the run's last weights than this share of
 the distance that training covered. A new model of another seed is farther away than training covered."""
@@ -80,13 +82,17 @@ def notes_on_model(trajectory: Trajectory, model: nn.Module) -> list[Note]:
     if _equal(trajectory, model, first):
         return [Note(f"The model that was passed has the weights from before training; {explained}.", alarming=False)]
     distance, covered = _distance(trajectory, model, last), float((last - first).double().norm())
+    share = f"its distance is {distance / covered if covered else 0.0:.2g} times what training covered"
+    if distance < _ROUNDED * covered:
+        text = (
+            f"The model that was passed differs from the run's last weights as if by rounding ({share}); {explained}."
+        )
+        return [Note(text, alarming=False)]
     if distance < _TRAINED * covered:
-        share = f"{distance / covered:.2g}"
         return [
             Note(
-                "The model that was passed is near the run's last weights, but not at them (its distance is "
-                f"{share} times what training covered): was it trained further, or is it an earlier checkpoint? "
-                f"{explained.capitalize()}."
+                f"The model that was passed is near the run's last weights, but not at them ({share}): was it trained "
+                f"further, or is it an earlier checkpoint? {explained.capitalize()}."
             )
         ]
     return [Note(f"The model that was passed has other weights than the run's last ones; {explained}.", alarming=False)]

@@ -150,6 +150,17 @@ def test_a_model_that_was_trained_further_is_a_warning(run):
     assert texts[0].endswith("The recorded weights are explained.")
 
 
+def test_a_model_that_was_rounded_is_a_note_without_a_warning(run):
+    passed = mlp(activation=nn.ReLU, dtype=torch.float32)
+    passed.load_state_dict({name: value * (1 + 1e-6) for name, value in run.model.state_dict().items()})
+    explainer, texts = explainer_of(run, passed)
+    assert texts == []
+    (note,) = explainer.explain(run.queries[0]).notes
+    assert note.startswith(
+        "The model that was passed differs from the run's last weights as if by rounding (its distance"
+    )
+
+
 def test_a_part_of_a_run_says_nothing_of_the_model_passed(disk_run):
     explainer, texts = explainer_of(disk_run, segments=1)
     assert texts == []

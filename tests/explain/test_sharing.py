@@ -339,7 +339,6 @@ def test_an_open_explainer_follows_a_merge(training):
     assert after.contributions.tolist() == before.contributions.tolist()
 
 
-@pytest.mark.filterwarnings("ignore:pkexplain. explaining")  # the model is an earlier checkpoint of the run
 def test_an_open_explainer_does_not_follow_growth(training):
     explainer = pk.Explainer(training.run, training.model)
     before, trained = ask(explainer, training), Training(training.run.parent, "sgd")
