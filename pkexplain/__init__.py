@@ -46,6 +46,7 @@ from pkexplain.record.recorder import Recorder
 from pkexplain.record.verification import verify_recording
 from pkexplain.results.comparison import Comparison
 from pkexplain.results.explanation import Check, Contribution, Cost, Explanation, GroupSum, Ledger, Remainder
+from pkexplain.results.explanations import Explanations
 from pkexplain.store.directory import DirectoryStore
 from pkexplain.store.editing import merge, withdraw
 from pkexplain.store.memory import MemoryStore
@@ -68,6 +69,7 @@ __all__ = [
     "DirectoryStore",
     "Explainer",
     "Explanation",
+    "Explanations",
     "GroupSum",
     "Identity",
     "Kronecker",

@@ -16,6 +16,7 @@
     │   ├── RunNotFoundError (FileNotFoundError)   there is no run, or it holds no finished segment
     │   ├── RunDamagedError                        a file is missing, truncated or altered
     │   └── ModelMismatchError (ValueError)        the model is not the one that was recorded
+    ├── ExplanationFileError (OSError)      a file that is not a saved explanation of this version
     ├── QueryError (ValueError)             a query or an output that the recorded model cannot answer
     └── EvaluationError (ValueError)        retrainings or attributions that cannot be judged
 
@@ -32,6 +33,7 @@ __all__ = [
     "ConfigurationError",
     "EvaluationError",
     "ExampleIdError",
+    "ExplanationFileError",
     "MissingDependencyError",
     "ModelMismatchError",
     "NonFiniteGradientError",
@@ -127,6 +129,10 @@ class RunDamagedError(RunError):
 
 class ModelMismatchError(RunError, ValueError):
     """The model's names or shapes are not those that were recorded."""
+
+
+class ExplanationFileError(PkexplainError, OSError):
+    """A file is damaged, of another version, or not a saved explanation."""
 
 
 class QueryError(PkexplainError, ValueError):

@@ -19,7 +19,7 @@ import pkexplain as pk
 import pkexplain.demo
 from pkexplain.cli import app, parse_output
 from pkexplain.errors import QueryError, RunDamagedError, RunNotFoundError
-from tests.conftest import digits
+from tests.conftest import digits, mlp
 
 SOURCE = """
 import torch
@@ -154,6 +154,15 @@ def test_verify_fails_where_a_gap_is_above_the_tolerance(disk_run):
     assert re.search(r"segment 1: \S+ is above 0", result.output)
 
 
+def test_a_table_in_a_pipe_is_not_cut(disk_run, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    lines = call("inspect", disk_run.store).output.splitlines()
+    heading = next(line for line in lines if "displacement gap" in line)
+    assert all(name in heading for name in ("segment", "Σ learning rate", "optimizer ‖share‖", "split gap"))
+    assert max(map(len, lines)) > 80
+    assert not any("…" in line for line in lines)
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_a_run_that_is_missing_or_unreadable_is_our_error(tmp_path, command):
     missing = call(command, tmp_path / "nowhere")
@@ -169,8 +178,10 @@ def test_explain_prints_what_python_prints_and_writes_a_report(explain, disk_run
     path = list(sys.path)
     result = explain(output="logit:3", k=4, report="pages/why.html", dataset=f"{source}:load")
     assert result.exit_code == 0, result.output
-    expected = pk.Explainer(disk_run.store, disk_run.model).explain(disk_run.queries[0], output=pk.Logit(3), k=4)
+    new = mlp(seed=7, activation=torch.nn.ReLU, dtype=torch.float32)  # as untrained as the one that is built
+    expected = pk.Explainer(disk_run.store, new).explain(disk_run.queries[0], output=pk.Logit(3), k=4)
     assert str(expected) in result.output
+    assert "Note: The model that was passed has other weights than the run's last ones" in result.output
     report = tmp_path / "pages" / "why.html"
     assert report.resolve().as_uri() in result.output
     assert report.read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html>")

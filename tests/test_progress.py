@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,51 @@ def test_nothing_is_written_where_the_error_stream_is_no_terminal(capsys, long_w
     written = capsys.readouterr()
     assert written.out == ""
     assert written.err == ""
+
+
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_PAUSE", 30.0)
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    bar = pk.ProgressBar()
+    for done in range(101):
+        now[0] = 1000.0 + 1.3 * done
+        bar("covectors", done, 100)
+    written = capsys.readouterr()
+    assert written.out == ""
+    lines = written.err.splitlines()
+    assert lines == [
+        "pkexplain: covectors: 24 of 100 (24%) after 0:00:31",
+        "pkexplain: covectors: 48 of 100 (48%) after 0:01:02",
+        "pkexplain: covectors: 72 of 100 (72%) after 0:01:33",
+        "pkexplain: covectors: 96 of 100 (96%) after 0:02:04",
+        "pkexplain: covectors: 100 of 100 (100%) after 0:02:10",
+    ]
+
+
+def test_a_log_of_short_work_gets_no_line_and_no_error_stream_is_no_error(capsys, monkeypatch):
+    bar = pk.ProgressBar()
+    for done in range(11):
+        bar("index", done, 10)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "_PAUSE", 0.0)
+    monkeypatch.setattr(sys, "stderr", None)
+    bar("index", 0, 10), bar("index", 10, 10)
+
+
+def test_a_notebook_sees_a_bar():
+    manager = pytest.importorskip("jupyter_client.manager")
+    code = "import pkexplain as pk\nfrom pkexplain import progress\nprogress._PATIENCE = 0.0\nbar = pk.ProgressBar()\n"
+    shown: list[str] = []
+
+    def keep(message):
+        if message["msg_type"] == "stream":
+            shown.append(message["content"]["text"])
+
+    with manager.run_kernel(kernel_name="python3", cwd=str(Path(__file__).parents[1])) as client:
+        reply = client.execute_interactive(
+            code + "for i in range(4):\n    bar('index', i, 3)", timeout=120, output_hook=keep
+        )
+    assert reply["content"]["status"] == "ok"
+    assert "index: 100%" in "".join(shown)
+    assert "3/3" in "".join(shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,11 +23,17 @@ app = typer.Typer(
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a recorded run.")]
 
 
+_WIDTH_IN_A_FILE = 1000
+
+
 def console(error: bool = False) -> Any:
-    """Make a console that prints to the terminal."""
+    """Make a console that prints to the terminal; in a file or a pipe, no table is cut and no text is wrapped."""
     from rich.console import Console
 
-    return Console(stderr=error, highlight=False)
+    screen = Console(stderr=error, highlight=False)
+    if not screen.is_terminal and "COLUMNS" not in os.environ:
+        screen.width = _WIDTH_IN_A_FILE
+    return screen
 
 
 def complain(word: str, text: str) -> None:

@@ -7,12 +7,14 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
 
 from pkexplain.errors import ConfigurationError, RunBusyError, RunDamagedError, RunError, RunNotFoundError
 from pkexplain.explain._ensemble import check_alike
+from pkexplain.explain._run_notes import Note, note_on_mean, notes_on_model, warn_of
 from pkexplain.explain._single_run import RunExplainer, Setting
 from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.store.base import Store
@@ -52,7 +54,37 @@ class OpenRuns:
         self._new_lock()
         self._opened: list[tuple[str, int, str]] = []
         self.all: list[RunExplainer] = []
+        self._on_model: list[Note] = []
         self._open(model)
+
+    def __str__(self) -> str:
+        """Name the runs."""
+        some = ", ".join(f"the run in {store}" for store in self._stores[:3])
+        return some if len(self._stores) <= 3 else f"{some} and {len(self._stores) - 3} more"
+
+    def warn(self) -> None:
+        """Warn of what is alarming about the runs and the model."""
+        warn_of(self._notes(), str(self))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What every explanation says about the runs: fields of `pkexplain.Explanation`."""
+        return {"mode": self.mode, "run_segments": self.all[0].run_segments, "notes": self.notes}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What every explanation should say about the runs and the model."""
+        return tuple(note.text for note in self._notes())
+
+    def _notes(self) -> list[Note]:
+        if len(self.all) == 1:
+            return [*self.all[0].notes, *self._on_model]
+        named = [
+            replace(note, text=f"Run {position}: {note.text}")
+            for position, run in enumerate(self.all)
+            for note in run.notes
+        ]
+        return [*note_on_mean(len(self.all)), *named]
 
     @property
     def mode(self) -> int | None:
@@ -98,13 +130,14 @@ class OpenRuns:
             before = [store.identity() for store in self._stores]
             try:
                 runs = [RunExplainer(store, model, self._setting) for store in self._stores]
+                on_model = self._on_model if self.all else _notes_on(model, runs)
             except RunDamagedError:
                 if before == [store.identity() for store in self._stores]:
                     raise
                 continue
             if before == [store.identity() for store in self._stores]:
                 check_alike(runs)
-                self.all, self._opened = runs, before
+                self.all, self._opened, self._on_model = runs, before, on_model
                 for store in self._stores:
                     _sweep_obsolete(store)
                 return
@@ -137,6 +170,12 @@ class OpenRuns:
             self._open(self.all[0].model)
             return True
         return False
+
+
+def _notes_on(model: nn.Module, runs: Sequence[RunExplainer]) -> list[Note]:
+    """Take note of the user's model; several runs have different weights, and for a part of a run the user asked."""
+    alone = len(runs) == 1 and runs[0].run_segments is None
+    return notes_on_model(runs[0].trajectory, model) if alone else []
 
 
 def _asked_by_itself() -> ConfigurationError:

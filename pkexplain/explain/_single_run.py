@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from pkexplain.explain._checks import checks_of, removal_checks
 from pkexplain.explain._completeness import CorrectedCovectors, correct
 from pkexplain.explain._query_gradients import integrate, outputs_at_checkpoints
 from pkexplain.explain._ranking import Ranking
+from pkexplain.explain._run_notes import Note, notes_on_run
 from pkexplain.explain._trajectory_model import TrajectoryModel
 from pkexplain.explain.loss_curvature import LossCurvature
 from pkexplain.explain.outputs import Output
@@ -107,6 +109,11 @@ class RunExplainer:
         group = ProcessGroup() if setting.group is None else TorchProcessGroup(setting.group)
         if group.world_size > 1:
             self.ranking = Ranking(*rows, group)
+
+    @functools.cached_property
+    def notes(self) -> list[Note]:
+        """What every explanation of the run should say about it."""
+        return notes_on_run(self.trajectory, self.segments)
 
     def prepare(self) -> None:
         """Build the index, if there is none yet."""

@@ -26,6 +26,7 @@ from pkexplain.ids import check_ids
 from pkexplain.index.row_index import RowIndex
 from pkexplain.progress import Progress, no_progress
 from pkexplain.results.explanation import Explanation
+from pkexplain.results.explanations import Explanations
 from pkexplain.store.base import Store
 from pkexplain.store.directory import open_store
 from pkexplain.store.trajectory import Trajectory
@@ -46,10 +47,14 @@ class Explainer:
     it is then; until that question, rows that it has read stay in this process's memory. Segments that are added while
     it is open are not seen.
 
+    A warning, once, says what is unusual about the run: a recording that did not finish, examples that were never
+    visited, a model that was trained along the run but stands elsewhere. Every explanation has it as its ``notes``.
+
     Args:
         run: The directory of a run, or the `pkexplain.MemoryStore` it was recorded into; or a list of runs of one
             training with different seeds, which are averaged.
         model: The model. It supplies the architecture; the recorded weights are explained. It is copied, never changed.
+            If its weights are not the run's last ones, each explanation has a note of it.
         index: ``"Flat"`` for exact search, any other faiss factory string for a compressed index, or ``"auto"`` to
             choose by the number of rows. The mean of several runs is always searched exactly.
         tolerance: Allowed quadrature gap before any correction, relative to |f_T − f_0|.
@@ -98,6 +103,12 @@ class Explainer:
         setting = Setting(index, tolerance, quadrature or Quadrature(), device, report, group, segments)
         with own_torch_state():
             self._open_runs = OpenRuns([open_store(each) for each in runs], model, setting)
+            self._open_runs.warn()
+
+    def __repr__(self) -> str:
+        """Describe the explainer in one line."""
+        run, steps = self.trajectory, f"{self.trajectory.boundaries[-1]:,} steps"
+        return f"<Explainer of {self._open_runs}: {run.num_examples:,} examples, {len(run)} segments, {steps}>"
 
     @property
     def _runs(self) -> list[RunExplainer]:
@@ -166,15 +177,15 @@ class Explainer:
                 example, which do not add up; or a `pkexplain.Removal` with settings of your own.
 
         Returns:
-            An `Explanation`, or a list of them if ``x`` was a batch.
+            An `Explanation`, or `Explanations`, a list of them, if ``x`` was a batch.
 
         Raises:
             QueryError: The query or the output does not fit the model.
             ConfigurationError: ``k`` or ``reading`` is invalid.
         """
         _check_count(k)
-        removal, queries, explanations = _removal(reading), self._queries(x), []
-        about: Any = {"mode": self._open_runs.mode, "run_segments": self._first.run_segments}
+        removal, queries, explanations = _removal(reading), self._queries(x), Explanations()
+        about = self._open_runs.about
         self._first.prepare()
         for some, settled, names in self._chunks(queries, output):
             accounts = [run.account(some, settled, removal) for run in self._runs]

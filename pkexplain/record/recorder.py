@@ -124,6 +124,11 @@ class Recorder:
         self._session: Session | None = None
         self._drawn: dict[int, DrawnIds] = {}
 
+    def __repr__(self) -> str:
+        """Describe the recorder in one line."""
+        plan, state = self._plan, "not recording" if self._session is None else "recording"
+        return f"<Recorder into {plan.store}: {plan.num_examples:,} examples, {len(plan.blocks)} layers, {state}>"
+
     @classmethod
     def resume(
         cls,

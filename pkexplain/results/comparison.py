@@ -90,6 +90,11 @@ class Comparison:
         """The number of training examples."""
         return self.methods[0].scores.shape[1]
 
+    def __repr__(self) -> str:
+        """Describe the comparison in one line."""
+        size = f"{len(self.methods)} methods, {self.num_queries:,} queries, {self.num_examples:,} examples"
+        return f"<Comparison of {size}: {', '.join(method.name for method in self.methods)}>"
+
     def __str__(self) -> str:
         """Show the comparison as a plain-text table."""
         from pkexplain.results.text import render_comparison

@@ -1,4 +1,4 @@
-"""Frozen results: an explanation and its ledger.
+"""Frozen results: an explanation, made of what is in `pkexplain.results.ledger`.
 
 Everything here is plain data in output units; nothing here computes gradients. `pkexplain.explain.explainer` creates
 these objects, `pkexplain.results.report` and `pkexplain.results.plots` show them.
@@ -7,135 +7,22 @@ these objects, `pkexplain.results.report` and `pkexplain.results.plots` show the
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pkexplain.errors import QueryError
+from pkexplain.results.ledger import Check, Contribution, Cost, GroupSum, Ledger, Remainder
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas
 
 __all__ = ["Check", "Contribution", "Cost", "Explanation", "GroupSum", "Ledger", "Remainder"]
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """One training example's contribution to one output.
-
-    Attributes:
-        id: The example's row number in the training set.
-        contribution: c_i = Σ_t ⟨φ_t, D_i,t⟩, in output units; equals ``weight * kernel``.
-        weight: a_i, minus the example's loss derivative, averaged along the path with the kernel as weight
-            (Domingos 2020, Definition 2 and Theorem 1); nan if no loss derivative was recorded.
-        kernel: K(x, x_i), the path kernel, in output units per unit of weight; nan if no loss derivative was recorded.
-        segments: The contribution of each segment of training, in output units; they sum to ``contribution``.
-    """
-
-    id: int
-    contribution: float
-    weight: float
-    kernel: float
-    segments: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """The sum that makes up the final output: final = initial + examples + remainders + gap.
-
-    Attributes:
-        initial: f_0(x), the output before the first recorded step, in output units.
-        final: f_T(x), the output after the last recorded step, in output units.
-        examples: Σ_i c_i(x) over all training examples, in output units.
-        remainders: Changes of the output that belong to no example, by name, in output units: ``"weight_decay"``,
-            ``"optimizer"``, ``"unsplit"`` if some gradients were not split among the examples, and, if buffers moved,
-            ``"buffers"`` (running statistics and others).
-    """
-
-    initial: float
-    final: float
-    examples: float
-    remainders: Mapping[str, float]
-
-    @property
-    def gap(self) -> float:
-        """The completeness gap, f_T − f_0 − Σ_i c_i − remainders, in output units."""
-        return self.final - self.initial - self.examples - sum(self.remainders.values())
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that can go wrong, measured.
-
-    Attributes:
-        name: What is measured, for example ``"quadrature gap"``.
-        value: The measured value, dimensionless unless ``meaning`` says otherwise.
-        tolerance: The largest value that passes.
-        meaning: What the value is, and what to do if it fails.
-    """
-
-    name: str
-    value: float
-    tolerance: float
-    meaning: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether the value is a number within the tolerance."""
-        return bool(abs(self.value) <= self.tolerance)
-
-
-@dataclass(frozen=True)
-class GroupSum:
-    """Contributions of one group of training examples, summed.
-
-    Attributes:
-        group: The group's name or label.
-        count: The number of training examples in it.
-        net: Σ c_i over the group, in output units.
-        gross: Σ |c_i| over the group, in output units.
-    """
-
-    group: object
-    count: int
-    net: float
-    gross: float
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The cost of an explanation.
-
-    Attributes:
-        forward_passes: Evaluations of the model's output for this query, apart from those that gradients take.
-        backward_passes: Gradients of the model's output for this query.
-        budget: The largest number of gradients allowed.
-        exhausted: Whether the budget was spent before the quadrature met its tolerance.
-    """
-
-    forward_passes: int
-    backward_passes: int
-    budget: int
-    exhausted: bool = False
-
-
-@dataclass(frozen=True)
-class Remainder:
-    """What is known about the examples that are not shown.
-
-    Attributes:
-        shown: Σ of the contributions shown, in output units.
-        rest: Σ of all others, in output units: the total, which is known exactly, minus those shown.
-        num_rest: The number of others.
-        bound: None of them contributes more than this, in either direction, in output units.
-        exact: Whether all rows were searched; then the bound is the next contribution. Otherwise it is certified by
-            the norms of the rows, and much larger than is likely.
-    """
-
-    shown: float
-    rest: float
-    num_rest: int
-    bound: float
-    exact: bool
 
 
 @dataclass(frozen=True)
@@ -158,6 +45,8 @@ class Explanation:
         all_contributions: c_i of every training example, or an object that computes them; use `contributions`.
         mode: Permissions of the run's files, which a report of it gets, too; None for a run in memory.
         run_segments: How many segments the run has, if only its first ones are explained; None for all.
+        notes: What a reader should know about the run and the model that was passed, a sentence each: a recording that
+            did not finish, examples that were never visited, weights that are not the recorded ones.
     """
 
     output: str
@@ -175,6 +64,7 @@ class Explanation:
     all_contributions: ArrayLike = field(repr=False, compare=False)
     mode: int | None = field(default=None, repr=False, compare=False)
     run_segments: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def until(self) -> str:
@@ -244,28 +134,96 @@ class Explanation:
         Raises:
             QueryError: The number of labels is not the number of training examples.
         """
-        labels = [getattr(label, "item", lambda label=label: label)() for label in groups]
-        if len(labels) != len(self.contributions):
-            raise QueryError(
-                "by_group(groups)",
-                "there must be one label per training example",
-                got=f"{len(labels)} labels",
-                expected=f"{len(self.contributions)}",
-                source="num_examples of the run",
-                fix="Pass the labels of the whole training set, in its order",
-            )
-        members: dict[object, list[int]] = {}
-        for position, label in enumerate(labels):
-            members.setdefault(label, []).append(position)
-        try:
-            order = sorted(members)  # pyright: ignore[reportArgumentType]
-        except TypeError:
-            order = sorted(members, key=str)
-        sums = []
-        for label in order:
-            part = self.contributions[members[label]].astype(np.float64)
-            sums.append(GroupSum(label, len(part), float(part.sum()), float(np.abs(part).sum())))
-        return tuple(sums)
+        from pkexplain.results.tables import sum_by_group
+
+        return sum_by_group(self, groups)
+
+    def to_pandas(self, dataset: Any = None, k: int | None = None) -> pandas.DataFrame:
+        """Make a table of the training examples, one row each.
+
+        Args:
+            dataset: The whole training set in the order of the recorded ids, as for `pkexplain.write_report`. Its
+                numbers and texts become columns, by their names or as ``x`` (or ``text``) and ``label``; pictures and
+                other tensors are left out. A column that is called like one of ours becomes ``data_…``.
+            k: Only so many examples, those with the largest contributions in either direction, largest first; None
+                for all, in order of their ids.
+
+        Returns:
+            Columns ``id``, ``contribution`` in output units, and ``weight`` and ``kernel``, which are known of the
+            proponents and opponents and nan for all others; then those of the data set.
+
+        Raises:
+            ConfigurationError: The data set is not the one that was recorded, or ``k`` is invalid.
+            MissingDependencyError: pandas is not installed.
+        """
+        from pkexplain.results.tables import to_pandas
+
+        return to_pandas(self, dataset, k)
+
+    def to_dataset(self, dataset: Any, k: int | None = None) -> datasets.Dataset:
+        """Make a Hugging Face data set of the training examples with their contributions.
+
+        Args:
+            dataset: The whole training set in the order of the recorded ids: a `datasets.Dataset`, whose columns stay
+                as they are, or anything that `to_pandas` reads, whose inputs become a column, too.
+            k: As for `to_pandas`.
+
+        Returns:
+            The examples, with the columns ``id``, ``contribution``, ``weight`` and ``kernel`` added.
+
+        Raises:
+            ConfigurationError: The data set is not the one that was recorded, or ``k`` is invalid.
+        """
+        from pkexplain.results.tables import to_dataset
+
+        return to_dataset(self, dataset, k)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Save the explanation, with its query and all contributions, in one file; nothing in it is pickled.
+
+        The file's permissions are those of the run's files.
+
+        Args:
+            path: Where to write; missing directories are created, and a file that is there is replaced in one step.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ConfigurationError: The query is neither tensors nor text, or a nested mapping or tuple of them.
+        """
+        from pkexplain.results.saving import save_explanations
+
+        return save_explanations([self], path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Explanation:
+        """Load a saved explanation. It equals the one that was saved; the run is not needed.
+
+        Args:
+            path: What `save` returned.
+
+        Returns:
+            The explanation.
+
+        Raises:
+            ExplanationFileError: The file is damaged, of another version, or not a saved explanation.
+        """
+        from pkexplain.results.saving import load_explanations
+
+        return load_explanations(path, single=True)[0]
+
+    def __repr__(self) -> str:
+        """Describe the explanation in one line, without reading rows."""
+        from pkexplain.results.text import one_line
+
+        return f"<Explanation {one_line(self)}>"
+
+    def _repr_html_(self) -> str:
+        """Show the explanation as a card, in a notebook."""
+        from pkexplain.results.report.card import render_card
+
+        return render_card(self)
 
     def __str__(self) -> str:
         """Show the ledger, the checks and the examples as plain text."""

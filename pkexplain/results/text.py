@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,29 @@ if TYPE_CHECKING:
     from pkexplain.results.comparison import Comparison, Method
     from pkexplain.results.explanation import Contribution, Explanation
 
-from pkexplain.results.numbers import WIDTH, decimals, fixed, percent, significant, size, wall_time
+from pkexplain.results.numbers import WIDTH, clean, decimals, fixed, percent, significant, size, wall_time
 
-__all__ = ["plain_text", "render", "render_comparison", "tabulate"]
+__all__ = [
+    "MOST_LINES",
+    "checks_in_words",
+    "one_line",
+    "output_meaning",
+    "plain_text",
+    "render",
+    "render_comparison",
+    "render_list",
+    "tabulate",
+]
 
+MOST_LINES = 100
+"""The most explanations shown in one table."""
+_NAME_LENGTH = 60
+_MEANINGS = {
+    "logit": "the score of class {} before the softmax",
+    "log_probability": "the log of the probability of class {}, in nats",
+    "margin": "the log-odds of class {0}: logit {0} minus the log-sum-exp of all other logits",
+    "value": "number {} of the model's output",
+}
 
 _READINGS = {
     "path": "the contributions add up to the change of the output",
@@ -42,10 +62,12 @@ def render(explanation: Explanation) -> str:
     from rich.padding import Padding
 
     places = decimals([explanation.final - explanation.initial, explanation.initial, explanation.final])
+    meaning = output_meaning(explanation.output)
     parts: list[RenderableType] = [
-        f"{explanation.output}: {fixed(explanation.initial, places)} before training, "
-        f"{fixed(explanation.final, places)} {'after' if explanation.run_segments is None else explanation.until}",
+        f"{explanation.output}: {_moved(explanation, places)} ".ljust(WIDTH, "━"),  # so that one is seen to end here
+        *([f"{explanation.output.partition('[')[0]}: {meaning}"] if meaning else []),
         f"{explanation.reading} reading: {_READINGS.get(explanation.reading, 'see the documentation')}",
+        *(f"Note: {clean(note)}" for note in explanation.notes),
         "",
         Padding(_ledger(explanation, places), (0, 0, 0, 2)),
         "",
@@ -57,6 +79,70 @@ def render(explanation: Explanation) -> str:
         _cost(explanation),
     ]
     return plain_text(*parts)
+
+
+def one_line(explanation: Explanation) -> str:
+    """Describe an explanation in one line, without reading rows: the output, the examples' total and the checks."""
+    places = decimals([explanation.final - explanation.initial, explanation.initial, explanation.final])
+    output = clean(explanation.output).replace("\n", " ")
+    output = output if len(output) <= _NAME_LENGTH else output[: _NAME_LENGTH - 1] + "…"
+    total = f"{explanation.num_examples:,} examples {fixed(explanation.total, places, sign=True)}"
+    reading = "" if explanation.reading == "path" else f", {explanation.reading} reading"
+    return f"{output}: {_moved(explanation, places)}; {total}{reading}; {checks_in_words(explanation)}"
+
+
+def checks_in_words(explanation: Explanation) -> str:
+    """Say whether the checks passed, and which did not."""
+    failed, count = [check.name for check in explanation.checks if not check.passed], len(explanation.checks)
+    if failed:
+        return f"{len(failed)} of {count} checks failed: {', '.join(map(clean, failed))}"
+    return f"all {count} checks passed" if count > 1 else f"{count} check passed" if count else "nothing was checked"
+
+
+def output_meaning(name: str) -> str | None:
+    """Say what an output is, by its name; None if it is not one of the package's own.
+
+    Args:
+        name: For example ``"margin[3]"``.
+
+    Returns:
+        For example ``"the log-odds of class 3: logit 3 minus the log-sum-exp of all other logits"``.
+    """
+    found = re.fullmatch(r"(logit|log_probability|margin|value)\[(\d+)\]", name)
+    return None if found is None else _MEANINGS[found[1]].format(found[2])
+
+
+def _moved(explanation: Explanation, places: int) -> str:
+    after = "after" if explanation.run_segments is None else explanation.until
+    return f"{fixed(explanation.initial, places)} before training, {fixed(explanation.final, places)} {after}"
+
+
+def render_list(explanations: Sequence[Explanation]) -> str:
+    """Render several explanations as one plain-text table.
+
+    Args:
+        explanations: The explanations; rows are not read.
+
+    Returns:
+        Lines of at most ``WIDTH`` columns, one for each explanation, at most ``MOST_LINES`` of them.
+    """
+    rows = []
+    for position, each in enumerate(explanations[:MOST_LINES]):
+        places = decimals([each.final - each.initial, each.initial, each.final])
+        ends = [_strongest(side) for side in (each.proponents, each.opponents)]
+        numbers = fixed(each.initial, places), fixed(each.final, places), fixed(each.total, places, sign=True)
+        failed = sum(not check.passed for check in each.checks)
+        rows.append((f"{position} {clean(each.output)}", *numbers, *ends, f"{failed} FAILED" if failed else "pass"))
+    headings = ("query and output", "before", "after", "examples", "top proponent", "top opponent", "checks")
+    notes = [f"Note: {clean(note)}" for note in dict.fromkeys(note for each in explanations for note in each.notes)]
+    left = len(explanations) - len(rows)
+    notes = [*([f"… and {left:,} more"] if left else []), *notes]
+    return tabulate(f"{len(explanations):,} explanations", headings, rows, notes)
+
+
+def _strongest(side: Sequence[Contribution]) -> str:
+    values = [c.contribution for c in side[:1]]
+    return f"{side[0].id}: {fixed(values[0], decimals(values, 3), sign=True)}" if side else "–"
 
 
 def plain_text(*parts: RenderableType, extra: int = 0) -> str:
@@ -100,7 +186,8 @@ def _ledger(explanation: Explanation, places: int) -> Table:
     for name, value in explanation.ledger.remainders.items():
         table.add_row("+", name, fixed(value, places, sign=True))
     final = fixed(explanation.final, places)
-    table.add_row("+", "gap", fixed(explanation.gap, places, sign=True))
+    gap = "gap" if explanation.reading == "path" else "difference (by design)"
+    table.add_row("+", gap, fixed(explanation.gap, places, sign=True))
     table.add_row("", "", "─" * max(len(final), 8))
     table.add_row("=", "final", final)
     return table
@@ -166,7 +253,7 @@ def _checks(explanation: Explanation) -> Table:
         table.add_column("what to check")
     for check in explanation.checks:
         verdict = "pass" if check.passed else "FAIL"
-        row = [check.name, significant(check.value), f"{check.tolerance:g}", verdict]
+        row = [check.name, significant(check.value), f"{check.tolerance:.3g}", verdict]
         table.add_row(*row, *([check.meaning if check in wrong else ""] if wrong else []))
     return table
 

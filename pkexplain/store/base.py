@@ -23,6 +23,10 @@ __all__ = ["Store", "busy", "damaged", "exists", "not_found"]
 class Store(ABC):
     """Where a run's manifest and tensors are kept."""
 
+    def __repr__(self) -> str:
+        """Name the store in one line, without reading it."""
+        return f"<{type(self).__name__} {self}>"
+
     @abstractmethod
     def create(self, manifest: Manifest, overwrite: bool = False) -> None:
         """Start a run; ``overwrite`` deletes one that is there.

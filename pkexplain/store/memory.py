@@ -29,6 +29,15 @@ class MemoryStore(Store):
         """Return its name."""
         return "memory"
 
+    def __repr__(self) -> str:
+        """Describe it in one line."""
+        if self._manifest is None:
+            return "<MemoryStore, empty>"
+        examples, size = self._manifest.num_examples, sum(file.bytes for file in self._manifest.files.values())
+        count = len(self._manifest.segments)
+        segments = f"{count} segment{'s' if count != 1 else ''}"
+        return f"<MemoryStore: {examples:,} examples, {segments}, {size / 2**20:,.1f} MiB>"
+
     def create(self, manifest: Manifest, overwrite: bool = False) -> None:
         """Start a run."""
         if self._manifest is not None and self._manifest.segments and not overwrite:

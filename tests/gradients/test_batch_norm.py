@@ -182,7 +182,13 @@ def test_a_recorded_step_keeps_none_of_its_activations(kind):
     optimizer, outputs = kind(net.parameters(), lr=1e-3), []
     net[0].register_forward_hook(lambda _, __, output: outputs.append(weakref.ref(output)))
     with pk.Recorder(
-        pk.MemoryStore(), net, optimizer, num_examples=EXAMPLES, projection=pk.Identity(), segments=2
+        pk.MemoryStore(),
+        net,
+        optimizer,
+        num_examples=EXAMPLES,
+        projection=pk.Identity(),
+        segments=2,
+        augmented=True,
     ) as recorder:
         gc.disable()  # what only the collector can free is, on a real model, memory that runs out first
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import pkexplain as pk
 from pkexplain.errors import QueryError
-from tests.explanations import make_explanation
+from tests.explanations import make_comparison, make_explanation
 
 
 @pytest.fixture
@@ -116,7 +117,40 @@ def test_an_explanation_prints_as_a_table(explanation):
     text = str(explanation)
     for part in ("logit[3]", "weight_decay", "optimizer", "quadrature gap", f"{explanation.proponents[0].id}"):
         assert part in text
-    assert "all_contributions" not in repr(explanation)
+
+
+def test_an_explanation_is_a_line_where_it_is_one_of_many(explanation):
+    wanted = r"<Explanation logit\[3\]: -0\.\d+ before training, \S+ after; 60 examples \S+; all 2 checks passed>"
+    assert re.fullmatch(wanted, repr(explanation))
+    assert "1 of 2 checks failed: quadrature gap>" in repr(make_explanation(failing=True))
+    assert ", removal reading; " in repr(make_explanation(reading="removal"))
+    assert len(repr(make_explanation(output="o" * 500))) < 200
+
+
+def test_a_comparison_is_a_line():
+    wanted = "<Comparison of 3 methods, 3 queries, 50 examples: TracIn 0, TracIn 1, TracIn 2>"
+    assert repr(make_comparison(methods=3, name="TracIn")) == wanted
+
+
+def test_explanations_are_a_list(explanation):
+    everyone = pk.Explanations([explanation, make_explanation(failing=True), explanation, explanation])
+    assert isinstance(everyone, list)
+    assert everyone == [everyone[0], everyone[1], everyone[2], everyone[3]]
+    assert everyone[0] is explanation
+    assert isinstance(everyone[1:], pk.Explanations)
+    assert not everyone.passed
+    assert everyone[2:].passed
+    assert repr(everyone) == "<Explanations of 4 queries: logit[3], logit[3], logit[3], …; 1 with failed checks>"
+    assert repr(everyone[2:]) == "<Explanations of 2 queries: logit[3], logit[3]; all checks passed>"
+    assert repr(everyone[:0]) == "<Explanations of 0 queries>"
+
+
+def test_a_batch_is_answered_with_such_a_list(run):
+    explainer = pk.Explainer(run.store, run.model)
+    found = explainer.explain(run.queries[:2])
+    assert type(found) is pk.Explanations
+    assert len(found) == 2
+    assert type(explainer.explain(run.queries[0])) is pk.Explanation
 
 
 def test_an_explanation_survives_pickling(explanation):

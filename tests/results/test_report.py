@@ -407,6 +407,27 @@ def test_removal_reading_does_not_claim_to_add_up(tmp_path: Path) -> None:
     assert "not meant to add up" in page.text()
 
 
+def test_notes_and_the_output_in_words_stand_in_the_page(tmp_path: Path) -> None:
+    notes = ("The run was interrupted by KeyboardInterrupt; the model is explained as it was after step 60.", HOSTILE)
+    check = dataclasses.replace(make_explanation().checks[0], tolerance=0.00950124)
+    explanation = dataclasses.replace(make_explanation(output="margin[3]"), notes=notes, checks=(check,))
+    source, page = write(tmp_path, explanation)
+    text = page.text()
+    assert notes[0] in text
+    assert "<script" not in source
+    assert "margin[3]: the log-odds of class 3: logit 3 minus the log-sum-exp of all other logits" in text
+    assert "0.0095" in text
+    assert "0.00950124" not in text
+    without, _ = write(tmp_path, make_explanation(output="energy"))
+    assert '<ul class="notes"' not in without
+
+
+def test_the_difference_of_the_removal_reading_is_no_gap(tmp_path: Path) -> None:
+    _, page = write(tmp_path, make_explanation(reading="removal"))
+    assert "Difference, by design" in page.text()
+    assert "Completeness gap" not in page.text()
+
+
 def test_several_explanations_have_a_navigation(tmp_path: Path) -> None:
     _, page = write(tmp_path, [make_explanation(output=f"logit[{i}]") for i in range(3)], title="Three")
     targets = [a["href"] for a in page.all("a") if re.fullmatch(r"#e\d", a["href"])]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pkexplain as pk
 from pkexplain.results.report import write_report
 from tests.explanations import HOSTILE, make_comparison, make_explanation
 
@@ -117,6 +118,59 @@ def test_page_never_scrolls_sideways(browser: Any, report: Path, width: int, unf
         e.getBoundingClientRect().right > {width} + 0.5).map(e => e.tagName + '.' + e.className)"""
     assert page.evaluate(spill) == []
     page.context.close()
+
+
+def test_wide_tables_scroll_on_a_phone_with_their_names_in_sight(browser: Any, report: Path) -> None:
+    page = open_page(browser, report, 400)
+    regions = page.locator(".scroll")
+    assert regions.count() == 2
+    assert page.locator(".swipe").first.is_visible()
+    for at in range(2):
+        hidden = regions.nth(at).evaluate(
+            "e => { e.scrollLeft = 1e6; return e.scrollWidth - e.clientWidth - e.scrollLeft }"
+        )
+        assert hidden < 1.0
+        assert regions.nth(at).evaluate("e => e.scrollLeft") > 100
+        box = regions.nth(at).locator("tbody th").first.bounding_box()
+        assert box is not None
+        assert 0 <= box["x"] < 20
+        assert box["width"] < 200
+        last = regions.nth(at).locator("tbody tr").first.locator("td").last.bounding_box()
+        assert last is not None
+        assert last["x"] + last["width"] <= 400.5
+    page.context.close()
+    wide = open_page(browser, report)
+    assert not wide.locator(".swipe").first.is_visible()
+    wide.context.close()
+
+
+@pytest.mark.parametrize("width", [400, 1100])
+@pytest.mark.parametrize("dark", [False, True])
+def test_cards_change_nothing_around_them_and_can_be_read(browser: Any, tmp_path: Path, width: int, dark: bool) -> None:
+    around = "<h2>A title</h2><p class='name'>text</p><table><tr><th>a</th><td>b</td></tr></table><ul><li>x</li></ul>"
+    explanations = pk.Explanations(
+        [make_explanation(k=8), make_explanation(query=HOSTILE, output="o" * 90, failing=True)]
+    )
+    noted = dataclasses.replace(explanations[1], notes=(HOSTILE,))
+    cards = explanations[0]._repr_html_() + noted._repr_html_() + explanations._repr_html_()
+    looks = """() => [...document.querySelectorAll('#around, #around *')].map(e => {
+        const s = getComputedStyle(e), b = e.getBoundingClientRect();
+        return [...s].map(n => s[n]).concat(b.width, b.height).join(';') })"""
+    found = []
+    for inside in ("", cards):
+        path = tmp_path / f"{len(inside)}.html"
+        colours = "background: #111; color: #eee" if dark else "background: #fff; color: #111"
+        theme = f'data-jp-theme-light="{str(not dark).lower()}" style="{colours}; margin: 0"'
+        path.write_text(f'<!doctype html><meta charset="utf-8"><body {theme}><div id="around">{around}</div>{inside}')
+        page = open_page(browser, path, width)
+        found.append(page.evaluate(looks))
+        if inside:
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            assert page.evaluate(CONTRAST) == []
+            assert page.locator(".pkx").count() == 3
+            assert page.locator("img").count() == 2
+        page.context.close()
+    assert found[0] == found[1]
 
 
 def test_names_and_numbers_in_drawings_do_not_collide_on_a_phone(browser: Any, report: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 
+import pkexplain as pk
 from pkexplain.results import text as table
 from pkexplain.results.explanation import Check, Contribution, Explanation
 from tests.explanations import make_explanation
@@ -68,6 +69,56 @@ def test_text_is_narrow_and_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, text.splitlines())) > 80
     assert "\x1b" not in text
     assert "my[bold]output[/bold] :smile:" in text
+
+
+def test_one_printed_after_another_is_seen_to_begin() -> None:
+    lines = "\n".join(map(str, (make_explanation(), make_explanation(output="o" * 200)))).splitlines()
+    heads = [line for line in lines if line.endswith("━━━━")]
+    assert len(heads) == 1
+    assert heads[0].startswith("logit[3]: -0.200 before training, -1.433 after ━━━")
+    assert len(heads[0]) == table.WIDTH
+
+
+def test_outputs_of_the_package_are_explained() -> None:
+    meanings = {
+        name: table.output_meaning(name) for name in ("logit[3]", "log_probability[12]", "margin[0]", "value[2]")
+    }
+    assert meanings["margin[0]"] == "the log-odds of class 0: logit 0 minus the log-sum-exp of all other logits"
+    assert all(meanings.values())
+    for name, meaning in meanings.items():
+        assert f"\n{name.partition('[')[0]}: {meaning}\n" in table.render(make_explanation(output=name))
+    for name in ("margin", "margin[x]", "loss[3]", "my_margin[3]", "log_probability[token 42 at 5]"):
+        assert table.output_meaning(name) is None
+
+
+def test_tolerances_have_few_digits_and_notes_are_shown() -> None:
+    check = dataclasses.replace(make_explanation().checks[0], tolerance=0.00950124)
+    explanation = dataclasses.replace(make_explanation(), checks=(check,), notes=("One thing.", "And \u202e another."))
+    text = table.render(explanation)
+    assert re.search(r"0\.0095 +pass", text)
+    assert "0.00950124" not in text
+    assert "Note: One thing.\nNote: And ⟨U+202E⟩ another.\n" in text
+
+
+def test_the_removal_reading_has_a_difference_not_a_gap() -> None:
+    text = table.render(make_explanation(reading="removal"))
+    assert re.search(r"\+  difference \(by design\) +\+1\.0e-06", text)
+    assert not re.search(r"\+  gap", text)
+
+
+def test_several_explanations_are_a_table() -> None:
+    explanations = pk.Explanations(make_explanation(seed=s, failing=s == 1) for s in range(120))
+    lines = str(explanations).splitlines()
+    assert lines[0] == "120 explanations"
+    assert max(map(len, lines)) <= table.WIDTH
+    rows = [line for line in lines if "logit[3]" in line]
+    assert len(rows) == 100
+    assert "… and 20 more" in lines
+    for explanation, row in zip(explanations[:100], rows, strict=True):
+        first = explanation.proponents[0]
+        places = table.decimals([first.contribution], 3)
+        assert f" {first.id}: {first.contribution:+.{places}f} " in row
+        assert row.endswith("pass" if explanation.passed else "1 FAILED")
 
 
 def test_readings_are_told_apart() -> None:

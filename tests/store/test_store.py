@@ -46,6 +46,7 @@ MANIFEST = Manifest(
     columns=None,
     model=ModelFingerprint((Block("", ("weight",), ((2, 3),), 0, 0, (2, 3)),), {}, {}, {"weight": "x"}, {"": "Linear"}),
     inputs={"0": InputEntry(shape=(3, None), dtype="float32")},
+    digests={"3": {"0": "0123456789abcdef"}},
     output="",
     segments=(),
     states=(),

@@ -19,6 +19,7 @@ from pkexplain.errors import ConfigurationError
 from pkexplain.files import write_atomically
 from pkexplain.results.comparison import Comparison
 from pkexplain.results.explanation import Explanation
+from pkexplain.results.explanations import common_mode
 from pkexplain.results.numbers import clean, decimals, fixed, percent, significant, size, wall_time
 from pkexplain.results.report.data import Section, build_section
 from pkexplain.results.report.items import TrainingSet, name_label
@@ -143,7 +144,8 @@ def _bins(values: Sequence[float]) -> list[tuple[int, int, float]]:
 
 
 @functools.cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Make the templates' environment, with the filters and functions that they use."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -157,7 +159,7 @@ def _environment() -> Environment:
         "fixed": lambda value, places: typeset(fixed(value, places)),
         "change": lambda value, places: typeset(fixed(value, places, sign=True)),
         "significant": lambda value: typeset(significant(value)),
-        "plain": lambda value: typeset(f"{value:g}"),
+        "plain": lambda value: typeset(f"{value:.3g}"),
         "percent": lambda share: typeset(percent(share)),
         "duration": wall_time,
         "memory": size,
@@ -184,7 +186,7 @@ def render_page(sections: Sequence[Section], title: str | None = None, compariso
     """
     alone = title is None and len(sections) == 1
     heading = sections[0].question if alone else title or f"{len(sections)} explanations"
-    template = _environment().get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     return template.render(sections=sections, heading=clean(heading), alone=alone, comparison=comparison).lstrip()
 
 
@@ -235,12 +237,6 @@ def write_report(
     sections = [build_section(each, training_set, name=name) for each in explanations]
     page, target = render_page(sections, title, comparison), Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(target, mode if mode is not None else _common_mode(explanations)) as temporary:
+    with write_atomically(target, mode if mode is not None else common_mode(explanations)) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return target
-
-
-def _common_mode(explanations: Sequence[Explanation]) -> int | None:
-    """The permissions that all explained runs have; None if all are in memory."""
-    modes = [each.mode for each in explanations if each.mode is not None]
-    return functools.reduce(lambda one, other: one & other, modes) if modes else None

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkexplain.errors import ConfigurationError
 from pkexplain.results.explanation import Contribution, Explanation, GroupSum
 from pkexplain.results.numbers import clean, decimals, fixed
 from pkexplain.results.report.items import Item, TrainingSet, read_item
+from pkexplain.results.text import output_meaning
 
 __all__ = ["Balance", "Example", "Section", "Step", "build_section"]
 
@@ -112,6 +112,7 @@ class Section:
 
     Attributes:
         question: The question in words.
+        meaning: What the output is, in words; None of an output of the user's own.
         explanation: The explanation, for its ledger, checks, cost and checkpoints.
         query: The query's picture or text; None if the explanation has no query.
         steps: The ledger from initial to final.
@@ -124,6 +125,7 @@ class Section:
     """
 
     question: str
+    meaning: str | None
     explanation: Explanation
     query: Item | None
     steps: tuple[Step, ...]
@@ -152,15 +154,8 @@ def build_section(
         ConfigurationError: The training set does not have one example per contribution.
     """
     contributions = np.asarray(explanation.contributions, np.float64)
-    if training_set is not None and len(training_set.dataset) != len(contributions):
-        raise ConfigurationError(
-            "write_report(dataset)",
-            "the data set is not the one that was recorded",
-            got=f"{len(training_set.dataset)} examples",
-            expected=f"{len(contributions)}",
-            source="num_examples of the run",
-            fix="Pass the whole training set, in the order of the recorded ids",
-        )
+    if training_set is not None:
+        training_set.check_length(len(contributions), "write_report(dataset)")
     gross = float(np.abs(contributions).sum())
     shown = (*explanation.proponents, *explanation.opponents)
     ledger = explanation.ledger
@@ -168,6 +163,7 @@ def build_section(
     sums = explanation.by_group(labels) if labels else ()
     return Section(
         question=_question(explanation, name),
+        meaning=output_meaning(explanation.output),
         explanation=explanation,
         query=None if explanation.query is None else read_item(explanation.query),
         steps=tuple(_steps(explanation)),
@@ -213,7 +209,7 @@ def _steps(explanation: Explanation) -> Iterator[Step]:
         (f"Strongest opponents ({num_con:,})", "examples", con if num_con else None),
         (f"All other examples ({num_rest:,})", "examples", ledger.examples - pro - con if num_rest else None),
         *((clean(_LINE_NAMES.get(name, name)), "remainder", value) for name, value in ledger.remainders.items()),
-        ("Completeness gap", "gap", ledger.gap),
+        ("Completeness gap" if explanation.reading == "path" else "Difference, by design", "gap", ledger.gap),
     ]
     yield Step("Before training", "level", ledger.initial, ledger.initial)
     level = ledger.initial

@@ -16,7 +16,7 @@ import numpy as np
 from pkexplain.errors import ConfigurationError
 from pkexplain.results.numbers import TEXT_LIMIT, clean
 
-__all__ = ["Item", "TrainingSet", "name_label", "read_item"]
+__all__ = ["Item", "TrainingSet", "name_label", "read_item", "read_values"]
 
 _LABEL_KEYS = ("label", "labels", "target", "y", "class", "fine_label", "coarse_label")
 _PICTURE_SIDE = 256
@@ -53,12 +53,32 @@ class TrainingSet:
         """Refuse a data set that cannot be read by row number."""
         if not (hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")):
             raise ConfigurationError(
-                "write_report(dataset)",
+                "dataset=…",
                 "training examples must be readable by row number",
                 got=type(self.dataset).__name__,
                 expected="an object with __len__ and __getitem__",
                 source="contributions name examples by row number",
                 fix="Pass a map-style data set or a list, in the order of the recorded ids",
+            )
+
+    def check_length(self, count: int, asked: str) -> None:
+        """Refuse a data set that does not have one example per contribution.
+
+        Args:
+            count: The number of contributions.
+            asked: What the user called.
+
+        Raises:
+            ConfigurationError: It has more or fewer.
+        """
+        if len(self.dataset) != count:
+            raise ConfigurationError(
+                asked,
+                "the data set is not the one that was recorded",
+                got=f"{len(self.dataset)} examples",
+                expected=f"{count}",
+                source="num_examples of the run",
+                fix="Pass the whole training set, in the order of the recorded ids",
             )
 
     def item(self, position: int) -> Item:
@@ -136,6 +156,33 @@ def read_item(row: Any, position: int | None = None) -> Item:
         return Item(picture, clean(text) if lines else None, label)
     picture = _picture(x)
     return Item(picture, None if picture is not None else clean(x if isinstance(x, str) else _describe(x)), label)
+
+
+def read_values(row: Any, position: int | None = None, *, plain: bool = True) -> dict[str, Any]:
+    """Read one row of a data set as named values.
+
+    Args:
+        row: As for `read_item`; of a mapping, the names are its own, otherwise ``x``, or ``text``, and ``label``.
+        position: Its row number, as for `read_item`.
+        plain: Whether only numbers and texts are kept; otherwise tensors become arrays, and everything is.
+
+    Returns:
+        The values, without those that are None.
+    """
+    if not isinstance(row, Mapping):
+        x, y = _split(row, position)
+        row = {"text" if isinstance(x, str) else "x": x, "label": y}
+    found = {str(name): _plain(value) for name, value in row.items()}
+    if not plain:
+        whole = {str(name): value if (array := _array(value)) is None else array for name, value in row.items()}
+        found = {name: whole[name] if value is None else value for name, value in found.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _plain(value: Any) -> object:
+    if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
+        value = value.item()
+    return value if isinstance(value, (bool, int, float, str)) else None
 
 
 def _split(row: Any, position: int | None) -> tuple[Any, Any]:
