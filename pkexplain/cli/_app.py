@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a recorded run.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The directory of a recorded run, or its URL.")]
 
 
 def console(error: bool = False) -> Any:

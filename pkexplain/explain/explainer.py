@@ -47,8 +47,8 @@ class Explainer:
     it is open are not seen.
 
     Args:
-        run: The directory of a run, or the `pkexplain.MemoryStore` it was recorded into; or a list of runs of one
-            training with different seeds, which are averaged.
+        run: The directory of a run, its URL (``s3://bucket/run``), or the `pkexplain.MemoryStore` it was recorded into;
+            or a list of runs of one training with different seeds, which are averaged.
         model: The model. It supplies the architecture; the recorded weights are explained. It is copied, never changed.
         index: ``"Flat"`` for exact search, any other faiss factory string for a compressed index, or ``"auto"`` to
             choose by the number of rows. The mean of several runs is always searched exactly.
