@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 from pkexplain.errors import MissingDependencyError, RunError
 from pkexplain.explain.explainer import Explainer
 from pkexplain.explain.outputs import Margin
+from pkexplain.files import local_path
 from pkexplain.progress import Progress, no_progress
 from pkexplain.projection.base import Projection
 from pkexplain.record.recorder import Recorder
@@ -173,7 +174,7 @@ def run_demo(out: str | Path, *, epochs: int = EPOCHS, progress: Progress | None
     from pkexplain.results.report import write_report
 
     report_progress = progress or no_progress
-    out, seconds, clock = Path(out), {}, time.perf_counter
+    out, seconds, clock = local_path(out, "run_demo(out)"), {}, time.perf_counter
 
     def lap(stage: str, since: float) -> float:
         seconds[stage] = clock() - since

@@ -1,4 +1,4 @@
-"""Files that survive a crash: checksums, and a write that happens whole or not at all."""
+"""Files that survive a crash, with checksums and writes that happen whole or not at all; and which paths are local."""
 
 from __future__ import annotations
 
@@ -8,19 +8,36 @@ import json
 import os
 import re
 import stat
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
 
-__all__ = ["TEMPORARY_END", "checksum", "checksum_file", "checksum_json", "write_atomically"]
+from pkexplain.errors import ConfigurationError
+
+__all__ = [
+    "TEMPORARY_END",
+    "cache_directory",
+    "checksum",
+    "checksum_file",
+    "checksum_json",
+    "is_remote",
+    "local_path",
+    "make_folder",
+    "write_atomically",
+]
 
 TEMPORARY_END = re.compile(r"\.[0-9a-f]{32}\.tmp")
 """How the names of temporary files end; a name that ends otherwise is somebody else's."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[:/\\]")
+"""How a URL or a chain of them begins, also if `pathlib` made ``s3:/`` of ``s3://``; a drive's name has one letter."""
 
 
 def checksum(*parts: str | bytes | Tensor) -> str:
@@ -46,6 +63,65 @@ def checksum_file(file: Path) -> str:
 def checksum_json(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of plain data, in hexadecimal: of its JSON with sorted keys."""
     return checksum(json.dumps(content, sort_keys=True, separators=(",", ":")))
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL of something other than a local file: ``s3://bucket/run``, but not ``file:///run``."""
+    text = os.fspath(path)
+    return _URL.match(text) is not None and not text.lower().startswith("file:")
+
+
+def local_path(path: str | os.PathLike[str], asked: str) -> Path:
+    """Return a local path, also that of a ``file://`` URL; `pathlib` would make a folder named ``s3:`` of another URL.
+
+    Args:
+        path: The path, as the user gave it.
+        asked: What it was given for, for the message.
+
+    Raises:
+        ConfigurationError: It is a URL that does not name a file of this machine.
+    """
+    text = os.fspath(path)
+    if not is_remote(path):
+        if not text.lower().startswith("file:/"):
+            return Path(path)
+        parts = urlsplit(text)
+        if parts.netloc in ("", "localhost"):
+            return Path(url2pathname(parts.path))
+    raise ConfigurationError(
+        asked,
+        "a URL is not a local path",
+        got=text,
+        expected="a path on this machine",
+        source="its scheme",
+        fix="Give a local path, and copy what was written afterwards",
+    )
+
+
+def cache_directory() -> Path:
+    """Return this user's cache directory for the package: ``PKEXPLAIN_CACHE``, or the platform's."""
+    if own := os.environ.get("PKEXPLAIN_CACHE"):
+        return Path(own)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "pkexplain"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "pkexplain"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pkexplain"
+
+
+def make_folder(folder: Path, mode: int | None) -> None:
+    """Make a folder, with permissions that go with those given for files: who may read may enter.
+
+    Args:
+        folder: The folder; if it is there, it stays as it is.
+        mode: Permissions of the files in it; None for a folder as the umask leaves it.
+    """
+    if folder.is_dir():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if mode is not None:
+        kept = folder.stat().st_mode & stat.S_ISGID  # new files stay with the folder's group
+        folder.chmod(kept | mode | (mode & 0o444) >> 2 | 0o300)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a recorded run.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The directory of a recorded run, or its URL.")]
 
 
 _WIDTH_IN_A_FILE = 1000

@@ -59,9 +59,9 @@ def explain(
     """Explain a prediction: the ledger, the checks and the top training examples."""
     from pkexplain.explain.explainer import Explainer
     from pkexplain.progress import ProgressBar
-    from pkexplain.store.directory import DirectoryStore
+    from pkexplain.store.directory import open_store
 
-    inputs = DirectoryStore(run).manifest().inputs
+    inputs = open_store(run).manifest().inputs
     asked, wanted = read_query(query, inputs), None if output is None else parse_output(output)
     explainer = Explainer(run, call_function(model, "--model"), index=index, progress=ProgressBar())
     found = explainer.explain(asked, output=wanted, k=k, reading=reading)
@@ -94,9 +94,9 @@ def compare(
     from pkexplain.explain.explainer import Explainer
     from pkexplain.explain.outputs import LogProbability
     from pkexplain.progress import ProgressBar
-    from pkexplain.store.directory import DirectoryStore
+    from pkexplain.store.directory import open_store
 
-    asked, classes = read_query(query, DirectoryStore(run).manifest().inputs), parse_numbers(target, "--target")
+    asked, classes = read_query(query, open_store(run).manifest().inputs), parse_numbers(target, "--target")
     chosen, training_set = choose_baselines(methods), call_function(data, "--data")
     explainer = Explainer(run, call_function(model, "--model"), progress=ProgressBar())
     comparison = compare_methods(explainer, asked, classes, dataset=training_set, baselines=chosen, k=k)
@@ -122,16 +122,18 @@ def index(
     queries: Annotated[int, typer.Option(min=1, help="Number of queries for --benchmark.")] = 100,
 ) -> None:
     """Build the index of a run and keep it with the run, or compare several."""
+    from pkexplain.files import local_path
     from pkexplain.index.row_index import RowIndex
     from pkexplain.progress import ProgressBar
-    from pkexplain.store.directory import DirectoryStore
+    from pkexplain.store.directory import open_store
     from pkexplain.store.index_files import INDEX_FOLDER
 
-    store = DirectoryStore(run)
-    trajectory, directory = store.trajectory(), store.path / INDEX_FOLDER
+    store = open_store(run, "" if benchmark else "indexing")
+    trajectory = store.trajectory()
     if benchmark:
         _compare(trajectory, queries, factory)
         return
+    directory = local_path(run, "RUN").absolute() / INDEX_FOLDER
     built = RowIndex(trajectory, factory, directory, store=store)
     built.prepare(ProgressBar())
     size = f"{trajectory.num_examples:,} rows of {built.rows.dimension:,} numbers"

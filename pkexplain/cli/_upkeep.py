@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,9 +19,9 @@ def inspect(run: RunArgument) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from pkexplain.store.directory import DirectoryStore
+    from pkexplain.store.directory import open_store
 
-    store = DirectoryStore(run)
+    store = open_store(run)
     manifest = store.manifest()
     size = sum(file.bytes for file in manifest.files.values())
     parameters = sum(block.numel for block in manifest.model.blocks)
@@ -70,10 +69,10 @@ def verify(
 ) -> None:
     """Check every file's checksum and contents and every segment's displacement gap; exit status 1 on damage."""
     from pkexplain.progress import ProgressBar
-    from pkexplain.store.directory import DirectoryStore
+    from pkexplain.store.directory import open_store
     from pkexplain.store.upkeep import find_damage
 
-    store, wrong = DirectoryStore(run), 0
+    store, wrong = open_store(run), 0
     manifest, damaged = find_damage(store, progress=ProgressBar())
     for error in damaged.values():
         complain("damaged", str(error))
@@ -112,7 +111,7 @@ def _sweep(store: Store) -> int:
 
 @app.command()
 def copy(
-    run: RunArgument, to: Annotated[Path, typer.Argument(metavar="TO", help="The directory of the copy.")]
+    run: RunArgument, to: Annotated[str, typer.Argument(metavar="TO", help="The directory of the copy, or its URL.")]
 ) -> None:
     """Copy a run, also while it is being written to: whole segments, every file checked."""
     from pkexplain.progress import ProgressBar

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from pkexplain.errors import EvaluationError
 from pkexplain.evaluation._kept_answers import Answers, KeptAnswers, key_of
 from pkexplain.explain.outputs import Logit, LogProbability, Margin, Output, as_output
 from pkexplain.explain.queries import QueryBatch, as_queries
-from pkexplain.files import checksum
+from pkexplain.files import checksum, local_path
 from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.progress import Progress, no_progress
 
@@ -54,6 +53,7 @@ class Retraining:
     Raises:
         EvaluationError: The output depends on the prediction, or the directory belongs to another setting.
         QueryError: The queries are not a batch, or the output is not an output.
+        ConfigurationError: ``kept`` is a URL.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Retraining:
         self._retrain, self._backwards = retrain, backwards
         self._progress = progress or no_progress
         self._known: dict[str, Answers] = {}
-        self._kept = None if kept is None else KeptAnswers(Path(kept), self._setting())
+        self._kept = None if kept is None else KeptAnswers(local_path(kept, "Retraining(kept=…)"), self._setting())
         self._uses_ids = self._uses_seed = False
 
     def ask(self, ids: np.ndarray, seed: int) -> Answers:

@@ -51,8 +51,8 @@ class Explainer:
     visited, a model that was trained along the run but stands elsewhere. Every explanation has it as its ``notes``.
 
     Args:
-        run: The directory of a run, or the `pkexplain.MemoryStore` it was recorded into; or a list of runs of one
-            training with different seeds, which are averaged.
+        run: The directory of a run, its URL (``s3://bucket/run``), or the `pkexplain.MemoryStore` it was recorded into;
+            or a list of runs of one training with different seeds, which are averaged.
         model: The model. It supplies the architecture; the recorded weights are explained. It is copied, never changed.
             If its weights are not the run's last ones, each explanation has a note of it.
         index: ``"Flat"`` for exact search, any other faiss factory string for a compressed index, or ``"auto"`` to

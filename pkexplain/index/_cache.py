@@ -14,14 +14,13 @@ import json
 import os
 import secrets
 import stat
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pkexplain.files import checksum_file, write_atomically
+from pkexplain.files import cache_directory, checksum_file, write_atomically
 from pkexplain.index.faiss_index import CompressedSearch
 from pkexplain.store.base import Store
 from pkexplain.store.index_files import rows_name
@@ -114,17 +113,6 @@ class KeptIndex:
 def _sign(described: Mapping[str, Any], key: bytes) -> str:
     plain = json.dumps(described, sort_keys=True, separators=(",", ":"))
     return hmac.new(key, plain.encode(), "sha256").hexdigest()
-
-
-def cache_directory() -> Path:
-    """Return this user's cache directory for the package: ``PKEXPLAIN_CACHE``, or the platform's."""
-    if own := os.environ.get("PKEXPLAIN_CACHE"):
-        return Path(own)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "pkexplain"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "pkexplain"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pkexplain"
 
 
 def _read_key() -> bytes | None:

@@ -104,7 +104,7 @@ class Recorder:
         blocks = tuple(found)
         like = torch.empty(0, dtype=dtype, device=named[blocks[0].parameters[0]].device)
         self._plan = Plan(
-            store=open_store(run),
+            store=open_store(run, "recording into"),
             model=model,
             wrapped=wrapped,
             optimizers=optimizers,
@@ -159,7 +159,7 @@ class Recorder:
             RunDamagedError: A file of the run is missing, truncated or altered.
             ConfigurationError: An argument is invalid.
         """
-        store = open_store(run)
+        store = open_store(run, "recording into")
         trajectory = store.trajectory()
         recorder = cls(store, model, optimizer, **recorded_arguments(store, trajectory, num_examples))
         trajectory.fingerprint.check(recorder._plan.model)

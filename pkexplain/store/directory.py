@@ -14,14 +14,13 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import msgspec
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from pkexplain.errors import RunDamagedError, RunError
-from pkexplain.files import checksum_file, checksum_json, write_atomically
+from pkexplain.files import checksum_file, checksum_json, is_remote, local_path, make_folder, write_atomically
 from pkexplain.store._ownership import MARK, claims, is_temporary, was_written_by_us
 from pkexplain.store._run_errors import elsewhere, undeletable, unreadable, unwritable
 from pkexplain.store.base import Store, busy, damaged, exists, not_found
@@ -30,9 +29,9 @@ from pkexplain.store.manifest import FILE_NAME, FORMAT_VERSION, FileEntry, Manif
 
 __all__ = ["DirectoryStore", "open_store"]
 
-_LARGEST_MANIFEST = 1 << 26
+LARGEST_MANIFEST = 1 << 26
 """Bytes, enough for some 80,000 segments; parsed JSON can take twenty times its size."""
-_FOLDERS = ("checkpoints", "segments", "rows", "states", ".")
+FOLDERS = ("checkpoints", "segments", "rows", "states", ".")
 
 
 class DirectoryStore(Store):
@@ -42,11 +41,15 @@ class DirectoryStore(Store):
         path: The directory; it is created when a run starts. It may hold other files; they are left alone.
         mode: Permissions of the run's files, for example ``0o600`` for their owner only (and its folders can be entered
             by the same users); None for those that the umask leaves, or that the run has already.
+
+    Raises:
+        ConfigurationError: The path is a URL.
     """
 
     def __init__(self, path: str | os.PathLike[str], mode: int | None = None) -> None:
         """Name a directory, without touching it."""
-        self.path, self._name = Path(path).absolute(), os.fspath(path)  # the program may change its directory
+        local = local_path(path, "DirectoryStore(path)")
+        self.path, self._name = local.absolute(), os.fspath(path)  # the program may change its directory
         self._given_mode = mode
         self._held: tuple[int, int] | None = None
         self._files: dict[str, FileEntry] = {}
@@ -72,7 +75,7 @@ class DirectoryStore(Store):
     def create(self, manifest: Manifest, overwrite: bool = False) -> None:
         """Start a run; one that was interrupted before its first segment was finished is replaced."""
         try:
-            self._make_folder(self.path)
+            make_folder(self.path, self._given_mode)
         except OSError as error:
             raise unwritable(self, "manifest.json", error) from error
         try:
@@ -85,7 +88,7 @@ class DirectoryStore(Store):
             self._delete("manifest.json")  # then its files are no run's, and are swept
         self._files, self._read, self._dropped = {}, {}, set()  # of a run that was here before
         self.sweep()
-        for name in claims(self.path, _FOLDERS):
+        for name in claims(self.path, FOLDERS):
             if before is None or name not in before.files:
                 self._refuse_other(name)
         self.commit(manifest)
@@ -106,7 +109,7 @@ class DirectoryStore(Store):
         """Delete what the run does not consist of: files of killed writers, and indices of other rows."""
         manifest = self.manifest() if (self.path / "manifest.json").exists() else None
         listed, found = manifest.files if manifest else {}, sorted(self._dropped)
-        for folder in _FOLDERS:
+        for folder in FOLDERS:
             self._keep_inside(folder)
             for file in sorted((self.path / folder).glob("*")):
                 name = file.relative_to(self.path).as_posix()
@@ -127,7 +130,7 @@ class DirectoryStore(Store):
         """Keep every other writer out, with a lock that the system releases if the process dies."""
         self._keep_inside("lock")
         try:
-            self._make_folder(self.path)
+            make_folder(self.path, self._given_mode)
             mode = self.mode if self.mode is not None else 0o644
             lock = FileLock(self.path / "lock", timeout=wait, mode=mode, thread_local=False)
             lock.acquire()
@@ -170,7 +173,7 @@ class DirectoryStore(Store):
         if name not in self._files:
             self._refuse_other(name)
         try:
-            self._make_folder(target.parent)
+            make_folder(target.parent, self._given_mode)
             with write_atomically(target, self.mode) as temporary:
                 safetensors.torch.save_file(content, temporary, metadata=MARK)
                 entry = FileEntry(bytes=temporary.stat().st_size, sha256=checksum_file(temporary))
@@ -193,7 +196,7 @@ class DirectoryStore(Store):
         content["sha256"] = checksum_json(content)
         try:
             text = json.dumps(content)
-            if len(text) > _LARGEST_MANIFEST:
+            if len(text) > LARGEST_MANIFEST:
                 raise OSError(f"{len(text)} bytes, more than a reader accepts: record fewer, longer segments")
             with write_atomically(self.path / "manifest.json", self.mode) as temporary:
                 temporary.write_text(text, encoding="utf-8")
@@ -220,10 +223,8 @@ class DirectoryStore(Store):
             raise
         except (OSError, ValueError) as error:
             raise unreadable(self, "manifest.json", error) from error
-        if size > _LARGEST_MANIFEST:
-            raise damaged(
-                self, "manifest.json", "it is absurdly large", f"{size} bytes", f"{_LARGEST_MANIFEST} at most"
-            )
+        if size > LARGEST_MANIFEST:
+            raise damaged(self, "manifest.json", "it is absurdly large", f"{size} bytes", f"{LARGEST_MANIFEST} at most")
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             stated = content.pop("sha256")
@@ -308,15 +309,6 @@ class DirectoryStore(Store):
             raise damaged(self, name, "it was altered", f"sha256 {found}", f"sha256 {stated.sha256}")
         return stated
 
-    def _make_folder(self, folder: Path) -> None:
-        """Make a folder, with permissions that go with those given for files: who may read may enter."""
-        if folder.is_dir():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        if self._given_mode is not None:
-            kept = folder.stat().st_mode & stat.S_ISGID  # new files stay with the folder's group
-            folder.chmod(kept | self._given_mode | (self._given_mode & 0o444) >> 2 | 0o300)
-
     def _delete(self, name: str) -> None:
         try:
             (self.path / name).unlink(missing_ok=True)
@@ -343,6 +335,11 @@ class DirectoryStore(Store):
             raise damaged(self, name, "it is a link that leaves the run", target, "a file inside the run")
 
 
-def open_store(run: str | os.PathLike[str] | Store) -> Store:
-    """Return the store of a path, or the store itself."""
-    return run if isinstance(run, Store) else DirectoryStore(run)
+def open_store(run: str | os.PathLike[str] | Store, writing: str = "") -> Store:
+    """Return the store of a path or a URL, or the store itself; ``writing`` (words) is refused where one only reads."""
+    from pkexplain.store.remote import RemoteStore  # which imports this module
+
+    store = run if isinstance(run, Store) else RemoteStore(run) if is_remote(run) else DirectoryStore(run)
+    if writing and isinstance(store, RemoteStore):
+        raise store.refusal(writing)
+    return store

@@ -48,7 +48,7 @@ def merge(run: str | os.PathLike[str] | Store, *, shards: int = 1, progress: Pro
         RunBusyError: The run is being written to.
         RunDamagedError: A file of the run is missing, truncated or altered.
     """
-    store = open_store(run)
+    store = open_store(run, "merging the shards of")
     if not isinstance(shards, int) or shards < 1:
         raise ConfigurationError(
             "merge(shards=…)",
@@ -90,7 +90,7 @@ def withdraw(
         RunError: A file cannot be written or deleted. After an error, the run holds these examples or it does not; call
             it again until it returns, so that nothing of them is left in the directory.
     """
-    store = open_store(run)
+    store = open_store(run, "withdrawing from")
     chosen = check_ids(ids, store.trajectory().num_examples, "withdraw(ids)")
 
     def without(segment: Segment) -> Segment:

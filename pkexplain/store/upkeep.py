@@ -11,7 +11,9 @@ from msgspec import structs
 from torch import Tensor
 
 from pkexplain.errors import RunDamagedError, RunNotFoundError
+from pkexplain.files import is_remote
 from pkexplain.progress import Progress, no_progress
+from pkexplain.store._upload import Upload
 from pkexplain.store.base import Store, exists
 from pkexplain.store.directory import DirectoryStore, open_store
 from pkexplain.store.manifest import FIRST_CHECKPOINT, FileEntry, Manifest
@@ -64,14 +66,15 @@ def find_damage(
 def copy_run(
     run: str | os.PathLike[str] | Store, to: str | os.PathLike[str] | Store, *, progress: Progress = no_progress
 ) -> Manifest:
-    """Copy a run into another directory, also while it is being written to.
+    """Copy a run into another directory or to a URL, also while it is being written to.
 
     The copy is the run as one of its manifests described it: whole segments, with all files checked. Kept indices are
     not copied; they are built again on first use.
 
     Args:
-        run: The run.
-        to: The directory of the copy, which must not hold a run.
+        run: The run, or its URL.
+        to: The directory of the copy, which must not hold a run; or a URL that fsspec can write to, such as
+            ``s3://bucket/run``.
         progress: Told how many files are done.
 
     Returns:
@@ -86,7 +89,10 @@ def copy_run(
     source = open_store(run)
     manifest = source.manifest()
     source.forget()
-    target = to if isinstance(to, Store) else DirectoryStore(to, mode=getattr(source, "mode", None))
+    if isinstance(to, Store):
+        target = to
+    else:
+        target = Upload(os.fspath(to)) if is_remote(to) else DirectoryStore(to, mode=getattr(source, "mode", None))
     with target.lock():
         with contextlib.suppress(RunNotFoundError):
             target.manifest()
@@ -156,7 +162,7 @@ def salvage(run: str | os.PathLike[str] | Store, *, progress: Progress = no_prog
         RunDamagedError: Nothing can be saved: the manifest, the first checkpoint or the first segment is damaged.
         RunBusyError: The run is being written to.
     """
-    store = open_store(run)
+    store = open_store(run, "salvaging")
     store.manifest()  # before the lock makes a directory where there is no run
     with store.lock():
         before, damaged = find_damage(store, progress=progress)

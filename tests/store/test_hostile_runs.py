@@ -237,7 +237,7 @@ def test_a_manifest_that_no_reader_would_take_is_not_written(tmp_path, monkeypat
     training = Training(tmp_path)
     training.go(epochs=1)
     most = (training.run / "manifest.json").stat().st_size + 3000
-    monkeypatch.setattr(store, "_LARGEST_MANIFEST", most)
+    monkeypatch.setattr(store, "LARGEST_MANIFEST", most)
     with pytest.raises(RunError, match=r"^writing manifest\.json .*: record fewer, longer segments"):
         training.go(epochs=9)
     assert (training.run / "manifest.json").stat().st_size <= most

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pkexplain.errors import ConfigurationError
-from pkexplain.files import write_atomically
+from pkexplain.files import local_path, write_atomically
 from pkexplain.results.comparison import Comparison
 from pkexplain.results.explanation import Explanation
 from pkexplain.results.explanations import common_mode
@@ -206,7 +206,7 @@ def write_report(
 
     Args:
         explanation: One explanation, or several for one page.
-        path: Where to write; missing directories are created.
+        path: Where to write, on this machine; missing directories are created.
         dataset: The whole training set in the order of the recorded ids, to show pictures or texts and to sum by label:
             a torch or Hugging Face data set, or a list, of ``(x, y)``, ``(id, x, y)``, mappings, pictures or strings.
         label_names: Name of each label, a sequence or a mapping; by default the data set's own, if it has any.
@@ -219,7 +219,8 @@ def write_report(
         The path of the file.
 
     Raises:
-        ConfigurationError: There is no explanation, or the data set is not the one that was recorded.
+        ConfigurationError: There is no explanation, the data set is not the one that was recorded, or the path is a
+            URL.
         MissingDependencyError: jinja2 is not installed.
     """
     explanations = [explanation] if isinstance(explanation, Explanation) else list(explanation)
@@ -235,7 +236,7 @@ def write_report(
     training_set = None if dataset is None else TrainingSet(dataset, label_names)
     name = functools.partial(name_label, label_names) if training_set is None else training_set.name
     sections = [build_section(each, training_set, name=name) for each in explanations]
-    page, target = render_page(sections, title, comparison), Path(path)
+    page, target = render_page(sections, title, comparison), local_path(path, "write_report(path)")
     target.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(target, mode if mode is not None else common_mode(explanations)) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
