@@ -170,15 +170,19 @@ class TorchProcessGroup(ProcessGroup):
         return found.to(value.device)
 
 
-def find_process_group(model: nn.Module) -> tuple[nn.Module, ProcessGroup]:
+def find_process_group(model: nn.Module, group: Any = None) -> tuple[nn.Module, ProcessGroup]:
     """Unwrap the model and find the processes that train it.
 
     Args:
         model: The model, or its DistributedDataParallel wrapper.
+        group: The `torch.distributed` group that averages gradients, where the wrapper is not passed.
 
     Returns:
         The model without the wrapper, and the processes that the wrapper averages gradients over.
     """
+    if group is not None:
+        inside = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        return inside, TorchProcessGroup(group)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module, TorchProcessGroup(model.process_group)
     return model, ProcessGroup()

@@ -19,11 +19,17 @@ def check_arguments(model: nn.Module, **given: Any) -> None:
     Raises:
         ConfigurationError: An argument is invalid.
     """
-    n, segments = given["num_examples"], given["segments"]
+    n, segments, kept = given["num_examples"], given["segments"], given["keep_states"]
     rules: list[tuple[str, bool, str, str]] = [
         ("num_examples", _is_count(n), "an integer from 1 up", "Give len(train)"),
         ("augmented", isinstance(given["augmented"], bool), "True or False", "Leave it out"),
         ("overwrite", isinstance(given["overwrite"], bool), "True or False", "Leave it out"),
+        (
+            "keep_states",
+            kept is None or _is_count(kept),
+            "1, 2, … or None",
+            "Leave it out",
+        ),
         ("segments", segments == "epoch" or _is_count(segments), '"epoch" or a number of steps', "Leave it out"),
         ("unsplit", given["unsplit"] in ("warn", "refuse"), '"warn" or "refuse"', "Leave it out"),
         ("dtype", given["dtype"] in (torch.float32, torch.float64), "float32 or float64", "Leave it out"),

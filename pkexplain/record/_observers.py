@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -55,7 +55,7 @@ class LossDerivatives:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             for path, tensor in named_tensors(output).items():
                 if tensor.requires_grad and tensor.ndim and len(tensor) == len(batch.ids):
-                    tensor.register_hook(partial(arrive, path))
+                    _on_gradient(tensor, partial(arrive, path))
 
         seen: dict[str, Tensor] = {}
         handle = self._model.register_forward_hook(hook)
@@ -63,6 +63,28 @@ class LossDerivatives:
             yield
         finally:
             handle.remove()
+
+
+def _on_gradient(tensor: Tensor, tell: Callable[[Tensor], None]) -> None:
+    """Tell the gradient of a tensor that the loss depends on, or of that from which it was cast.
+
+    Where a model computes its own loss under autocast, Accelerate casts its outputs to float32 afterwards: the loss
+    depends on the tensors before that.
+    """
+    node, place = tensor.grad_fn, tensor.output_nr
+    cast = node is not None and type(node).__name__.startswith("ToCopyBackward")
+    while node is not None and type(node).__name__.startswith("ToCopyBackward"):
+        node, place = node.next_functions[0]
+    if node is None or not cast:
+        tensor.register_hook(tell)
+        return
+
+    def before(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[place]
+        if gradient is not None:
+            tell(gradient)
+
+    node.register_prehook(before)
 
 
 class InputShapes:

@@ -159,6 +159,13 @@ class Session:
         optimizer = checksum_optimizers(self._plan.optimizers, self._plan.parameters)
         self._writer.state(serialise(state), optimizer or "", OptimizerEntry.of(*self._plan.optimizers.all))
 
+    def end_segment(self) -> None:
+        """End the segment between two steps; gradients that wait to be applied go on waiting."""
+        self.steps.refuse_to_go_on()
+        if self.steps.in_a_step:
+            raise not_between_steps(recording=True)
+        self._end_segment()
+
     @without_autocast()
     def _end_segment(self, early: bool = False) -> None:
         accounts = self._accounts

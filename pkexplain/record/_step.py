@@ -113,6 +113,11 @@ class StepRecorder:
         """Whether no step is open, and every gradient was applied."""
         return self._step is None and not self._accumulated
 
+    @property
+    def in_a_step(self) -> bool:
+        """Whether a step is open."""
+        return self._step is not None
+
     def hooks(self) -> Iterator[Any]:
         """Listen to the parameters' gradients and to the optimizers; yield the handles."""
         yield from self._accounts.sums.hooks(self._current_batch)

@@ -20,6 +20,9 @@ class DrawnIds:
     The object that the loader asks for batches of row numbers (its batch sampler) is replaced by one that asks it, and
     keeps a list. The loader draws the same random numbers as before.
 
+    Attributes:
+        num_examples: How many rows the data set has.
+
     Args:
         loader: A `torch.utils.data.DataLoader` of a data set with row numbers, also one that Accelerate has prepared.
         num_examples: How many rows its data set must have; None for any number.
@@ -35,6 +38,7 @@ class DrawnIds:
         self._loaders = list({id(each): each for each in (loader, base)}.values())
         # a loader that does not collate by itself asks its sampler
         self._name = "sampler" if base.batch_sampler is None else "batch_sampler"
+        self.num_examples = num_examples if num_examples is not None else len(base.dataset)
         self._sampler = _ListeningSampler(getattr(base, self._name))
         for each in self._loaders:
             _put(each, self._name, self._sampler)

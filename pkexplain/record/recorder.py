@@ -26,6 +26,7 @@ from pkexplain.record._session import Session
 from pkexplain.record.loaders import DrawnIds, Draws
 from pkexplain.store.base import Store
 from pkexplain.store.directory import open_store
+from pkexplain.store.writer import STATES_KEPT
 
 __all__ = ["Recorder"]
 
@@ -55,6 +56,9 @@ class Recorder:
         dataset: The training set. Then the inputs of those examples are also compared with its rows, from the first
             step on; pass ``num_examples`` instead if the loop changes inputs on their way to the model.
         overwrite: Whether to delete a run that is there.
+        group: The `torch.distributed` group whose processes train together, where ``model`` is not its
+            DistributedDataParallel.
+        keep_states: How many of the states that `save` writes are kept; None for all.
 
     Raises:
         UnsupportedOptimizerError: The optimizer has no update rule.
@@ -87,15 +91,17 @@ class Recorder:
         augmented: bool = False,
         dataset: Any = None,
         overwrite: bool = False,
+        group: Any = None,
+        keep_states: int | None = STATES_KEPT,
     ) -> None:
         """Check that everything can be recorded, without writing anything."""
         if num_examples is None and dataset is not None:
             num_examples = len(dataset)
         given = {"num_examples": num_examples, "segments": segments, "unsplit": unsplit, "augmented": augmented}
-        check_arguments(model, **given, overwrite=overwrite, dtype=dtype)
+        check_arguments(model, **given, overwrite=overwrite, keep_states=keep_states, dtype=dtype)
         assert num_examples is not None
         warn_of_compiled(model)
-        wrapped, (model, group) = model, find_process_group(uncompiled(model))
+        wrapped, (model, processes) = model, find_process_group(uncompiled(model), group)
         model = uncompiled(model)
         optimizers = Optimizers(optimizer)
         in_group = {id(p): g for g, each in enumerate(optimizers.groups) for p in each["params"]}
@@ -111,7 +117,7 @@ class Recorder:
             steps=StepReader(model, optimizers, blocks, like),
             blocks=blocks,
             capture=Capture(layers, blocks, dtype),
-            group=group,
+            group=processes,
             num_examples=num_examples,
             segments=segments,
             unsplit=unsplit,
@@ -120,6 +126,7 @@ class Recorder:
             overwrite=overwrite,
             augmented=augmented,
             dataset=dataset,
+            keeps=keep_states,
         )
         self._session: Session | None = None
         self._drawn: dict[int, DrawnIds] = {}
@@ -137,6 +144,7 @@ class Recorder:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         num_examples: int | None = None,
+        **options: Any,
     ) -> Recorder:
         """Continue a run that was killed, or that should be trained further.
 
@@ -150,6 +158,7 @@ class Recorder:
             optimizer: Its optimizer, or optimizers, as at that point, or new.
             num_examples: The number of training examples now, if there are more than before: new examples come after
                 the others.
+            options: ``dataset``, ``group`` and ``keep_states`` of a recorder; the others are those of the run.
 
         Returns:
             A recorder, to be used like any other.
@@ -161,7 +170,7 @@ class Recorder:
         """
         store = open_store(run, "recording into")
         trajectory = store.trajectory()
-        recorder = cls(store, model, optimizer, **recorded_arguments(store, trajectory, num_examples))
+        recorder = cls(store, model, optimizer, **recorded_arguments(store, trajectory, num_examples), **options)
         trajectory.fingerprint.check(recorder._plan.model)
         recorder._plan = replace(recorder._plan, resumes=True)
         return recorder
@@ -195,6 +204,17 @@ class Recorder:
         if self._session is None:
             raise not_between_steps(recording=False)
         self._session.save()
+
+    def end_segment(self) -> None:
+        """End the segment here, between two steps; segments end by themselves, too.
+
+        Call it before the weights are changed by anything but a recorded step: a best checkpoint that is loaded, say.
+
+        Raises:
+            RecordingError: The recorder is not open, or a step is.
+            RunError: The segment cannot be written.
+        """
+        self._opened().end_segment()
 
     def batches(self, loader: Iterable[_Batch]) -> Iterator[_Batch]:
         """Iterate over a data loader; each turn of the loop is a recorded step.

@@ -79,7 +79,7 @@ class RemoteStore(Store):
         """Refuse: there is no lock at a URL."""
         raise self.refusal("writing to")
 
-    def create(self, manifest: Manifest) -> NoReturn:
+    def create(self, manifest: Manifest, overwrite: bool = False) -> NoReturn:
         """Refuse."""
         raise self.refusal("recording into")
 
