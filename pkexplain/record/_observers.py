@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.gradients.capture import Capture
-from pkexplain.ids import named_tensors
+from pkexplain.ids import leaves, named_tensors
 from pkexplain.store.manifest import InputEntry
 
 
@@ -87,9 +87,8 @@ class InputShapes:
         """Note the inputs of every forward pass with ``examples`` rows."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
-            nested = {n: value.items() for n, value in named.items() if isinstance(value, Mapping)}
-            named |= {f"{name}.{inner}": part for name, parts in nested.items() for inner, part in parts}
+            given = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+            named = {path: leaf for name, value in given.items() for path, leaf in leaves(name, value).items()}
             self.axes |= _batch_axes(named, examples)
             for name, value in named.items():
                 if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != examples:

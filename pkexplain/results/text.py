@@ -45,6 +45,7 @@ def render(explanation: Explanation) -> str:
     parts: list[RenderableType] = [
         f"{explanation.output}: {fixed(explanation.initial, places)} before training, "
         f"{fixed(explanation.final, places)} {'after' if explanation.run_segments is None else explanation.until}",
+        *([f"prediction: {explanation.prediction}"] if explanation.prediction else []),
         f"{explanation.reading} reading: {_READINGS.get(explanation.reading, 'see the documentation')}",
         "",
         Padding(_ledger(explanation, places), (0, 0, 0, 2)),
