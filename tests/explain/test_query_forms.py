@@ -220,6 +220,8 @@ def test_a_model_is_called_as_it_was_recorded(call, named):
     for form in forms:
         assert np.array_equal(explainer.contributions(form), expected), form
     first = explainer.explain(forms[0])[0].query
+    if call in (in_one, with_attributes):
+        assert all(set(shown.query) == {"tokens", "mask"} for form in forms for shown in explainer.explain(form))
     again = explainer.explain(first)
     assert isinstance(again, pk.Explanation)
     np.testing.assert_allclose(again.contributions, expected[0], rtol=1e-4, atol=1e-7)
