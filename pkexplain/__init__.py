@@ -34,7 +34,8 @@ from pkexplain.baselines.compare import compare
 from pkexplain.errors import PkexplainError
 from pkexplain.explain.explainer import Explainer
 from pkexplain.explain.loss_curvature import BinaryCrossEntropy, CrossEntropy, LossCurvature, SquaredError
-from pkexplain.explain.outputs import Custom, Logit, LogProbability, Loss, Margin, Output, Value
+from pkexplain.explain.loss_output import Loss
+from pkexplain.explain.outputs import Custom, Logit, LogProbability, Margin, Output, Value
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.removal import Removal
 from pkexplain.explain.token_outputs import TokenLogProbability

@@ -1,16 +1,17 @@
-"""Checks of example ids; and which tensor of a model's output is its prediction."""
+"""Checks of example ids; names of a model's inputs and outputs; and which of its outputs is the prediction."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pkexplain.errors import ExampleIdError
+from pkexplain.errors import ExampleIdError, QueryError
 
-__all__ = ["check_ids", "first_tensor"]
+__all__ = ["PredictionRule", "check_ids", "leaves", "named_tensors", "parts_of"]
 
 
 def check_ids(
@@ -64,32 +65,112 @@ def check_ids(
     return tensor
 
 
+def parts_of(value: Any) -> dict[str, Any] | None:
+    """Take a mapping, or an instance of a dataclass, apart by name; None for anything else."""
+    if isinstance(value, Mapping):
+        return {str(name): part for name, part in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
+
+
+def leaves(name: str, value: Any) -> dict[str, Any]:
+    """Name what is in nested mappings and dataclasses by its path: ``"0"``, ``"0.tokens"``; a list is one thing."""
+    parts = parts_of(value)
+    if parts is None:
+        return {name: value}
+    return {path: leaf for inner, part in parts.items() for path, leaf in leaves(f"{name}.{inner}", part).items()}
+
+
 def named_tensors(output: Any) -> dict[str, Tensor]:
     """Name the floating-point tensors of a model's output by their path: ``""``, ``"logits"``, ``"1"``, ``"a.0"``."""
     if isinstance(output, Tensor):
         return {"": output} if output.is_floating_point() else {}
-    parts = output.items() if isinstance(output, Mapping) else ()
-    parts = enumerate(output) if isinstance(output, (tuple, list)) else parts
+    parts = parts_of(output)
+    if parts is None and isinstance(output, (tuple, list)):
+        parts = {str(place): part for place, part in enumerate(output)}
+    if parts is None:  # an object of the model's own: its tensors, but nothing that may lead back to the model
+        parts = {name: part for name, part in getattr(output, "__dict__", {}).items() if isinstance(part, Tensor)}
     found: dict[str, Tensor] = {}
-    for name, part in parts:
+    for name, part in parts.items():
         found |= {f"{name}.{path}".rstrip("."): tensor for path, tensor in named_tensors(part).items()}
     return found
 
 
-def first_tensor(output: Any, path: str | None = None) -> Tensor | None:
-    """Find the tensor of a model's output that is the prediction.
+@dataclasses.dataclass
+class PredictionRule:
+    """Which tensor of a model's output is the prediction. Nothing is guessed in silence: the reason is stated.
 
-    Args:
-        output: What the model returned.
-        path: Where the training's loss took it from; None where that is not known: the output, its ``logits``, or the
-            first tensor.
+    In this order: the tensor that was asked for (``of``); the one from which the training's loss was computed; the only
+    floating-point tensor with one row for each query; of several, the one named ``logits``. Otherwise it is refused.
+
+    Attributes:
+        recorded: The path of the tensor from which the training's loss was computed; None where that is not known.
+        asked: The path that was asked for; None for none.
+        unsure: Whether the output of a query may be laid out differently than in training, as an input of the training
+            is missing: then a position in a tuple is no name.
+        stated: Which tensor was chosen last, and why; empty if the model returned one tensor.
     """
-    found = named_tensors(output)
-    if path is not None and path in found:
+
+    recorded: str | None = None
+    asked: str | None = None
+    unsure: bool = False
+    stated: str = ""
+
+    def choose(self, output: Any, rows: int) -> Tensor:
+        """Find the prediction in what a model returned for some queries.
+
+        Raises:
+            QueryError: It is not there, or several tensors could be meant.
+        """
+        every = named_tensors(output)
+        found = {path: tensor for path, tensor in every.items() if tensor.ndim and len(tensor) == rows}
+        if not found:
+            shapes = " and ".join(f"shape {tuple(tensor.shape)}" for tensor in every.values())
+            raise QueryError(
+                "explaining a query",
+                "the model's output does not have one row per query",
+                got=shapes or "no tensor",
+                expected=f"{rows} rows",
+                source="the number of queries",
+                fix="Make the model's forward pass keep the batch as the first dimension",
+            )
+        path, why = self._path(found)
+        self.stated = f"{_in_words(path)}, {why}" if path or self.asked is not None else ""
         return found[path]
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    return found.get("logits", next(iter(found.values()), None))
+
+    def _path(self, found: Mapping[str, Tensor]) -> tuple[str, str]:
+        if self.asked is not None:
+            if self.asked in found:
+                return self.asked, "as asked"
+            raise self._refusal(f"the model's output has no tensor {self.asked!r} with one row per query", found)
+        positions = self.recorded is not None and any(part.isdigit() for part in self.recorded.split("."))
+        if self.recorded in found and not (self.unsure and positions and len(found) > 1):
+            return self.recorded or "", "from which the training's loss was computed"
+        if len(found) == 1:
+            return next(iter(found)), "its only floating-point tensor with one row per query"
+        if "logits" in found:
+            return "logits", "chosen by its name"
+        if self.recorded is None:
+            raise self._refusal("the model returns several tensors, and which is the prediction is not known", found)
+        here = "may be another one: the query lacks an input of the training" if self.recorded in found else "is gone"
+        source = f"the training's loss was computed from {_in_words(self.recorded)}, which {here}"
+        raise self._refusal(f"the model returns several tensors, and {source}", found)
+
+    def _refusal(self, wrong: str, found: Mapping[str, Tensor]) -> QueryError:
+        listed = [f"{path!r} of shape {tuple(tensor.shape)}" for path, tensor in found.items()]
+        some = next((path for path in reversed(list(found)) if path), "")
+        return QueryError(
+            "explaining a query",
+            wrong,
+            got=", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else ""),
+            expected="one of these by its path",
+            source="the model's output",
+            fix=f'Name it in the output, for example output=pkexplain.Logit(of="{some}")'
+            if some
+            else "The model returns one tensor: leave of= out",
+        )
+
+
+def _in_words(path: str) -> str:
+    return "output" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split(".") if part)

@@ -311,7 +311,8 @@ def test_a_model_that_cannot_be_built_is_refused(explain, source, function, wron
         ("half.json", b"[1.0, ", "it cannot be read"),
         ("junk.safetensors", b"junk", "it cannot be read"),
         ("query.pt", b"", "this file type is not supported"),
-        ("short.json", b"[1.0, 2.0]", "it has another shape"),
+        ("short.json", b"[1.0, 2.0]", "the model's forward pass fails on it"),
+        ("one.json", b"[1.0]", "it has another shape"),
     ],
 )
 def test_a_query_that_cannot_be_read_is_refused(explain, tmp_path, name, content, wrong):

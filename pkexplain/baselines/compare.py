@@ -24,7 +24,7 @@ from pkexplain.baselines import (
 from pkexplain.baselines._measuring import Measurement
 from pkexplain.errors import ConfigurationError
 from pkexplain.explain.explainer import Explainer
-from pkexplain.explain.outputs import Loss
+from pkexplain.explain.loss_output import Loss
 from pkexplain.gradients.torch_state import defaults_of, own_torch_state
 from pkexplain.results.comparison import Comparison, LeftOut, Method, rank_correlation, top_overlap
 from pkexplain.results.explanation import Explanation

@@ -39,6 +39,7 @@ def parse_output(text: str) -> Any:
         QueryError: There is no such output.
     """
     from pkexplain.explain import outputs
+    from pkexplain.explain.loss_output import Loss
     from pkexplain.explain.token_outputs import TokenLogProbability
 
     name, _, number = text.partition(":")
@@ -46,7 +47,7 @@ def parse_output(text: str) -> Any:
         "logit": outputs.Logit,
         "log-probability": outputs.LogProbability,
         "margin": outputs.Margin,
-        "loss": outputs.Loss,
+        "loss": Loss,
         "value": outputs.Value,
     }
     tokens = number.split(",")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pkexplain.errors import EvaluationError
 from pkexplain.evaluation._kept_answers import Answers, KeptAnswers, key_of
 from pkexplain.explain.outputs import Logit, LogProbability, Margin, Output, as_output
-from pkexplain.explain.queries import QueryBatch, as_queries
+from pkexplain.explain.queries import as_queries
 from pkexplain.files import checksum, local_path
 from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.progress import Progress, no_progress
@@ -76,6 +76,7 @@ class Retraining:
         self.num_examples = num_examples
         self.queries = as_queries(queries, {}, torch.device("cpu"))
         self.output = _fixed_output(output)
+        self.queries.rule.asked = self.output.of
         self._retrain, self._backwards = retrain, backwards
         self._progress = progress or no_progress
         self._known: dict[str, Answers] = {}
@@ -182,20 +183,19 @@ class Retraining:
     def _predict(self, model: nn.Module) -> Tensor:
         tensors = [*model.parameters(), *model.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
-        args = tuple(value.to(device) for value in self.queries.args)
-        kwargs = {name: value.to(device) for name, value in self.queries.kwargs.items()}
-        batch = QueryBatch(args, kwargs, single=False)
+        batch = self.queries.to(device)
         blocks = torch.arange(len(batch), device=device).split(_BLOCK)
         return torch.cat([batch.select(block).run(model) for block in blocks])
 
     def _setting(self) -> dict[str, Any]:
         """Describe what answers that are kept together have in common."""
-        named = {**{str(i): value for i, value in enumerate(self.queries.args)}, **self.queries.kwargs}
-        queries = checksum(*(f"{name} {_checksum(value)}" for name, value in named.items()))
+        queries = checksum(*(f"{name} {_checksum(value)}" for name, value in self.queries.named()))
         parts = [type(self.output).__name__]
         fields = dataclasses.fields(self.output) if dataclasses.is_dataclass(self.output) else ()
         for field in fields:
             value = getattr(self.output, field.name)
+            if field.name == "of" and value is None:
+                continue  # so that the answers kept by versions without it are still found
             parts.append(f"{field.name}={_describe(value)}")
         return {
             "num_examples": self.num_examples,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.errors import warn
+from pkexplain.gradients.compiled import named_parameters
 from pkexplain.store.trajectory import Segment, Trajectory
 
 _ROUNDED = 1e-3
@@ -122,7 +123,7 @@ def _distance(trajectory: Trajectory, model: nn.Module, vector: Tensor) -> float
 
 def _pairs(trajectory: Trajectory, model: nn.Module, vector: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     """Go through the model's parameters and those of a checkpoint, in its dtype, on the CPU."""
-    named = dict(model.named_parameters())
+    named = dict(named_parameters(model))
     for block in trajectory.fingerprint.blocks:
         start = block.start
         for name in block.parameters:

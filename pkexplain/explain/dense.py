@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.errors import ConfigurationError
-from pkexplain.explain.outputs import Output, settle_output
+from pkexplain.explain.outputs import Output, as_output, settle_output
 from pkexplain.explain.quadrature import BUFFER_PIECES
-from pkexplain.explain.queries import as_queries
+from pkexplain.explain.queries import read_queries
 from pkexplain.gradients.model_copy import copy_model
 from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.projection.kinds import Identity
@@ -95,17 +95,20 @@ def path_kernel(
     _refuse_what_is_not_exact(trajectory)
     model = copy_model(model).eval()  # it is moved along the run, and another thread may be using the user's
     trajectory.fingerprint.check(model)
-    queries = as_queries(x, trajectory.inputs, next(model.parameters()).device, trajectory.manifest.output)
+    queries = read_queries(x, trajectory, model).asked_of(None if output is None else as_output(output).of)
     field = _Field(model, trajectory)
-    final = field.at_checkpoint(len(trajectory), lambda: queries.run(model).detach())
-    settled = settle_output(output, final)
     contributions = torch.zeros(len(queries), trajectory.num_examples, dtype=torch.float64, device="cpu")
     kernels = torch.zeros_like(contributions)
     remainders = torch.zeros(4, len(queries), dtype=torch.float64, device="cpu")
     ends = torch.zeros(len(queries), 2, dtype=torch.float64, device="cpu")
-    for q in range(len(queries)):
-        here = torch.tensor([q], device="cpu")
-        query, wanted = queries.select(here), settled.select(here)
+    alone = []
+    for batch, asked in queries.with_output(output):
+        final = field.at_checkpoint(len(trajectory), lambda batch=batch: batch.run(model).detach())
+        settled = settle_output(asked, final)
+        alone += [
+            (batch.select(here), settled.select(here)) for here in torch.arange(len(batch), device="cpu").split(1)
+        ]
+    for q, (query, wanted) in enumerate(queries.in_order(alone)):
         value = lambda query=query, wanted=wanted: wanted(query.run(model))[0]  # noqa: E731 - bound per query
         outputs = torch.stack([field.at_checkpoint(t, value).detach().double() for t in range(len(trajectory) + 1)])
         ends[q] = outputs[[0, -1]]

@@ -16,9 +16,9 @@ from pkexplain.explain._failed_checks import FailedChecks
 from pkexplain.explain._open_runs import OpenRuns, asked_alone
 from pkexplain.explain._ranking import mean_scan, rank
 from pkexplain.explain._single_run import RunExplainer, Setting
-from pkexplain.explain.outputs import Output, settle_output
+from pkexplain.explain.outputs import Output, as_output, settle_output
 from pkexplain.explain.quadrature import Quadrature
-from pkexplain.explain.queries import QueryBatch, as_queries
+from pkexplain.explain.queries import Queries, QueryBatch, read_queries
 from pkexplain.explain.removal import Removal
 from pkexplain.gradients.model_copy import copy_model
 from pkexplain.gradients.torch_state import own_torch_state
@@ -49,6 +49,13 @@ class Explainer:
 
     A warning, once, says what is unusual about the run: a recording that did not finish, examples that were never
     visited, a model that was trained along the run but stands elsewhere. Every explanation has it as its ``notes``.
+
+    A query is a tensor, an array or a list of numbers; a tuple of positional inputs; a mapping of named inputs, such as
+    a row of a `datasets.Dataset`; or the dataclass that the model takes. A batch has one dimension more. In a list, or
+    a batch of lists, lengths may differ: those of a length are explained together, without padding. The model is called
+    as it was while recording. Columns that no input of the training was are left out; ``label`` is passed as ``labels``
+    where the training passed that. Of several tensors that the model returns, the one from which the training's loss
+    was computed is explained, or the one named in the output, ``Logit(3, of="1")``: `Explanation.prediction`.
 
     Args:
         run: The directory of a run, its URL (``s3://bucket/run``), or the `pkexplain.MemoryStore` it was recorded into;
@@ -169,22 +176,21 @@ class Explainer:
         """Explain one output of the model for one query, or for each query of a batch.
 
         Args:
-            x: One query in the shape of the training inputs, or a batch of them; a tensor, a tuple of positional
-                inputs or a mapping of named inputs.
+            x: One query in the form of the training inputs, or a batch or a list of them, see `Explainer`.
             output: What to explain; by default the logit of the predicted class, or the one number predicted.
             k: Number of proponents, and of opponents, to show.
             reading: ``"path"``: contributions that add up; ``"removal"``: how much the output would lose without the
                 example, which do not add up; or a `pkexplain.Removal` with settings of your own.
 
         Returns:
-            An `Explanation`, or `Explanations`, a list of them, if ``x`` was a batch.
+            An `Explanation`, or `Explanations`, a list of them, if ``x`` was a batch or a list.
 
         Raises:
             QueryError: The query or the output does not fit the model.
             ConfigurationError: ``k`` or ``reading`` is invalid.
         """
         _check_count(k)
-        removal, queries, explanations = _removal(reading), self._queries(x), Explanations()
+        removal, queries, explanations = _removal(reading), self._queries(x, output), Explanations()
         about = self._open_runs.about
         self._first.prepare()
         for some, settled, names in self._chunks(queries, output):
@@ -212,12 +218,13 @@ class Explainer:
                     segment_sums=_mean([account.segment_sums[q] for account in accounts]),
                     checkpoint_outputs=_mean([account.outputs[q] for account in accounts]),
                     query=some.row(q),
+                    prediction=some.rule.stated,
                     all_contributions=ranked[q].contributions,
                     **about,
                 )
                 for q in range(len(some))
             ]
-        return explanations[0] if queries.single else explanations
+        return explanations[0] if queries.single else Explanations(queries.in_order(explanations))
 
     @asked_alone
     def contributions(
@@ -243,7 +250,7 @@ class Explainer:
             ConfigurationError: ``reading`` is invalid.
         """
         removal = _removal(reading)
-        queries, failed = self._queries(x), FailedChecks("contributions()")
+        queries, failed = self._queries(x, output), FailedChecks("contributions()")
         parts = []
         for some, settled, _ in self._chunks(queries, output):
             accounts = [run.account(some, settled, removal) for run in self._runs]
@@ -251,7 +258,7 @@ class Explainer:
             mine = mean_scan([run.ranking for run in self._runs], [account.projected for account in accounts]).numpy()
             parts.append(np.concatenate(self._first.ranking.group.all_gather(mine), axis=1))
         failed.warn()
-        return np.concatenate(parts)
+        return np.concatenate(parts)[queries.places.argsort().numpy()]
 
     @asked_alone
     def self_contributions(
@@ -282,7 +289,7 @@ class Explainer:
             ConfigurationError: ``reading`` is invalid.
         """
         removal = _removal(reading)
-        queries = self._queries(x)
+        queries = self._queries(x, output)
         known = check_ids(ids, self.trajectory.num_examples, "self_contributions(ids)")
         if len(known) != len(queries):
             got, fix = f"{len(known)} ids for {len(queries)} examples", "Pass one id for each row of the batch"
@@ -292,31 +299,31 @@ class Explainer:
             )
         parts, start, failed = [], 0, FailedChecks("self_contributions()")
         for some, settled, _ in self._chunks(queries, output):
-            mine = known[start : start + len(some)]
+            mine = known[queries.places[start : start + len(some)]]
             accounts = [run.account(some, settled, removal) for run in self._runs]
             failed.note(mean_checks(each) for each in zip(*(account.checks for account in accounts), strict=True))
             found = [run.own(a.projected, mine) for run, a in zip(self._runs, accounts, strict=True)]
             parts.append(np.mean(found, axis=0))
             start += len(some)
         failed.warn()
-        return np.concatenate(parts)
+        return np.concatenate(parts)[queries.places.argsort().numpy()]
 
-    def _queries(self, x: Any) -> QueryBatch:
-        trajectory = self.trajectory
-        return as_queries(x, trajectory.inputs, self._first.trajectory_model.device, trajectory.manifest.output)
+    def _queries(self, x: Any, output: Any) -> Queries:
+        asked = None if output is None else as_output(output).of
+        return read_queries(x, self.trajectory, self._first.model).asked_of(asked)
 
-    def _chunks(self, queries: QueryBatch, output: Any) -> Iterator[tuple[QueryBatch, Output, list[str]]]:
+    def _chunks(self, queries: Queries, output: Any) -> Iterator[tuple[QueryBatch, Output, list[str]]]:
         """Resolve the output on the final prediction, and split the queries into batches that fit in memory."""
-        predictions = [run.prediction(queries, _MOST_QUERIES_AT_ONCE) for run in self._runs]
-        settled = settle_output(output, torch.stack(predictions).mean(0))
-        names, quadrature = settled.names(len(queries)), self._first.quadrature
+        quadrature = self._first.quadrature
         kept = self._first.trajectory_model.columns * len(self.trajectory) * quadrature.budget // quadrature.fewest
         numbers = max(kept, self.trajectory.num_examples)
         size = max(1, min(_MOST_QUERIES_AT_ONCE, _NUMBERS_AT_ONCE // numbers))
-        for start in range(0, len(queries), size):
-            positions = torch.arange(start, min(start + size, len(queries)), device="cpu")
-            chosen = [names[int(p)] for p in positions]
-            yield queries.select(positions), settled.select(positions), chosen
+        for batch, wanted in queries.with_output(output):
+            predictions = [run.prediction(batch, _MOST_QUERIES_AT_ONCE) for run in self._runs]
+            settled = settle_output(wanted, torch.stack(predictions).mean(0))
+            names = settled.names(len(batch))
+            for positions in torch.arange(len(batch), device="cpu").split(size):
+                yield batch.select(positions), settled.select(positions), [names[int(p)] for p in positions]
 
 
 def _check_count(k: int) -> None:

@@ -6,27 +6,26 @@ one value for all queries, or one for each.
 
 from __future__ import annotations
 
-import warnings
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from pkexplain.errors import QueryError
+from pkexplain.errors import PkexplainError, QueryError
 
 __all__ = [
     "Custom",
     "LogProbability",
     "Logit",
-    "Loss",
     "Margin",
     "Output",
     "Value",
     "as_output",
+    "check_each",
     "for_each",
     "integers",
     "no_output",
@@ -41,8 +40,14 @@ class Output(ABC):
 
     A subclass is a frozen dataclass that defines what to compute and how to name it. Fields that may differ between
     queries are listed in ``per_query``; once resolved they are tensors whose first dimension is the queries.
+
+    Attributes:
+        of: Which tensor of the model's output is the prediction, by its path: ``"logits"``, ``"1"``, ``"heads.0"``. By
+            default, and stated in the explanation: the one from which the training's loss was computed; where that is
+            not known, the only floating-point tensor with one row per query, or of several the one named ``logits``.
     """
 
+    of: str | None = None
     per_query: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -68,6 +73,26 @@ class Output(ABC):
         values = {n: torch.as_tensor(value, device=getattr(value, "device", "cpu")) for n, value in given.items()}
         return replace(output, **{name: value[positions.to(value.device)] for name, value in values.items()})
 
+    def given_for(self, places: Tensor, queries: int) -> Output:
+        """Keep what the user gave for the queries at ``places``, before `settle`; one value for all stays as it is.
+
+        Raises:
+            QueryError: There is neither one value nor one for each query.
+        """
+        output: Any = self
+        given = {name: getattr(output, name) for name in self.per_query}
+        each = {n: v for n, v in given.items() if hasattr(v, "__len__") and getattr(v, "ndim", 1) and self._each(n)}
+        for name, values in each.items():
+            if len(values) != queries:
+                wrong, fix = f"there must be one of {name} for each query", "Pass one for each query, or one for all"
+                got, source = f"{len(values)} for {queries} queries", "the number of queries"
+                raise QueryError(f"output={type(self).__name__}(…)", wrong, got, queries, source, fix)
+        return replace(output, **{name: [values[int(at)] for at in places] for name, values in each.items()})
+
+    def _each(self, name: str) -> bool:
+        """Whether a sequence in a field that may differ between queries holds one value for each of them."""
+        return True
+
 
 @dataclass(frozen=True)
 class _OfClass(Output):
@@ -75,9 +100,11 @@ class _OfClass(Output):
 
     Args:
         index: The class, one for all queries or one for each; None for the class predicted by the final model.
+        of: Which tensor of the model's output, see `Output`.
     """
 
     index: Index = None
+    of: str | None = field(default=None, kw_only=True)
     per_query = ("index",)
 
     @property
@@ -99,6 +126,8 @@ class _OfClass(Output):
             return replace(self, index=prediction.argmax(1))
         try:
             index = self._tensor(len(prediction))
+            if index.ndim > 1:
+                raise ValueError("a class is one number")
         except (TypeError, ValueError, RuntimeError) as error:
             expected = f"one class, or {len(prediction)} of them"
             raise no_output(name, "the classes do not fit the queries", prediction, expected) from error
@@ -132,6 +161,13 @@ class LogProbability(_OfClass):
 class Margin(_OfClass):
     """log p_c − log(1 − p_c): the log-odds of a class against all others (Park et al. 2023, TRAK), in nats."""
 
+    def settle(self, prediction: Tensor) -> Output:
+        """Use the predicted class if none was given; check that there are others."""
+        if prediction.ndim == 2 and prediction.shape[1] == 1:
+            wrong, fix = "a margin needs a second class", "For a model with one number, pass output=pkexplain.Value()"
+            raise no_output(f"output=Margin({self.index})", wrong, prediction, "two classes or more", fix)
+        return super().settle(prediction)
+
     def __call__(self, prediction: Tensor) -> Tensor:
         """Compute y_c − logsumexp of the other scores, ``(queries,)``."""
         index = self._tensor(len(prediction)).to(prediction.device)
@@ -140,58 +176,16 @@ class Margin(_OfClass):
 
 
 @dataclass(frozen=True)
-class Loss(Output):
-    """The query's own loss.
-
-    Args:
-        target: The query's target: a class, or one target for each query, ``(queries, …)``.
-        function: Called with the prediction and the targets of a batch; returns the sum of the losses with
-            ``reduction="sum"`` and one for each query with ``reduction="none"``, like torch's own losses.
-    """
-
-    target: Any
-    function: Callable[..., Tensor] = F.cross_entropy
-    per_query = ("target",)
-
-    def __call__(self, prediction: Tensor) -> Tensor:
-        """Compute the losses, ``(queries,)``."""
-        target = self._tensor(len(prediction)).to(prediction.device)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Using a target size")  # torch's own word for broadcasting
-            losses = self.function(prediction, target, reduction="none")
-        if len(losses) != len(prediction) or losses.numel() > max(prediction.numel(), target.numel()):
-            raise ValueError(f"the prediction and the target were broadcast to losses of shape {tuple(losses.shape)}")
-        return losses.reshape(len(prediction), -1).mean(1)
-
-    def names(self, queries: int) -> list[str]:
-        """Name the output of each query."""
-        targets = self._tensor(queries)
-        return [f"loss[{t.item():g}]" if t.numel() == 1 else "loss" for t in targets]
-
-    def settle(self, prediction: Tensor) -> Output:
-        """Check the targets against the prediction."""
-        try:
-            settled = replace(self, target=self._tensor(len(prediction)))
-            settled(prediction)
-        except (TypeError, ValueError, RuntimeError, IndexError, UserWarning) as error:
-            raise no_output(
-                "output=Loss(…)", f"the loss failed ({error})", prediction, "a target it can use"
-            ) from error
-        return settled
-
-    def _tensor(self, queries: int) -> Tensor:
-        return for_each(torch.as_tensor(self.target, device=getattr(self.target, "device", "cpu")), queries)
-
-
-@dataclass(frozen=True)
 class Value(Output):
     """y_j, one number of the prediction, for regression.
 
     Args:
         index: The position in a query's flattened prediction.
+        of: Which tensor of the model's output, see `Output`.
     """
 
     index: int = 0
+    of: str | None = field(default=None, kw_only=True)
 
     def __call__(self, prediction: Tensor) -> Tensor:
         """Return the value, ``(queries,)``."""
@@ -203,9 +197,14 @@ class Value(Output):
 
     def settle(self, prediction: Tensor) -> Output:
         """Check that there is such a value."""
-        size = prediction[0].numel()
-        if not 0 <= self.index < size:
-            raise no_output(f"output=Value({self.index})", "there is no such value", prediction, f"0 to {size - 1}")
+        name, size = f"output=Value({self.index})", prediction[0].numel()
+        try:
+            index = operator.index(self.index)
+        except TypeError as error:
+            fix = "Pass one position for all queries; for one in each, a function of the prediction"
+            raise no_output(name, "the position is not an integer", prediction, f"0 to {size - 1}", fix) from error
+        if not 0 <= index < size:
+            raise no_output(name, "there is no such value", prediction, f"0 to {size - 1}")
         return self
 
 
@@ -216,9 +215,11 @@ class Custom(Output):
     Args:
         function: Called with the prediction ``(queries, …)``; returns one number for each query, ``(queries,)``, which
             must not depend on the other queries.
+        of: Which tensor of the model's output, see `Output`.
     """
 
     function: Callable[[Tensor], Tensor]
+    of: str | None = field(default=None, kw_only=True)
 
     def __call__(self, prediction: Tensor) -> Tensor:
         """Compute the numbers, ``(queries,)``."""
@@ -230,11 +231,7 @@ class Custom(Output):
 
     def settle(self, prediction: Tensor) -> Output:
         """Check that the function returns one number for each query."""
-        found = self.function(prediction)
-        if not isinstance(found, Tensor) or found.shape != prediction.shape[:1]:
-            got = f"{type(found).__name__} of shape {tuple(getattr(found, 'shape', ()))}"
-            wrong = f"the function does not return one number for each query but a {got}"
-            raise no_output(f"output={self.names(1)[0]}", wrong, prediction, f"shape ({len(prediction)},)")
+        check_each(self, prediction, f"output={self.names(1)[0]}")
         return self
 
 
@@ -251,7 +248,43 @@ def settle_output(output: Output | Callable[[Tensor], Tensor] | None, prediction
     """
     if output is None:
         output = Value() if prediction[0].numel() == 1 else Logit()
-    return as_output(output).settle(prediction)
+    settled = as_output(output).settle(prediction)
+    found = check_each(settled, prediction, f"output={type(settled).__name__}")
+    if not found.isfinite().all():
+        bad = int((~found.isfinite()).nonzero()[0])
+        wrong, fix = f"it is {found[bad]:g} for query {bad}", "Choose an output that is finite there"
+        raise no_output(f"output={settled.names(len(prediction))[bad]}", wrong, prediction, "finite numbers", fix)
+    return settled
+
+
+def check_each(output: Output, prediction: Tensor, name: str) -> Tensor:
+    """Compute a settled output, and check that it is one real number of each query alone.
+
+    Raises:
+        QueryError: It is something else.
+    """
+    each = f"a floating-point tensor of shape ({len(prediction)},)"
+    fix = "Return one number for each row of the prediction, which comes as (queries, …)"
+    places = sorted({0, len(prediction) - 1})
+    try:
+        found: Any = output(prediction)
+        real = isinstance(found, Tensor) and found.is_floating_point()
+        if not real or found.shape != prediction.shape[:1]:
+            got = f"{type(found).__name__} of shape {tuple(getattr(found, 'shape', ()))}"
+            got += f", {found.dtype}" if isinstance(found, Tensor) else ""
+            raise no_output(name, f"it does not return one number for each query but a {got}", prediction, each, fix)
+        parts = [torch.tensor([place], device="cpu") for place in places]
+        alone = torch.stack([output.select(part)(prediction[part.to(prediction.device)])[0] for part in parts])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, (PkexplainError, torch.OutOfMemoryError)):
+            raise
+        wrong = f"it fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        raise no_output(name, wrong, prediction, each, fix) from error
+    there = found[places].detach()
+    if not torch.allclose(alone.detach(), there, rtol=1e-3, atol=1e-5 * float(there.abs().max()), equal_nan=True):
+        wrong = "its number for a query depends on the other queries of the batch"
+        raise no_output(name, wrong, prediction, "the same number for a query alone", fix)
+    return found
 
 
 def as_output(output: Output | Callable[[Tensor], Tensor]) -> Output:

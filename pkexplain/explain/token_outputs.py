@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +27,13 @@ class TokenLogProbability(Output):
         start: Position in the input of the first token of the span, one for all queries or one for each; None if the
             span is the end of the input. Padding counts: left padding shifts every position.
         normalized: Whether to divide by the number of tokens.
+        of: Which tensor of the model's output, see `Output`.
     """
 
     tokens: int | Sequence[int] | Sequence[Sequence[int]] | Tensor
     start: Index = None
     normalized: bool = False
+    of: str | None = field(default=None, kw_only=True)
     per_query = ("tokens", "start")
 
     def __call__(self, prediction: Tensor) -> Tensor:
@@ -75,6 +78,10 @@ class TokenLogProbability(Output):
             expected = f"a start from 1 to {last}" if last > 0 else f"at most {positions} tokens"
             raise no_output(name, wrong, prediction, expected, "Count positions of the input from 0, padding included")
         return replace(self, tokens=tokens.to(prediction.device), start=starts.to(prediction.device))
+
+    def _each(self, name: str) -> bool:
+        tokens: Any = self.tokens
+        return name != "tokens" or any(hasattr(span, "__len__") and getattr(span, "ndim", 1) for span in tokens)
 
     def _tokens(self, queries: int) -> Tensor:
         tokens = integers(self.tokens, "a token")

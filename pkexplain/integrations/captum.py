@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from pkexplain.baselines.dataset import TupleDataset
 from pkexplain.errors import ConfigurationError
 from pkexplain.explain.explainer import Explainer
-from pkexplain.explain.outputs import Loss
+from pkexplain.explain.loss_output import Loss
 from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.store.base import Store
 

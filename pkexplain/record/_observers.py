@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.gradients.capture import Capture
-from pkexplain.ids import named_tensors
+from pkexplain.ids import leaves, named_tensors
 from pkexplain.store.manifest import InputEntry
 
 
@@ -128,10 +128,9 @@ class InputShapes:
 
 
 def named_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name a model's inputs by position or name, and the parts of those that are mappings ``"0.input_ids"``."""
-    named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
-    nested = {n: value.items() for n, value in named.items() if isinstance(value, Mapping)}
-    return named | {f"{name}.{inner}": part for name, parts in nested.items() for inner, part in parts}
+    """Name a model's inputs by position or name, and the parts of those that have parts ``"0.input_ids"``."""
+    given = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    return {path: leaf for name, value in given.items() for path, leaf in leaves(name, value).items()}
 
 
 def _batch_axes(inputs: Any, examples: int) -> set[int]:

@@ -44,6 +44,7 @@ class Explanation:
         query: The query itself, as passed to the model (without a batch dimension).
         all_contributions: c_i of every training example, or an object that computes them; use `contributions`.
         mode: Permissions of the run's files, which a report of it gets, too; None for a run in memory.
+        prediction: Which tensor of the model's output was explained, and why; empty if the model returns one tensor.
         run_segments: How many segments the run has, if only its first ones are explained; None for all.
         notes: What a reader should know about the run and the model that was passed, a sentence each: a recording that
             did not finish, examples that were never visited, weights that are not the recorded ones.
@@ -65,6 +66,7 @@ class Explanation:
     mode: int | None = field(default=None, repr=False, compare=False)
     run_segments: int | None = None
     notes: tuple[str, ...] = ()
+    prediction: str = ""
 
     @property
     def until(self) -> str:

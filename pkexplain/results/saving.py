@@ -45,6 +45,7 @@ class _Saved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     query: Any
     mode: int | None
     run_segments: int | None
+    prediction: str
     notes: tuple[str, ...]
 
 

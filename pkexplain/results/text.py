@@ -66,6 +66,7 @@ def render(explanation: Explanation) -> str:
     parts: list[RenderableType] = [
         f"{explanation.output}: {_moved(explanation, places)} ".ljust(WIDTH, "━"),  # so that one is seen to end here
         *([f"{explanation.output.partition('[')[0]}: {meaning}"] if meaning else []),
+        *([f"prediction: {explanation.prediction}"] if explanation.prediction else []),
         f"{explanation.reading} reading: {_READINGS.get(explanation.reading, 'see the documentation')}",
         *(f"Note: {clean(note)}" for note in explanation.notes),
         "",

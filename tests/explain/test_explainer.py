@@ -328,21 +328,32 @@ def test_an_output_that_does_not_depend_on_the_model_has_no_contributions(run, e
 @pytest.mark.parametrize(
     ("query", "wrong"),
     [
-        (torch.zeros(63), r"input '0': it has another shape\. Got shape \(63,\); expected one query of shape \(64,\)"),
-        (torch.zeros(3, 63), r"it has another shape\. Got shape \(3, 63\)"),
+        (torch.zeros(63), r"forward pass fails on it \(RuntimeError: mat1 and mat2 .*\)\. Got '0' of shape \(63,\); "),
+        (
+            torch.zeros(3, 63),
+            r"Got '0' of shape \(63,\) in a batch of 3; expected '0' of shape \(64,\) \(from the inputs seen",
+        ),
+        (torch.zeros(1), r"it has another shape\. Got shape \(1,\)"),
         (torch.zeros(2, 3, 64), r"it has another shape\. Got shape \(2, 3, 64\)"),
         (torch.zeros(()), r"it has another shape\. Got shape \(\)"),
         (torch.zeros(0, 64), r"it has another shape\. Got shape \(0, 64\)"),
         (torch.zeros(64, dtype=torch.long), r"it has another dtype\. Got torch\.int64; .* float32"),
-        (["a"] * 64, r"it is not a tensor\. Got list"),
+        (["a"] * 64, r"it is not a tensor but a text\. Got list"),
         (None, r"it is not a tensor\. Got NoneType"),
         ((), r"there is none\. Got nothing"),
         ((torch.zeros(64), torch.zeros(64)), r"input '1': no such input was seen while recording"),
-        ({"x": torch.zeros(64)}, r"input 'x': no such input was seen while recording\. Got 'x' next to 0"),
+        ({"x": torch.zeros(64)}, r"input 'x': no such input was seen while recording\. Got 'x' next to 0 \(input\)"),
+        ([], r"there is none\. Got nothing"),
+        ({}, r"there is none\. Got nothing"),
+        ("a text", r"it is not a tensor but a text\. Got str; .*Tokenise it, as for training"),
+        (
+            [torch.zeros(2, 64), torch.zeros(2)],
+            r"it is in a list of queries, and has a batch dimension\. Got a batch of 2",
+        ),
     ],
 )
 def test_a_query_that_does_not_fit_is_refused(explainer, query, wrong):
-    with pytest.raises(QueryError, match=rf"^explaining query .*{wrong}"):
+    with pytest.raises(QueryError, match=rf"^explaining (a )?query.*{wrong}"):
         explainer.explain(query)
     with pytest.raises(QueryError, match=wrong):
         explainer.contributions(query)
@@ -374,10 +385,10 @@ def test_a_query_may_be_anything_that_makes_a_tensor(explainer, query):
         (pk.Logit("three"), r"the classes do not fit the queries"),
         (pk.Value(10), r"output=Value\(10\): there is no such value\. .* expected 0 to 9"),
         (pk.Value(-1), r"there is no such value"),
-        (pk.Loss(10), r"output=Loss\(…\): the loss failed \(.*\)\. .* expected a target it can use"),
+        (pk.Loss(10), r"output=Loss\(…\): the loss failed \(.*\)\. .* expected targets that this loss takes"),
         (pk.Loss([1, 2]), r"output=Loss\(…\): the loss failed"),
-        (lambda y: y, r"the function does not return one number for each query but a Tensor of shape \(3, 10\)"),
-        (lambda y: 1.0, r"the function does not return one number for each query but a float of shape \(\)"),
+        (lambda y: y, r"it does not return one number for each query but a Tensor of shape \(3, 10\)"),
+        (lambda y: 1.0, r"it does not return one number for each query but a float of shape \(\)"),
         ("logit:3", r"output=…: this is not an output\. Got 'logit:3'; expected Logit\(c\), .*pkexplain\.Logit\(c\)"),
         (3, r"this is not an output\. Got 3; "),
         (pk.Logit, r"this is not an output\. Got <class .*Logit'>"),

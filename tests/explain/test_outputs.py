@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -208,3 +209,115 @@ def test_results_are_frozen():
     for output in (pk.Logit(1), pk.Loss(1), pk.Value(1), pk.Custom(torch.sum)):
         with pytest.raises(AttributeError):
             output.index = 2
+
+
+# ---------------------------------------------------------------------------------------------- what would go unnoticed
+
+
+def squares(prediction, target, reduction):
+    """A loss of one's own, which says nothing when it broadcasts."""
+    return (prediction - target).square()
+
+
+MIXED = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+COLUMN, SQUARE = PREDICTION[:, :1], PREDICTION[:, :4]
+
+
+@pytest.mark.parametrize("function", [F.mse_loss, F.l1_loss, F.huber_loss, F.poisson_nll_loss, F.kl_div, squares])
+@pytest.mark.parametrize("prediction", [COLUMN, SQUARE, SQUARE[:1], SQUARE[:2, :2]], ids=lambda p: str(p.shape))
+def test_a_target_that_would_be_broadcast_is_refused(function, prediction):
+    """Two of these shapes, (N, N) with (N,) and (1, C) with (1,), keep the number of losses."""
+    rows, columns = prediction.shape
+    shapes = rf"a prediction of shape \({rows}, {columns}\) and targets of shape \({rows},\)"
+    fix = rf"Give the targets the shape of the prediction, \({rows}, {columns}\)\."
+    refused = rf"output=Loss\(…\): the loss failed \(.*\)\. Got {shapes}.*{fix}|depends on the other queries"
+    with pytest.raises(QueryError, match=refused):
+        pk.Loss(MIXED[:rows], function).settle(prediction)
+
+
+@pytest.mark.parametrize("function", [F.mse_loss, F.l1_loss, F.huber_loss, squares])
+def test_a_target_of_the_predictions_shape_is_taken(function):
+    for prediction in (COLUMN, SQUARE, COLUMN[:1], PREDICTION[:, 0]):
+        target = MIXED[: len(prediction)].reshape(-1, *[1] * (prediction.ndim - 1)).expand(prediction.shape)
+        losses = [function(p, t, reduction="none").mean() for p, t in zip(prediction, target, strict=True)]
+        torch.testing.assert_close(compute(pk.Loss(target, function), prediction), torch.stack(losses))
+
+
+def test_the_target_of_one_query_needs_no_batch_dimension():
+    target = torch.randn(5, dtype=torch.float64)
+    truth = (PREDICTION[:1] - target).square().mean(1)
+    for given in (target, target[None], target.tolist(), target.numpy(), [target]):
+        torch.testing.assert_close(compute(pk.Loss(given, F.mse_loss), PREDICTION[:1]), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_classes_of_any_integers_are_those_of_int64(dtype):
+    torch.testing.assert_close(compute(pk.Loss(torch.tensor(CLASSES).to(dtype))), -PROBABILITIES.log())
+
+
+@pytest.mark.parametrize(
+    ("output", "prediction", "match"),
+    [
+        (pk.Loss([1.0, 0.0, 2.0, 1.0]), PREDICTION, r"targets of shape \(4,\), torch\.float32.* or, for regression"),
+        (pk.Loss([True, False, True, True]), PREDICTION, r"targets of shape \(4,\), torch\.bool.* as integers"),
+        (pk.Loss("three"), PREDICTION, r"the loss failed \(a text\)\. Got .* and no targets"),
+        (pk.Loss(None), PREDICTION, r"Got .* and no targets"),
+        (pk.Loss(0), COLUMN, r"the cross-entropy of a single class is always 0"),
+        (pk.Loss([[0.5]] * 4), COLUMN, r"the cross-entropy of a single class is always 0.*\(target, F\.mse_loss\)"),
+        (pk.Loss([[1] * 6] * 3), SEQUENCES, r"For the tokens of a sequence, .* cross_entropy\(p\.transpose\(1, 2\)"),
+        (pk.Loss(1, lambda p, t: p), PREDICTION, r"called as function\(prediction, target, reduction=\"none\"\)"),
+        (pk.Loss(1, lambda p, t, reduction: F.cross_entropy(p, t)), PREDICTION, r"it returned losses of shape \(\)"),
+        (pk.Loss(1, lambda p, t, reduction: p[:2, 0]), PREDICTION, r"it returned losses of shape \(2,\)"),
+        (pk.Logit([[3], [0], [4], [4]]), PREDICTION, r"the classes do not fit the queries"),
+        (pk.Margin(0), COLUMN, r"a margin needs a second class\. .*output=pkexplain\.Value\(\)"),
+        (pk.Value(1.5), PREDICTION, r"the position is not an integer"),  # pyright: ignore[reportArgumentType]
+        (pk.Value([1, 2]), PREDICTION, r"the position is not an integer"),  # pyright: ignore[reportArgumentType]
+        (lambda y: y.argmax(1), PREDICTION, r"a Tensor of shape \(4,\), torch\.int64\. .*a floating-point tensor"),
+        (lambda y: y[:2, 0], PREDICTION, r"a Tensor of shape \(2,\), torch\.float64"),
+        (lambda y: y[:, 9], PREDICTION, r"it fails \(IndexError: index 9 is out of bounds"),
+        (lambda y: y.squeeze(), COLUMN[:1], r"a Tensor of shape \(\)"),
+        (lambda y: y.squeeze(), COLUMN, r"it fails \(IndexError|it does not return|invalid"),
+        (lambda y: y[:, 0] - y[:, 0].mean(), PREDICTION, r"its number for a query depends on the other queries"),
+        (lambda y: y.softmax(0)[:, 1], PREDICTION, r"its number for a query depends on the other queries"),
+        (lambda y: y[:, 0].sub(y[0, 0]).log(), PREDICTION, r"output=<lambda>: "),
+        (lambda y: y[:, 0] / 0, PREDICTION, r"output=<lambda>: it is -?inf for query 0.*finite there"),
+    ],
+)  # fmt: skip
+def test_an_output_that_means_something_else_is_refused(output, prediction, match):
+    with pytest.raises(QueryError, match=match):
+        settle_output(output, prediction)
+
+
+def test_what_is_given_for_some_queries():
+    places = torch.tensor([2, 0])
+    assert pk.Logit([5, 6, 7]).given_for(places, 3).index == [7, 5]
+    assert pk.Logit(4).given_for(places, 3) == pk.Logit(4)
+    assert pk.Logit().given_for(places, 3) == pk.Logit()
+    assert [t.tolist() for t in pk.Loss(torch.tensor([[1, 2], [3, 4], [5, 6]])).given_for(places, 3).target] == [
+        [5, 6],
+        [1, 2],
+    ]
+    assert pk.Loss(torch.tensor(3)).given_for(places, 3).target.item() == 3
+    assert pk.TokenLogProbability([8, 9]).given_for(places, 3).tokens == [8, 9]
+    assert pk.TokenLogProbability([[8], [9, 1], [2]], start=4).given_for(places, 3).tokens == [[2], [8]]
+    assert pk.TokenLogProbability(torch.tensor([8, 9]), start=[1, 2, 3]).given_for(places, 3).start == [3, 1]
+    with pytest.raises(
+        QueryError, match=r"output=Loss\(…\): there must be one of target for each query\. Got 2 for 3 queries"
+    ):
+        pk.Loss([1, 2]).given_for(places, 3)
+
+
+@dataclass(frozen=True)
+class Norm(pk.Output):
+    power: int
+
+    def __call__(self, prediction):
+        return prediction.norm(p=self.power, dim=1)
+
+    def names(self, queries):
+        return ["norm"] * queries
+
+
+def test_an_output_of_the_users_own_needs_no_more_than_it_did():
+    assert Norm(2).of is None
+    torch.testing.assert_close(settle_output(Norm(2), PREDICTION)(PREDICTION), PREDICTION.norm(dim=1))

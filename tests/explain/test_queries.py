@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from pkexplain.errors import ExampleIdError, QueryError
 from pkexplain.explain.queries import QueryBatch, as_queries
 from pkexplain.gradients.capture import Capture
-from pkexplain.ids import check_ids, first_tensor
+from pkexplain.ids import PredictionRule, check_ids
 from pkexplain.record._observers import InputShapes, LossDerivatives
 from pkexplain.store.manifest import InputEntry
 
@@ -35,15 +36,65 @@ def test_the_first_ids_that_are_wrong_are_shown():
         check_ids([9, 8, 7, 6, 5, 4, 3, 1], 3)
 
 
-def test_the_prediction_is_found_in_what_a_model_returns():
-    logits, other = torch.ones(2, 3), torch.zeros(2)
-    assert first_tensor(logits) is logits
-    assert first_tensor({"loss": None, "scores": logits}) is logits
-    assert first_tensor((torch.zeros(2, dtype=torch.long), logits, other)) is logits
-    assert first_tensor(SimpleNamespace(other=other, logits=logits)) is logits
-    assert first_tensor([]) is None
-    assert first_tensor("text") is None
-    assert first_tensor({"ids": torch.zeros(2, dtype=torch.long)}) is None
+LOGITS, OTHER = torch.ones(2, 3), torch.zeros(2)
+
+
+@dataclass
+class Outcome:
+    hidden: torch.Tensor
+    scores: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("output", "rule", "stated"),
+    [
+        (LOGITS, PredictionRule(), ""),
+        (LOGITS, PredictionRule(""), ""),
+        ({"loss": None, "scores": LOGITS}, PredictionRule(), "output.scores, its only floating-point tensor"),
+        ((torch.zeros(2, dtype=torch.long), torch.tensor(1.0), LOGITS), PredictionRule(), "output[2], its only"),
+        (SimpleNamespace(other=OTHER, logits=LOGITS), PredictionRule(), "output.logits, chosen by its name"),
+        ((OTHER, LOGITS), PredictionRule("1"), "output[1], from which the training's loss was computed"),
+        ((LOGITS, OTHER), PredictionRule("1", asked="0"), "output[0], as asked"),
+        (Outcome(OTHER, LOGITS), PredictionRule("scores"), "output.scores, from which"),
+        ({"heads": [OTHER, LOGITS]}, PredictionRule(asked="heads.1"), "output.heads[1], as asked"),
+        ((OTHER, LOGITS), PredictionRule("1", unsure=False), "output[1], from which"),
+        ({"a": OTHER, "b": LOGITS}, PredictionRule("b", unsure=True), "output.b, from which"),
+        (((), LOGITS), PredictionRule("0"), "output[1], its only"),
+    ],
+)
+def test_the_prediction_is_chosen_by_a_rule_that_is_stated(output, rule, stated):
+    assert rule.choose(output, 2) is LOGITS
+    assert rule.stated.startswith(stated)
+    assert bool(rule.stated) == bool(stated)
+
+
+@pytest.mark.parametrize(
+    ("output", "rule", "match"),
+    [
+        ((OTHER, LOGITS), PredictionRule(), r"which is the prediction is not known\. Got '0' of shape \(2,\), '1' of"),
+        (Outcome(OTHER, LOGITS), PredictionRule(), r"Got 'hidden' of .*output=pkexplain\.Logit\(of=\"scores\"\)"),
+        ((OTHER, LOGITS), PredictionRule("2"), r"the training's loss was computed from output\[2\], which is gone"),
+        (
+            (OTHER, LOGITS),
+            PredictionRule("1", unsure=True),
+            r"output\[1\], which may be another one: the query lacks an",
+        ),
+        (
+            (OTHER, LOGITS),
+            PredictionRule("1", asked="2"),
+            r"the model's output has no tensor '2' with one row per query",
+        ),
+        (
+            LOGITS,
+            PredictionRule(asked="logits"),
+            r"has no tensor 'logits'.* The model returns one tensor: leave of= out",
+        ),
+        (tuple(torch.ones(2) for _ in range(11)), PredictionRule(), r"'7' of shape \(2,\) and 3 more"),
+    ],
+)
+def test_of_several_tensors_none_is_guessed(output, rule, match):
+    with pytest.raises(QueryError, match=match):
+        rule.choose(output, 2)
 
 
 class Sum(nn.Module):
@@ -121,7 +172,7 @@ def test_named_queries_and_numbers():
     single = as_queries({"0": np.zeros((3, 8)), "mask": 7}, SHAPES, CPU)
     assert single.single
     assert single.kwargs["mask"].tolist() == [7]
-    assert single.kwargs["0"].dtype == torch.float32
+    assert single.args[0].dtype == torch.float32
     several = as_queries({"0": torch.zeros(2, 3, 8), "mask": [7, 8]}, SHAPES, CPU)
     assert len(several) == 2
     assert several.row(1)["mask"] == 8

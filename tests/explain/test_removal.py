@@ -301,7 +301,7 @@ class Dressed(nn.Module):
         self.inner = nn.Linear(D, 2)
 
     def forward(self, x):
-        return SimpleNamespace(inside=self.inner(x))
+        return SimpleNamespace(inside=[self.inner(x)])
 
 
 def test_without_loss_derivatives_it_is_refused():
@@ -312,7 +312,7 @@ def test_without_loss_derivatives_it_is_refused():
         for _ in range(2):
             with recorder.step(range(N)):
                 optimizer.zero_grad()
-                F.cross_entropy(model(x).inside, y).backward()
+                F.cross_entropy(model(x).inside[0], y).backward()
                 optimizer.step()
     with pytest.raises(ConfigurationError, match="the run has no loss derivatives"):
         pk.Explainer(run, model).prepare("removal")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import datasets
 import pytest
 import torch
@@ -411,12 +409,3 @@ def test_a_run_is_overwritten_only_where_that_is_asked_for(where, tmp_path):
     if where == "disk":
         on_disk = {p.relative_to(store.path).as_posix() for p in store.path.rglob("*.safetensors")}
         assert on_disk == set(store.manifest().files)
-
-
-@pytest.fixture(autouse=True)
-def _no_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "pkexplain. (self_)?contributions..")
-        warnings.filterwarnings("ignore", ".*multi-threaded.*fork")
-        yield
