@@ -52,17 +52,14 @@ class LossDerivatives:
             if path == self.output:
                 batch.derivatives = seen[path]
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def returned(output: Any) -> None:
             for path, tensor in named_tensors(output).items():
                 if tensor.requires_grad and tensor.ndim and len(tensor) == len(batch.ids):
                     _on_gradient(tensor, partial(arrive, path))
 
         seen: dict[str, Tensor] = {}
-        handle = self._model.register_forward_hook(hook)
-        try:
+        with calls_of(self._model, after=returned):
             yield
-        finally:
-            handle.remove()
 
 
 def _on_gradient(tensor: Tensor, tell: Callable[[Tensor], None]) -> None:
@@ -108,7 +105,7 @@ class InputShapes:
     def noting(self, examples: int) -> Iterator[None]:
         """Note the inputs of every forward pass with ``examples`` rows."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = named_inputs(args, kwargs)
             self.axes |= _batch_axes(named, examples)
             for name, value in named.items():
@@ -120,11 +117,55 @@ class InputShapes:
                     shape = tuple(a if a == b else None for a, b in zip(known.shape, shape, strict=True))
                 self.seen[name] = InputEntry(shape=shape, dtype=str(value.dtype).removeprefix("torch."))
 
-        handle = self._model.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+        with calls_of(self._model, before=given):
             yield
-        finally:
+
+
+@contextmanager
+def calls_of(
+    model: nn.Module,
+    before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+    after: Callable[[Any], None] | None = None,
+) -> Iterator[None]:
+    """Listen to a model's forward passes: ``before`` is told the inputs, ``after`` the output.
+
+    A LightningModule need not call its own ``forward`` in training; then those of the part that holds all its
+    parameters are taken for its own.
+    """
+    depth = 0
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal depth
+        if not depth and before is not None:
+            before(args, kwargs)
+        depth += 1
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        if not depth and after is not None and output is not None:  # None: an error
+            after(output)
+
+    handles = []
+    for part in _stand_ins(model):
+        handles.append(part.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(part.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
+
+
+def _stand_ins(model: nn.Module) -> list[nn.Module]:
+    """The modules whose inputs and outputs are those of the model; of those that are called, the outermost counts."""
+    found = [model]
+    while hasattr(found[-1], "training_step"):
+        inside = [part for part in found[-1].children() if next(part.parameters(), None) is not None]
+        if len(inside) != 1 or next(found[-1].parameters(recurse=False), None) is not None:
+            break
+        found.append(inside[0])
+    return found
 
 
 def named_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
