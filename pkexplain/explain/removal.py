@@ -222,7 +222,8 @@ class Curvature:
         places = torch.arange(len(ids), device="cpu")
         if len(ids) < len(scale):
             rows = scaled(places)
-            curvatures, turned = torch.linalg.eigh(rows @ rows.T)
+            rows = rows[rows.any(1)]  # a short segment saw few of the examples
+            curvatures, turned = _eigenvectors(rows @ rows.T)
             kept = self._felt(curvatures)
             curvatures = curvatures[kept]
             return _Shrinking(rows.T @ (turned[:, kept] / curvatures.sqrt()), curvatures, scale)
@@ -230,13 +231,15 @@ class Curvature:
         for some in places.split(_ROWS_AT_ONCE):
             part = scaled(some)
             gram.addmm_(part.T, part)
-        curvatures, directions = torch.linalg.eigh(gram)
+        curvatures, directions = _eigenvectors(gram)
         kept = self._felt(curvatures)
         return _Shrinking(directions[:, kept].contiguous(), curvatures[kept], scale)
 
     def _felt(self, curvatures: Tensor) -> Tensor:
         """Choose the curvatures that shrink displacements and are not rounding error of the largest."""
-        rounding = len(curvatures) * torch.finfo(curvatures.dtype).eps * float(curvatures.max())
+        rounding = (
+            len(curvatures) * torch.finfo(curvatures.dtype).eps * float(curvatures.max() if len(curvatures) else 0)
+        )
         return curvatures > max(_NO_CURVATURE / len(self._trajectory), rounding)
 
     def carry(self, final: Tensor, strength: float) -> Tensor:
@@ -265,6 +268,12 @@ class Curvature:
             carried.append(here + (along * within) @ segment.directions.T / segment.scale)
             taken.append((projector, (along * torch.expm1(-m)) @ segment.directions.T / segment.scale))
         return torch.stack(carried[::-1], dim=1)
+
+
+def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute eigenvalues and eigenvectors; in float32, LAPACK gives up on a matrix with many equal eigenvalues."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    return values.to(gram), vectors.to(gram)
 
 
 def _rates(segment: Segment, projector: Projector) -> Tensor:
