@@ -237,9 +237,8 @@ class Curvature:
 
     def _felt(self, curvatures: Tensor) -> Tensor:
         """Choose the curvatures that shrink displacements and are not rounding error of the largest."""
-        rounding = (
-            len(curvatures) * torch.finfo(curvatures.dtype).eps * float(curvatures.max() if len(curvatures) else 0)
-        )
+        largest = float(curvatures.max()) if len(curvatures) else 0.0
+        rounding = len(curvatures) * torch.finfo(curvatures.dtype).eps * largest
         return curvatures > max(_NO_CURVATURE / len(self._trajectory), rounding)
 
     def carry(self, final: Tensor, strength: float) -> Tensor:

@@ -248,4 +248,6 @@ def test_the_code_of_the_page_runs_as_it_stands(disk_run, tmp_path, monkeypatch)
     for block in blocks:
         exec(compile(block, "comparing.md", "exec"), names)
     assert "LDS" in str(names["comparison"])
+    shown = names["comparison"]._repr_html_()  # in a notebook
+    assert html.unescape(shown.removeprefix("<pre>").removesuffix("</pre>")) == str(names["comparison"])
     assert names["top"].indices.shape == (3, 10)
