@@ -61,9 +61,9 @@ def model() -> transformers.PreTrainedModel:
 
 
 def trained(folder: str, precision: str, train: Any, test: Any, tokenizer: Any, callbacks: list[Any]) -> Any:
-    arguments = transformers.TrainingArguments(
-        folder, use_cpu=True, bf16=precision == "bfloat16", report_to=[], save_strategy="no", disable_tqdm=True, **ARGUMENTS
-    )  # fmt: skip
+    quiet: dict[str, Any] = {"report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    half = precision == "bfloat16"
+    arguments = transformers.TrainingArguments(folder, use_cpu=True, bf16=half, **quiet, **ARGUMENTS)
     trainer = transformers.Trainer(
         model(), arguments, train_dataset=train, eval_dataset=test, processing_class=tokenizer, callbacks=callbacks,
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(1) == found.label_ids).mean())},
@@ -86,22 +86,13 @@ def row(precision: str) -> list[str]:
         shards = [trajectory.segment(t).shards[0] for t in range(len(trajectory))]
         missing = sum(int(shard.loss_derivatives.isnan().sum()) for shard in shards)
         explainer = pk.Explainer(run, model())
-        queries = [
-            {name: test[i][name] for name in ("input_ids", "attention_mask", "token_type_ids")} for i in range(QUERIES)
-        ]
+        queries = [test[i] for i in range(QUERIES)]  # rows as they are, with text and label
         found = explainer.explain(queries, output=pk.Margin([test[i]["label"] for i in range(QUERIES)]))
     failed: dict[str, list[float]] = {}
     for explanation in found:
         for check in explanation.checks:
             if not check.passed:
                 failed.setdefault(f"{check.name} (tolerance {check.tolerance:.2g})", []).append(check.value)
-    print(
-        precision,
-        {
-            n: sorted(round(float(c.value), 4) for e in found for c in e.checks if c.name == n)[::5]
-            for n in [c.name for c in found[0].checks]
-        },
-    )
     said = "; ".join(f"{name}: {len(v)}, up to {max(v):.2g}" for name, v in failed.items())
     return [
         precision, f"{accuracy:.3f}", "identical" if same else "DIFFERENT", str(missing),
