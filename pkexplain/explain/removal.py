@@ -157,7 +157,7 @@ class Curvature:
         progress: Told how many segments are done, and of how many.
 
     Raises:
-        ConfigurationError: The run has no loss derivatives.
+        ConfigurationError: The run has no loss derivatives, or none that tell the curvature of the loss.
     """
 
     def __init__(
@@ -178,6 +178,8 @@ class Curvature:
                 .sort()
                 .values
             )
+        if loss is None and (trajectory.manifest.output or "").rpartition(".")[2] == "log_probs":
+            raise _of_log_probabilities()
         derivatives = torch.stack([s.loss_derivatives for s in segments])
         sizes, unseen = derivatives.nan_to_num(0.0), derivatives.isnan()
         loss = loss or loss_curvature_of(sizes)
@@ -286,3 +288,16 @@ def _rates(segment: Segment, projector: Projector) -> Tensor:
         blocks[part.columns] += 1
     rates /= blocks.clamp_min(1)
     return torch.where(rates > 0, rates, 1.0)
+
+
+def _of_log_probabilities() -> ConfigurationError:
+    return ConfigurationError(
+        'reading="removal"',
+        "the loss derivatives that were recorded are those of log-probabilities: the same for every token, however "
+        "well it was predicted",
+        got="a run whose loss was computed from output.log_probs",
+        expected="the derivatives of the logits",
+        source="the recording",
+        fix="Record without activation offloading, or train with a model that returns logits; or state the curvature: "
+        "pkexplain.Removal(loss=…)",
+    )

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.fused_head import fused_head, fused_head_below
 from pkexplain.ids import leaves, named_tensors
+from pkexplain.record._contract import several_in_one_row
 from pkexplain.store.manifest import InputEntry
+
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+"""Inputs of transformers by which a model is told where one text of a row ends and the next begins."""
 
 
 class LossDerivatives:
@@ -24,7 +29,8 @@ class LossDerivatives:
         output: Which tensor of the model's output is the prediction, if that is known.
 
     Attributes:
-        output: The same; otherwise ``logits`` if the loss depends on it, or the output that is nearest to the loss.
+        output: The same; otherwise ``logits`` if the loss depends on it, or the output that is nearest to the loss. A
+            fused head's log p counts as the logits that it did not form.
     """
 
     def __init__(self, model: nn.Module, capture: Capture, output: str | None = None) -> None:
@@ -39,12 +45,9 @@ class LossDerivatives:
         the loss falls fastest, and the derivative is −‖∂ℓ_i/∂y_i‖.
         """
 
-        def arrive(path: str, gradient: Tensor) -> None:
+        def note(path: str, here: Tensor, single: bool = False) -> None:
             if self._capture.rehearsing or not self._capture.running:
                 return
-            flat = gradient.detach().flatten(1) if gradient.ndim > 1 else gradient.detach()[:, None]
-            single = flat.shape[1] == 1
-            here = flat[:, 0] if single else -flat.norm(dim=1)
             before = seen.get(path)
             seen[path] = here if before is None else (before + here if single else -torch.hypot(before, here))
             if self.output is None or path == "logits":
@@ -52,9 +55,16 @@ class LossDerivatives:
             if path == self.output:
                 batch.derivatives = seen[path]
 
+        def arrive(path: str, gradient: Tensor) -> None:
+            flat = gradient.detach().flatten(1) if gradient.ndim > 1 else gradient.detach()[:, None]
+            single = flat.shape[1] == 1
+            note(path, flat[:, 0] if single else -flat.norm(dim=1), single)
+
         def returned(output: Any) -> None:
             for path, tensor in named_tensors(output).items():
-                if tensor.requires_grad and tensor.ndim and len(tensor) == len(batch.ids):
+                if not (tensor.requires_grad and tensor.ndim and len(tensor) == len(batch.ids)):
+                    continue
+                if not _on_token_scores(tensor, output, partial(note, path), partial(note, _logits(path))):
                     _on_gradient(tensor, partial(arrive, path))
 
         seen: dict[str, Tensor] = {}
@@ -84,6 +94,49 @@ def _on_gradient(tensor: Tensor, tell: Callable[[Tensor], None]) -> None:
     node.register_prehook(before)
 
 
+def _logits(path: str) -> str:
+    """The path at which a model returns logits that returns log p at this one, under a fused head."""
+    return ".".join([*path.split(".")[:-1], "logits"])
+
+
+def _on_token_scores(
+    tensor: Tensor, output: Any, tell: Callable[[Tensor], None], tell_logits: Callable[[Tensor], None]
+) -> bool:
+    """Tell the loss derivatives of the logits that a fused head did not form; False if the tensor is not its log p.
+
+    Args:
+        tensor: A tensor that the model returned.
+        output: All that it returned.
+        tell: Told minus the norm of each example's ∂ℓ/∂(log p), if the logits' cannot be had, ``(batch,)``.
+        tell_logits: Told minus the norm of each example's ∂ℓ/∂(logits), ``(batch,)``.
+    """
+    node = fused_head_below(tensor)
+    if node is None:
+        return False
+    metadata: Any = node._input_metadata
+    tokens, rows = metadata[0].shape[0], torch.arange(len(tensor), device=tensor.device)
+    owners = rows[:, None].expand(tensor.shape).flatten()
+    mask = getattr(output, "label_mask", None)
+    if tokens != len(owners):  # on a GPU the head leaves ignored tokens out
+        if not isinstance(mask, Tensor) or mask.shape != tensor.shape:
+            return False
+        owners = owners[mask.flatten().to(tensor.device)]
+    if tokens != len(owners):
+        return False
+
+    def before(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient, *others = gradients
+        if gradient is None or any(other is not None for other in others):
+            return
+        head = fused_head(node)
+        squares = gradient.square() if head is None else head.score_gradient_squares(gradient)
+        total = squares.new_zeros(len(tensor)).index_add_(0, owners.to(squares.device), squares)
+        (tell if head is None else tell_logits)(-total.sqrt())
+
+    node.register_prehook(before)
+    return True
+
+
 class InputShapes:
     """Notes the shapes and dtypes of the model's tensor inputs, without the batch; a size that varies becomes None.
 
@@ -107,6 +160,8 @@ class InputShapes:
 
         def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = named_inputs(args, kwargs)
+            if examples > 1 and holds_several(named):
+                raise several_in_one_row(examples)
             self.axes |= _batch_axes(named, examples)
             for name, value in named.items():
                 if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != examples:
@@ -172,6 +227,18 @@ def named_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, 
     """Name a model's inputs by position or name, and the parts of those that have parts ``"0.input_ids"``."""
     given = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
     return {path: leaf for name, value in given.items() for path, leaf in leaves(name, value).items()}
+
+
+def holds_several(inputs: Mapping[str, Any]) -> bool:
+    """Whether a model's inputs are one row of several texts: they come with its boundaries, or positions begin anew."""
+    if any(name.rpartition(".")[2] in _BOUNDARIES and value is not None for name, value in inputs.items()):
+        return all(len(value) == 1 for name, value in inputs.items() if _is_of_tokens(name, value))
+    positions = [value for name, value in inputs.items() if name.rpartition(".")[2] == "position_ids"]
+    return any(isinstance(x, Tensor) and x.ndim == 2 and len(x) == 1 and int((x == 0).sum()) > 1 for x in positions)
+
+
+def _is_of_tokens(name: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 1 and name.rpartition(".")[2] in ("input_ids", "inputs_embeds")
 
 
 def _batch_axes(inputs: Any, examples: int) -> set[int]:
