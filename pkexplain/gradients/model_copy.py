@@ -68,10 +68,9 @@ def _home(function: Any) -> str:
 
 
 def _on_copies(value: Any, memo: dict[int, Any]) -> Any:
-    """Replace what a function refers to by the copies; the same object if it refers to nothing that was copied."""
+    """Replace what a function refers to by the copies."""
     if isinstance(value, MethodType):
-        function, owner = _on_copies(value.__func__, memo), _on_copies(value.__self__, memo)
-        return value if function is value.__func__ and owner is value.__self__ else MethodType(function, owner)
+        return MethodType(_on_copies(value.__func__, memo), _on_copies(value.__self__, memo))
     if isinstance(value, functools.partial):
         named = {name: _on_copies(each, memo) for name, each in value.keywords.items()}
         made = functools.partial(_on_copies(value.func, memo), *(_on_copies(x, memo) for x in value.args), **named)
@@ -85,20 +84,17 @@ def _on_copies(value: Any, memo: dict[int, Any]) -> Any:
 
 def _with_copies(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     """Make a function like another one, whose variables from outside refer to the copies."""
-    memo[id(function)] = function  # it may refer to itself
-    cells = [cell for cell in function.__closure__ or () if _filled(cell)]
-    values = {id(cell): _on_copies(cell.cell_contents, memo) for cell in cells}
-    if all(values[id(cell)] is cell.cell_contents for cell in cells):
-        return function
-    closure = tuple(CellType(values[id(cell)]) if id(cell) in values else cell for cell in function.__closure__ or ())
-    made = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure=closure
-    )
+    cells = function.__closure__ or ()
+    mine = tuple(CellType() for _ in cells)
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, mine)
+    memo[id(function)] = made  # it may refer to itself
     made.__kwdefaults__ = function.__kwdefaults__
-    functools.update_wrapper(made, function, updated=("__dict__",))
-    made.__dict__.pop("__wrapped__", None)
-    made.__dict__.update(function.__dict__)  # with its own __wrapped__, if it has one
-    memo[id(function)] = made
+    functools.update_wrapper(made, function)
+    del made.__wrapped__
+    made.__dict__.update(function.__dict__)  # with the function that it wraps, if there is one
+    for cell, other in zip(mine, cells, strict=True):
+        if _filled(other):
+            cell.cell_contents = _on_copies(other.cell_contents, memo)
     return made
 
 
