@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.errors import warn
-from pkexplain.record._observers import named_inputs
+from pkexplain.record._observers import calls_of, named_inputs
 
 __all__ = ["InputIdentity", "digest"]
 
@@ -55,16 +55,13 @@ class InputIdentity:
             return
         done: list[bool] = []
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not done and torch.is_grad_enabled():
                 done.append(True)
                 self._compare(ids, places, named_inputs(args, kwargs))
 
-        handle = self._model.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+        with calls_of(self._model, before=given):
             yield
-        finally:
-            handle.remove()
 
     def _compare(self, ids: Tensor, places: Sequence[int], named: Mapping[str, Any]) -> None:
         rows = {
