@@ -90,7 +90,7 @@ def _with_copies(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     memo[id(function)] = made  # it may refer to itself
     made.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(made, function)
-    del made.__wrapped__
+    vars(made).pop("__wrapped__", None)
     made.__dict__.update(function.__dict__)  # with the function that it wraps, if there is one
     for cell, other in zip(mine, cells, strict=True):
         if _filled(other):
