@@ -237,7 +237,7 @@ HEADS = {
 @pytest.mark.parametrize("compact", [False, True], ids=["all tokens", "ignored tokens left out"])
 @pytest.mark.parametrize("head", HEADS)
 def test_the_displacements_are_those_of_a_loop_over_examples(head, compact, sft, monkeypatch):
-    """Two steps of SGD; before the second, LoRA's first matrix has no gradient. On GPUs TRL leaves ignored tokens out."""
+    """Two steps of SGD; before the second, LoRA has a matrix without a gradient. On GPUs TRL drops ignored tokens."""
     monkeypatch.setattr(trl_utils, "_use_triton", lambda device: compact)
     adapted = HEADS[head] is None
     make = (lambda: fresh(True)) if adapted else (lambda: llama(**HEADS[head]))
