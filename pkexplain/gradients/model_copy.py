@@ -41,12 +41,12 @@ def copy_model(model: nn.Module) -> nn.Module:
 def _replace_functions(part: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
     """Let the functions that a module holds as attributes of its own work on the copies."""
     for name, value in vars(part).items():
-        if not isinstance(value, (FunctionType, MethodType, functools.partial)) or name == "_compiled_call_impl":
-            continue
+        if name not in vars(copied) or not isinstance(value, (FunctionType, MethodType, functools.partial)):
+            continue  # a module does not copy what it was compiled to
         if name == "forward":
             value = _without_autocast(value)
         if isinstance(value, MethodType) and value.__func__ is getattr(type(part), name, None):
-            vars(copied).pop(name, None)  # its class has it
+            del vars(copied)[name]  # its class has it
         else:
             vars(copied)[name] = _on_copies(value, memo)
 
@@ -90,7 +90,7 @@ def _with_copies(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     memo[id(function)] = made  # it may refer to itself
     made.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(made, function)
-    vars(made).pop("__wrapped__", None)
+    vars(made).pop("__wrapped__")
     made.__dict__.update(function.__dict__)  # with the function that it wraps, if there is one
     for cell, other in zip(mine, cells, strict=True):
         if _filled(other):
