@@ -170,6 +170,7 @@ def _rewrite(
         new = structs.replace(manifest, segments=tuple(entries), revision=revision)
         if len(withdrawn):
             gone = tuple(sorted({*manifest.withdrawn, *withdrawn}))
-            new = structs.replace(new, states=(), withdrawn=gone)  # states hold gradients, too
+            digests = {name: found for name, found in new.digests.items() if int(name) not in gone}
+            new = structs.replace(new, states=(), withdrawn=gone, digests=digests)  # states hold gradients, too
         store.commit(new)
         store.sweep()  # what could not be deleted, and indices, which hold the rows, too
