@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pkexplain.errors import warn
+from pkexplain.gradients.graph import random_state_kept
 from pkexplain.record._observers import calls_of, named_inputs
 
 __all__ = ["InputIdentity", "digest"]
@@ -81,7 +84,7 @@ class InputIdentity:
                     f"example {example} came back with another input {changed[0]!r} than it had before",
                     "the ids do not belong to the data of their batch (a counter beside a shuffling loader does that)",
                 )
-            elif self._dataset is not None and not _is_row(self._dataset[example], mine):
+            elif self._dataset is not None and not _is_row(_read(self._dataset, example), mine):
                 self._warn(
                     f"the inputs of example {example} are not those of dataset[{example}]",
                     "the ids do not belong to the data of their batch",
@@ -112,6 +115,17 @@ def digest(row: Tensor, mask: Tensor | None = None) -> str:
         kept = torch.stack([flat != pad for pad in _PADDING]).all(0).nonzero()[:, 0]
         values = flat[int(kept[0]) : int(kept[-1]) + 1] if len(kept) else flat[:0]
     return hashlib.blake2b(values.double().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def _read(dataset: Any, example: int) -> Any:
+    """Read a row without drawing the training's random numbers, which a transform of the data set may do."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with random_state_kept():
+            return dataset[example]
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 def _is_row(row: Any, inputs: Mapping[str, Tensor]) -> bool:
