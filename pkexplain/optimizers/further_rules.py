@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkexplain.optimizers.rules import LinearStep
+from pkexplain.optimizers.rules import LinearStep, without_unmoved
 
 __all__ = ["ASGD", "Adadelta", "Adafactor", "Rprop"]
 
@@ -27,7 +27,7 @@ class Adadelta:
         """Read one parameter's numbers."""
         second, eps, rate = state["square_avg"], float(group["eps"]), _signed(group) * float(group["lr"])
         before = torch.zeros_like(second) if first else state["before.acc_delta"]
-        operator = (before + eps).sqrt() / (second + eps).sqrt()
+        operator = without_unmoved((before + eps).sqrt() / (second + eps).sqrt(), second)
         decay = _signed(group) * float(group["weight_decay"])
         return LinearStep(0.0, 0.0, 0.0, rate * operator, weight_decay=decay, learning_rate=float(group["lr"]))
 
@@ -77,7 +77,7 @@ class Adafactor:
             second = rows @ columns / rows.mean(-2, keepdim=True).clamp(min=eps1)
         else:
             second = state["variance"]
-        operator = second.clamp(min=eps1 * eps1).rsqrt()
+        operator = without_unmoved(second.clamp(min=eps1 * eps1).rsqrt(), second)
         clipped = max(1.0, _root_mean_square(operator * gradient) / float(group["d"]))
         shrink = float(group["lr"]) * float(group["weight_decay"])
         step = _signed(group) * rate / clipped * operator

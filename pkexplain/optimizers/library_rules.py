@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pkexplain.errors import UnsupportedOptimizerError
-from pkexplain.optimizers.rules import LinearStep, Number
+from pkexplain.optimizers.rules import LinearStep, Number, without_unmoved
 
 __all__ = ["Lion", "Prodigy", "TransformersAdafactor"]
 
@@ -60,7 +60,8 @@ class Prodigy:
         before, after, taken = float(state["before.d"]), float(group["d"]), int(group["k"])
         correction = (1 - beta2**taken) ** 0.5 / (1 - beta1**taken) if group["use_bias_correction"] else 1.0
         rate, decay = before * float(group["lr"]) * correction, float(group["weight_decay"])
-        operator = rate / (state["exp_avg_sq"].sqrt() + after * float(group["eps"]))
+        second = state["exp_avg_sq"]
+        operator = without_unmoved(rate / (second.sqrt() + after * float(group["eps"])), second)
         decays = {"decoupled_weight_decay": rate * decay} if group["decouple"] else {"weight_decay": decay}
         if beta1 == 0:
             return LinearStep(0.0, 0.0, 0.0, after * operator, learning_rate=rate, **decays)
@@ -82,7 +83,7 @@ class TransformersAdafactor:
             second = (rows / rows.mean(-1, keepdim=True))[..., None] * columns[..., None, :]
         else:
             second = state["exp_avg_sq"]
-        scaled = second.rsqrt()
+        scaled = without_unmoved(second.rsqrt(), second, 2 * float(group["eps"][0]))  # ε is in the mean of squares
         size = float((scaled * gradient).norm()) / gradient.numel() ** 0.5
         operator: Number = rate / max(1.0, size / float(group["clip_threshold"])) * scaled
         decays = {"decoupled_weight_decay": rate * float(group["weight_decay"]), "learning_rate": rate}

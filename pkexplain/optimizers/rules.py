@@ -33,6 +33,7 @@ __all__ = [
     "RMSprop",
     "UpdateRule",
     "plain_number",
+    "without_unmoved",
 ]
 
 Number = float | Tensor
@@ -250,7 +251,8 @@ class Adamax:
         """Read one parameter's numbers."""
         beta1 = float(group["betas"][0])
         rate = _signed(group) * float(group["lr"]) / (1 - beta1 ** float(state["step"]))
-        return LinearStep(beta1, 1 - beta1, rate / state["exp_inf"], 0.0, **_decays(group, False))
+        buffer_step = without_unmoved(rate / state["exp_inf"], state["exp_inf"], float(group["eps"]))
+        return LinearStep(beta1, 1 - beta1, buffer_step, 0.0, **_decays(group, False))
 
 
 class RMSprop:
@@ -264,7 +266,7 @@ class RMSprop:
         second, rate, momentum = state["square_avg"], _signed(group) * float(group["lr"]), float(group["momentum"])
         if group["centered"]:
             second = second - state["grad_avg"].square()
-        inverse = _over_root(1.0, second, 1.0, group["eps"])
+        inverse = _over_root(1.0, second, 1.0, group["eps"], state["square_avg"])
         if momentum > 0:
             return LinearStep(momentum, inverse, rate, 0.0, **_decays(group, False))
         return LinearStep(0.0, 0.0, 0.0, rate * inverse, **_decays(group, False))
@@ -282,6 +284,21 @@ class Adagrad:
         return LinearStep(0.0, 0.0, 0.0, _over_root(rate, state["sum"], 1.0, group["eps"]), **_decays(group, False))
 
 
-def _over_root(rate: float, second: Tensor, correction: float, eps: float) -> Tensor:
-    """Compute rate / (√(v / correction) + ε), with one new tensor."""
-    return (second.detach() / correction).sqrt_().add_(float(eps)).reciprocal_().mul_(rate)
+def _over_root(rate: float, second: Tensor, correction: float, eps: float, squares: Tensor | None = None) -> Tensor:
+    """Compute rate / (√(v / correction) + ε), with one new tensor; 0 where the mean of squares is (v, unless given)."""
+    divided = (second.detach() / correction).sqrt_().add_(float(eps)).reciprocal_().mul_(rate)
+    return without_unmoved(divided, second if squares is None else squares)
+
+
+def without_unmoved(operator: Tensor, size: Tensor, least: float = 0.0) -> Tensor:
+    """Set an operator to 0 where what the optimizer divides by has nothing of a gradient in it.
+
+    There it has only been given zeros and moves nothing, whatever it divides by. The examples' gradients need not sum to
+    exactly zero: in bfloat16, those of two batches can cancel once they are rounded. Divided by ε they would be huge.
+
+    Args:
+        operator: What gradients or the momentum buffer are multiplied by, ``(…)``; changed in place.
+        size: What the optimizer divides by, or its square, ``(…)``.
+        least: Its value where all gradients were zero.
+    """
+    return operator.masked_fill_(size <= least, 0.0)

@@ -77,6 +77,43 @@ def test_examples_and_decay_explain_every_step(kind):
     assert bool(segment.weight_decay.any()) == bool(decays)
 
 
+DIVIDING = {
+    name: CASES[name]
+    for name in ("Adadelta", "Rprop", "Adafactor", "Lion", "Prodigy", "Adafactor of transformers", "inherits")
+} | {
+    "Adam, amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "NAdam": (torch.optim.NAdam, {}),
+    "RAdam": (torch.optim.RAdam, {}),
+    "Adamax": (torch.optim.Adamax, {}),
+    "RMSprop": (torch.optim.RMSprop, {}),
+    "RMSprop, centered, momentum": (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
+    "Adagrad": (torch.optim.Adagrad, {}),
+}
+
+
+@pytest.mark.parametrize("kind", DIVIDING)
+def test_rounded_gradients_that_cancel_exactly_are_not_divided_by_epsilon(kind):
+    model, run = nn.Linear(3, 1, bias=False).bfloat16(), pk.MemoryStore()
+    nn.init.zeros_(model.weight)  # where bfloat16 rounds the least
+    make, options = DIVIDING[kind]
+    optimizer = make(model.parameters(), **options)
+    inputs = torch.tensor([[1, 1, 0], [2**-9, 1, 0], [-1, 1, 0]]).bfloat16()  # 1 + 2⁻⁹ is 1 in bfloat16
+    with pk.Recorder(run, model, optimizer, num_examples=3, projection=pk.Identity(), segments=8) as recorder:
+        for size in range(1, 9):
+            optimizer.zero_grad()
+            with recorder.step([0, 1], accumulate=True):
+                (size * model(inputs[:2]).sum()).backward()
+            with recorder.step([2]):
+                (size * model(inputs[2:]).sum()).backward()
+                optimizer.step()
+    segment = run.trajectory().segment(0)
+    rows = segment.read_rows(slice(None), torch.float32)
+    assert rows[:, 1].abs().min() > 0
+    assert rows[:, 0].abs().max() <= 2 * rows[:, 1].abs().max()
+    for summary in run.trajectory().summaries:
+        assert summary.optimizer_share < 0.1  # the rounding of the parameters
+
+
 def test_a_subclass_that_inherits_its_step_has_its_parents_rule():
     parameters = [nn.Parameter(torch.zeros(1))]
     assert type(rule_for(Inherits(parameters))) is AdamW
