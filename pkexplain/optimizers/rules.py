@@ -293,8 +293,8 @@ def _over_root(rate: float, second: Tensor, correction: float, eps: float, squar
 def without_unmoved(operator: Tensor, size: Tensor, least: float = 0.0) -> Tensor:
     """Set an operator to 0 where what the optimizer divides by has nothing of a gradient in it.
 
-    There it has only been given zeros and moves nothing, whatever it divides by. The examples' gradients need not sum to
-    exactly zero: in bfloat16, those of two batches can cancel once they are rounded. Divided by ε they would be huge.
+    There it has only been given zeros and moves nothing, whatever it divides by. The examples' gradients need not sum
+    to exactly zero: in bfloat16, those of two batches can cancel once they are rounded. Divided by ε they would be huge.
 
     Args:
         operator: What gradients or the momentum buffer are multiplied by, ``(…)``; changed in place.
