@@ -16,9 +16,9 @@ __all__ = ["MOST_VALUES", "ROUNDED", "differ", "digest", "row_values", "thinned"
 
 ROUNDED = 0.02
 """How far a value may move: more than bfloat16 rounds, far less than one example is from another."""
-_PADDING = (0, -100)
-"""What collators pad with, where no attention mask says what is padding."""
-MOST_VALUES = 1 << 15
+_IGNORED = -100
+"""What labels are padded with, and inputs with 0, where no attention mask says what is padding."""
+MOST_VALUES = 1 << 13
 """Of a larger input, so many evenly spaced values are looked at."""
 
 
@@ -27,15 +27,18 @@ def without_padding(row: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         row: The input.
-        mask: Nonzero where the first dimension of ``row`` is no padding; by default, what is 0 or -100 all along an end
-            of a dimension is padding.
+        mask: Nonzero where the first dimension of ``row`` is no padding; by default, what is 0 (or, of integers, -100)
+            all along an end of a dimension is padding.
     """
     if mask is not None and mask.ndim == 1 and row.ndim and len(mask) == len(row):
         return row[mask != 0]
-    content = torch.stack([row.to(torch.float32) != pad for pad in _PADDING]).all(0)
+    content = row != 0
+    if not (row.is_floating_point() or row.dtype in (torch.bool, torch.uint8)):
+        content &= row != _IGNORED
     for axis in range(row.ndim):
-        places = content.movedim(axis, 0).flatten(1).any(1) if row.ndim > 1 else content
-        known = places.nonzero()[:, 0]
+        if content.numel() and content.select(axis, 0).any() and content.select(axis, -1).any():
+            continue  # as most inputs are
+        known = (content.movedim(axis, 0).flatten(1).any(1) if row.ndim > 1 else content).nonzero()[:, 0]
         start, stop = (int(known[0]), int(known[-1]) + 1) if len(known) else (0, 0)
         row, content = row.narrow(axis, start, stop - start), content.narrow(axis, start, stop - start)
     return row
@@ -47,19 +50,18 @@ def thinned(values: Tensor) -> Tensor:
     return flat[:: -(-len(flat) // MOST_VALUES) or 1]
 
 
-def digest(row: Tensor, mask: Tensor | None = None) -> str:
-    """Return a digest of one example's input, ``(*shape)``, on the CPU, without its padding.
+def digest(content: Tensor) -> str:
+    """Return a digest of one example's input on the CPU, ``(*shape)``, `without_padding`.
 
     Returns:
         A hash of the values, whatever their dtype; the shape; mean and root mean square of the finite values. The hash
         is the same for nan of any kind, and for 0 and -0.
     """
-    content = without_padding(row, mask)
-    values = thinned(content).double() + 0.0  # -0 becomes 0
-    values[values.isnan()] = math.nan
-    known = values[values.isfinite()]
-    mean, size = (float(known.mean()), float(known.square().mean().sqrt())) if len(known) else (0.0, 0.0)
-    code = hashlib.blake2b(values.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+    values = thinned(content).double().numpy() + 0.0  # -0 becomes 0
+    values[np.isnan(values)] = np.nan
+    known = values[np.isfinite(values)]
+    mean, size = (known.mean(), math.sqrt(np.square(known).mean())) if len(known) else (0.0, 0.0)
+    code = hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
     return f"{code} {'x'.join(map(str, content.shape)) or 'number'} {mean:.4g} {size:.4g}"
 
 
@@ -86,7 +88,8 @@ def row_values(row: Any, path: str = "") -> dict[str, Tensor]:
         return {name: v for key, part in parts.items() for name, v in row_values(part, f"{path}.{key}").items()}
     if isinstance(row, str):
         row = np.frombuffer(row.encode(errors="replace"), np.uint8)
-    numbers = _as_tensor(row) if hasattr(row, "__array__") or isinstance(row, (bool, int, float)) else None
+    known = any(hasattr(row, name) for name in ("__array__", "__array_interface__"))  # a picture has the latter
+    numbers = _as_tensor(row) if known or isinstance(row, (bool, int, float)) else None
     return {} if numbers is None else {path: numbers}
 
 

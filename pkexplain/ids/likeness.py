@@ -10,13 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pkexplain.ids.digests import MOST_VALUES, ROUNDED, digest, thinned, without_padding
+from pkexplain.ids.digests import ROUNDED, digest, thinned, without_padding
 
 __all__ = ["FEW", "InputRow", "alike", "distance", "layouts", "overlaps", "standard", "varies"]
 
 FEW = 8
 """Of fewer values, scale and offset say too much: two examples could be made equal."""
+_AWAY = 0.3
+"""The share of an example's values that may have moved further. Measured: features from bfloat16 instead of float32, at
+most 0.05; two rows of one data set, at least 0.55 (tables, digits, photographs)."""
 _MOST_CHANNELS = 4
+_MOST_KEPT = 1 << 15
+"""Values of an input that are kept, so that padding can be looked past."""
 
 
 @dataclass(frozen=True)
@@ -24,37 +29,44 @@ class InputRow:
     """One input of one example, on the CPU.
 
     Attributes:
-        raw: As it was passed; None if it is large.
         shape: Of what was passed.
+        raw: As it was passed; of a large one, some values.
         content: Some of its values, without padding.
         size: Shape without padding.
         digest: Its digest.
     """
 
-    raw: Tensor | None
     shape: torch.Size
+    raw: Tensor
     content: Tensor
     size: torch.Size
     digest: str
 
     @classmethod
-    def of(cls, row: Tensor, mask: Tensor | None) -> InputRow:
+    def of(cls, row: Tensor, mask: Tensor | None = None) -> InputRow:
         """Look at an input, ``(*shape)``, and at its mask, if there is one; see `without_padding`."""
         content = without_padding(row, mask)
-        raw = row.clone() if row.numel() <= MOST_VALUES else None
-        return cls(raw, row.shape, thinned(content).clone(), content.shape, digest(row, mask))
+        raw = (row if row.numel() <= _MOST_KEPT else thinned(row)).clone()
+        return cls(row.shape, raw, thinned(content).clone(), content.shape, digest(content))
 
     @property
     def code(self) -> str:
         """The hash of its values."""
         return self.digest.partition(" ")[0]
 
+    def is_again(self, row: Tensor) -> bool:
+        """Whether an input is the same bit for bit, with its padding; without nan."""
+        known = row if row.numel() <= _MOST_KEPT else thinned(row)
+        return row.shape == self.shape and torch.equal(known, self.raw)
+
     def same_as(self, other: InputRow) -> bool:
         """Whether both may be of one example; where nothing can be compared, they may."""
         if self.code == other.code or (self.size == other.size and alike(self.content, other.content)):
             return True
-        if len(self.shape) != len(other.shape) or self.raw is None or other.raw is None:
+        if self.raw.shape != self.shape or len(self.shape) != len(other.shape):
             return self.shape != other.shape
+        if other.raw.shape != other.shape:
+            return True
         return any(alike(*pair) for pair in overlaps(self.raw, other.raw))
 
 
@@ -84,8 +96,8 @@ def alike(one: Tensor, other: Tensor) -> bool:
     telling = (size > 0) | (a.isnan() != b.isnan())
     if not telling.any():
         return True
-    away = ~((a - b).abs() <= ROUNDED * (size + size.nanmedian())) & (a != b) & ~(a.isnan() & b.isnan())
-    return float(away[telling].double().mean()) <= 0.1
+    away = ~((a - b).abs() <= ROUNDED * (size + size[telling].nanmedian())) & (a != b) & ~(a.isnan() & b.isnan())
+    return float(away[telling].double().mean()) <= _AWAY
 
 
 def varies(values: Tensor) -> bool:

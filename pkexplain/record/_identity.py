@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pkexplain.errors import warn
 from pkexplain.gradients.torch_state import without_autocast
-from pkexplain.ids.digests import differ, digest, row_values
+from pkexplain.ids.digests import differ, digest, row_values, without_padding
 from pkexplain.ids.likeness import FEW, InputRow, distance, layouts, standard, varies
 from pkexplain.record._observers import named_inputs
 
@@ -42,6 +42,9 @@ _DOUBTS, _MOST_DOUBTS = 4, 256
 """How many rows of a batch, and of an epoch, are compared in full."""
 _AGAIN = " ="
 """Marks the digest of an input that came back with the same bits."""
+
+_Passed = tuple[Tensor, Tensor | None]
+"""An input of one example, and its attention mask."""
 
 
 class InputIdentity:
@@ -87,7 +90,7 @@ class InputIdentity:
         if self._warned or not (len(places) or looks):
             yield
             return
-        passes: list[dict[str, list[InputRow]]] = []
+        passes: list[dict[str, list[_Passed]]] = []
         whole: list[dict[str, Tensor]] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -120,23 +123,29 @@ class InputIdentity:
             before = [int(name) for name in self.digests if name.isdecimal() and int(name) < len(self._watched)]
             self._watched[before] = True
 
-    def _compare(self, example: str, now: Mapping[str, list[InputRow]]) -> None:
+    def _compare(self, example: str, now: Mapping[str, list[_Passed]]) -> None:
+        """Compare the inputs of an example, by their names, each as it was in some forward passes."""
         digests, known = self.digests.setdefault(example, {}), self._known.setdefault(example, {})
         changed: list[str] = []
         same: list[str] = []
-        for name, rows in now.items():
-            first, before = rows[0].digest, known.setdefault(name, rows)
-            if before is rows:
-                stored = digests.setdefault(name, first)
-                if stored.split()[0] == rows[0].code:
-                    same.append(name)
-                elif stored.endswith(_AGAIN) and differ(stored, first):
-                    changed.append(name)
+        for name, passed in now.items():
+            before = known.get(name)
+            if before is not None and before[0].is_again(passed[0][0]):
+                same.append(name)
+                if digests[name] == before[0].digest:
+                    digests[name] += _AGAIN
                 continue
-            agree = any(mine.same_as(other) for mine, other in itertools.product(rows, before))
-            (same if agree else changed).append(name)
-            if digests.get(name) == first:
-                digests[name] = first + _AGAIN
+            rows = [InputRow.of(*each) for each in passed]
+            if before is not None:
+                agree = any(mine.same_as(other) for mine, other in itertools.product(rows, before))
+                (same if agree else changed).append(name)
+                continue
+            known[name] = rows
+            stored = digests.setdefault(name, rows[0].digest)
+            if stored.split()[0] == rows[0].code:
+                same.append(name)
+            elif stored.endswith(_AGAIN) and differ(stored, rows[0].digest):
+                changed.append(name)
         if changed and not any(self._tells(example, name) for name in same):
             self._warn(
                 f"example {example} came back with another input {changed[0]!r} than it had before",
@@ -176,20 +185,19 @@ def _inputs(named: Mapping[str, Any], examples: int) -> dict[str, Tensor]:
     return found
 
 
-def _rows_at(inputs: Mapping[str, Tensor], places: Tensor) -> dict[str, list[InputRow]]:
+def _rows_at(inputs: Mapping[str, Tensor], places: Tensor) -> dict[str, list[_Passed]]:
     """The rows of some examples, by the input's name; with the attention mask that came beside an input."""
     if not len(places):
         return {}
     some = {name: value.index_select(0, places.to(value.device)) for name, value in inputs.items()}
     some = {name: (value.to_dense() if value.is_sparse else value).cpu() for name, value in some.items()}
-    rows = {}
+    rows: dict[str, list[_Passed]] = {}
     for name, value in some.items():
         beside, _, own = name.rpartition(".")
         masks = some.get(f"{beside}.attention_mask".lstrip("."))
-        masked = masks is not None and own != "labels" and not own.startswith("decoder")
-        rows[name] = [
-            InputRow.of(row, masks[at] if masks is not None and masked else None) for at, row in enumerate(value)
-        ]
+        if own == "labels" or own.startswith("decoder"):
+            masks = None  # it is the mask of the encoder's tokens
+        rows[name] = [(row, None if masks is None else masks[at]) for at, row in enumerate(value)]
     return rows
 
 
@@ -218,7 +226,7 @@ class _DataSetRows:
         found: dict[tuple[int, bool], list[tuple[int, Tensor]]] = {}
         for example in self._ids:
             for name, part in self._row(example).items():
-                digests.setdefault(str(example), {})[f"dataset{name}"] = digest(part)
+                digests.setdefault(str(example), {})[f"dataset{name}"] = digest(without_padding(part))
                 if varies(part):
                     for each in layouts(part):
                         found.setdefault((part.numel(), False), []).append((example, each))

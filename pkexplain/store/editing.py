@@ -170,6 +170,7 @@ def _rewrite(
         new = structs.replace(manifest, segments=tuple(entries), revision=revision)
         if len(withdrawn):
             gone = tuple(sorted({*manifest.withdrawn, *withdrawn}))
-            new = structs.replace(new, states=(), withdrawn=gone)  # states hold gradients, too
+            known = {name: digests for name, digests in new.digests.items() if name not in map(str, gone)}
+            new = structs.replace(new, states=(), withdrawn=gone, digests=known)  # states hold gradients, too
         store.commit(new)
         store.sweep()  # what could not be deleted, and indices, which hold the rows, too
