@@ -38,6 +38,8 @@ _EQUAL = 5e-3
 """How far an input may be from the row that it is: bfloat16 makes half of it."""
 _LIKELY, _LOOKED_AT = 0.05, 256
 """Rows that come as near in so many of their values are compared in full."""
+_SURE = 16
+"""Once so many rows have come under their own ids, no more are looked for."""
 _DOUBTS, _MOST_DOUBTS = 4, 256
 """How many rows of a batch, and of an epoch, are compared in full."""
 _AGAIN = " ="
@@ -217,7 +219,8 @@ class _DataSetRows:
         self._dataset, self.left, self._doubts = dataset, num_examples, _MOST_DOUBTS
         self._ids = range(0, num_examples, max(1, num_examples // _WATCHED))
         self._kinds: list[_Kind] | None = None
-        self._found: set[int] = set()
+        self._right: set[int] = set()
+        self._wrong: set[int] = set()
 
     def read(self, digests: dict[str, dict[str, str]]) -> None:
         """Read the rows, once, and note their digests."""
@@ -237,6 +240,8 @@ class _DataSetRows:
     def elsewhere(self, ids: Tensor, passes: Sequence[Mapping[str, Tensor]]) -> tuple[int, int] | None:
         """Find an id, and that of the row that came under it, once this was seen of two ids.
 
+        It ends once enough rows have come under their own ids.
+
         Args:
             ids: The batch, ``(batch,)``.
             passes: The inputs of each forward pass.
@@ -244,14 +249,16 @@ class _DataSetRows:
         self.left -= len(ids)
         values = [value for inputs in passes for value in inputs.values() if not value.is_sparse and value.numel()]
         with torch.no_grad(), without_autocast():
-            likely = [found for value in values for kind in self._kinds or () for found in kind.likely(ids, value)]
-            for _, place, row, part in sorted(likely, key=lambda each: each[0])[:_DOUBTS]:
+            likely = [found for value in values for kind in self._kinds or () for found in kind.likely(value)]
+            self._right |= {row for far, place, row, _ in likely if int(ids[place]) == row and far < 1e-4}
+            others = [found for found in likely if int(ids[found[1]]) != found[2]]
+            for _, place, row, part in sorted(others, key=lambda each: each[0])[:_DOUBTS]:
                 self._doubts -= 1
                 if self._is_elsewhere(int(ids[place]), [value[place].cpu() for value in values], row, part):
-                    self._found.add(int(ids[place]))
-                if len(self._found) > 1:
+                    self._wrong.add(int(ids[place]))
+                if len(self._wrong) > 1:
                     return int(ids[place]), row
-        if self._doubts <= 0:  # rows that are all alike
+        if self._doubts <= 0 or (len(self._right) >= _SURE and not self._wrong):  # or rows that are all alike
             self.left = 0
         if self.left <= 0:
             self._kinds = []
@@ -295,7 +302,7 @@ class _Kind:
         ids: The ids again.
         tokens: Whether they are tokens.
         places: Which of their values are compared first, ``(parts, values)``.
-        values: These, ``(parts, values)``.
+        values: These, ``(parts, values)``; of more than a few numbers, to be correlated.
         lengths: How long they are, ``(parts, 1)``.
     """
 
@@ -309,37 +316,35 @@ class _Kind:
     @classmethod
     def of(cls, parts: list[tuple[int, Tensor]], tokens: bool) -> _Kind:
         flat = [part.flatten() for _, part in parts]
-        count = FEW if tokens else _LOOKED_AT
-        places = [
-            torch.linspace(0, len(each) - 1, min(count, len(each)) if not tokens else count).long() for each in flat
-        ]
+        lengths = torch.tensor([[len(each)] for each in flat], device="cpu")
+        shares = torch.linspace(0, 1, FEW if tokens else min(_LOOKED_AT, len(flat[0])), device="cpu")
+        places = (shares * (lengths - 1)).long()
         values = torch.stack([each[at].to(torch.float32) for each, at in zip(flat, places, strict=True)])
         ids = torch.tensor([example for example, _ in parts], device="cpu")
-        lengths = torch.tensor([[len(each)] for each in flat], device="cpu")
-        return cls(parts, ids, tokens, torch.stack(places), values, lengths)
+        alone = tokens or len(flat[0]) < FEW
+        return cls(parts, ids, tokens, places, values if alone else standard(values), lengths)
 
-    def likely(self, ids: Tensor, value: Tensor) -> Iterator[tuple[float, int, int, Tensor]]:
-        """Where an input's values may be those of a row of another id: how far, the place, the id, the part.
+    def likely(self, value: Tensor) -> Iterator[tuple[float, int, int, Tensor]]:
+        """Where an input's values may be those of a row: how far, the place in the batch, the row's id, the part.
 
         Args:
-            ids: The batch, ``(batch,)``.
             value: The input, ``(batch, …)``.
         """
         flat = value.flatten(1)
-        others = ids[:, None] != self.ids
         if not self.tokens:
             if flat.shape[1] != int(self.lengths[0]):
                 return
-            looked, known = flat[:, self.places[0].to(flat.device)].to(torch.float32).cpu(), self.values
+            looked = flat[:, self.places[0].to(flat.device)].to(torch.float32).cpu()
             if flat.shape[1] < FEW:
-                far = torch.cdist(looked.nan_to_num(), known.nan_to_num()) / known.nan_to_num().norm(dim=1)
+                known = self.values.nan_to_num()
+                far = torch.cdist(looked.nan_to_num(), known) / known.norm(dim=1)
             else:
-                far = 1 - standard(looked) @ standard(known).T
+                far = 1 - standard(looked) @ self.values.T
         elif value.ndim == 2 and not value.is_floating_point():
             start = (self.places % flat.shape[1], (flat.shape[1] - self.lengths + self.places) % flat.shape[1])
             hits = [(flat[:, at.to(flat.device)].to(torch.float32).cpu() == self.values).all(-1) for at in start]
             far = 1.0 - ((hits[0] | hits[1]) & (self.lengths[:, 0] <= flat.shape[1])).float()
         else:
             return
-        for place, which in ((far < _LIKELY) & others).nonzero().tolist():
+        for place, which in (far < _LIKELY).nonzero().tolist():
             yield float(far[place, which]), place, *self.parts[which]
