@@ -157,7 +157,7 @@ class Curvature:
         progress: Told how many segments are done, and of how many.
 
     Raises:
-        ConfigurationError: The run has no loss derivatives.
+        ConfigurationError: The run has no loss derivatives, or none that tell the curvature of the loss.
     """
 
     def __init__(
@@ -178,6 +178,8 @@ class Curvature:
                 .sort()
                 .values
             )
+        if loss is None and (trajectory.manifest.output or "").rpartition(".")[2] == "log_probs":
+            raise _of_log_probabilities()
         derivatives = torch.stack([s.loss_derivatives for s in segments])
         sizes, unseen = derivatives.nan_to_num(0.0), derivatives.isnan()
         loss = loss or loss_curvature_of(sizes)
@@ -222,7 +224,8 @@ class Curvature:
         places = torch.arange(len(ids), device="cpu")
         if len(ids) < len(scale):
             rows = scaled(places)
-            curvatures, turned = torch.linalg.eigh(rows @ rows.T)
+            rows = rows[rows.any(1)]  # a short segment saw few of the examples
+            curvatures, turned = _eigenvectors(rows @ rows.T)
             kept = self._felt(curvatures)
             curvatures = curvatures[kept]
             return _Shrinking(rows.T @ (turned[:, kept] / curvatures.sqrt()), curvatures, scale)
@@ -230,13 +233,14 @@ class Curvature:
         for some in places.split(_ROWS_AT_ONCE):
             part = scaled(some)
             gram.addmm_(part.T, part)
-        curvatures, directions = torch.linalg.eigh(gram)
+        curvatures, directions = _eigenvectors(gram)
         kept = self._felt(curvatures)
         return _Shrinking(directions[:, kept].contiguous(), curvatures[kept], scale)
 
     def _felt(self, curvatures: Tensor) -> Tensor:
         """Choose the curvatures that shrink displacements and are not rounding error of the largest."""
-        rounding = len(curvatures) * torch.finfo(curvatures.dtype).eps * float(curvatures.max())
+        largest = float(curvatures.max()) if len(curvatures) else 0.0
+        rounding = len(curvatures) * torch.finfo(curvatures.dtype).eps * largest
         return curvatures > max(_NO_CURVATURE / len(self._trajectory), rounding)
 
     def carry(self, final: Tensor, strength: float) -> Tensor:
@@ -267,6 +271,12 @@ class Curvature:
         return torch.stack(carried[::-1], dim=1)
 
 
+def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute eigenvalues and eigenvectors; in float32, LAPACK gives up on a matrix with many equal eigenvalues."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    return values.to(gram), vectors.to(gram)
+
+
 def _rates(segment: Segment, projector: Projector) -> Tensor:
     """Assign every column of a row the rate of its block; the second stage has divided by it already."""
     if projector.second_stage is not None:
@@ -278,3 +288,16 @@ def _rates(segment: Segment, projector: Projector) -> Tensor:
         blocks[part.columns] += 1
     rates /= blocks.clamp_min(1)
     return torch.where(rates > 0, rates, 1.0)
+
+
+def _of_log_probabilities() -> ConfigurationError:
+    return ConfigurationError(
+        'reading="removal"',
+        "the loss derivatives that were recorded are those of log-probabilities: the same for every token, however "
+        "well it was predicted",
+        got="a run whose loss was computed from output.log_probs",
+        expected="the derivatives of the logits",
+        source="the recording",
+        fix="Record without activation offloading, or train with a model that returns logits; or state the curvature: "
+        "pkexplain.Removal(loss=…)",
+    )

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from pkexplain.gradients.devices import place
 from pkexplain.gradients.factors import LinearGradient
+from pkexplain.gradients.fused_head import fused_head
 from pkexplain.gradients.graph import Graph
 from pkexplain.gradients.layout import Layout
 
@@ -146,6 +147,8 @@ def closed_form(junction: Junction, graph: Graph, rows: Rows) -> Tensor | Linear
         return _batch_norm(junction, rows)
     if name == "NativeGroupNormBackward0" and junction.place in (1, 2):
         return _group_norm(junction, rows)
+    if name == "ChunkedLogProbFunctionBackward":
+        return _token_scores(junction, rows)
     if name == "EmbeddingBackward0" and junction.source in graph.leaves:
         return _lookup(junction, graph, rows)
     return None
@@ -236,3 +239,15 @@ def _lookup(junction: Junction, graph: Graph, rows: Rows) -> Tensor | None:
     total = gradient.new_zeros(rows.examples * count, width)
     total.index_add_(0, (owner * count + indices).flatten(), gradient.reshape(-1, width))
     return total.view(rows.examples, count, width)
+
+
+def _token_scores(junction: Junction, rows: Rows) -> Tensor | LinearGradient | None:
+    """The weight, or the bias, of a language model's fused head."""
+    head = fused_head(junction.node)
+    if head is None or junction.place not in (1, 2) or rows.axis != 0 or rows.gradient.ndim != 1:
+        return None
+    scores = head.score_gradients(rows.gradient)
+    if junction.place == 2:
+        return rows.summed(scores, (scores.shape[1],))
+    x, g = rows.grouped(head.hidden.float(), scores)
+    return LinearGradient(x, g, True, False)

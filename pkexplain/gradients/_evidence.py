@@ -50,6 +50,16 @@ class Evidence:
                     found[name] = torch.maximum(found[name], miss) if name in found else miss
         return found
 
+    def blind(self, uses: Sequence[NotedUse]) -> bool:
+        """Whether some gradient in the graph, of a parameter or of what a layer returned, is zero everywhere."""
+        given = [
+            gradients[edge.output_nr]
+            for noted in uses
+            for edge in noted.edges
+            if (gradients := self.held.get(edge.node)) is not None
+        ]
+        return any(g is not None and not bool(g.any()) for g in (*given, *self.plain.values()))
+
     @property
     def finite(self) -> bool:
         return all(bool(torch.isfinite(g).all()) for g in self.plain.values())

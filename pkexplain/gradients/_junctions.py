@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 from pkexplain.gradients import devices
 from pkexplain.gradients._closed_forms import Junction, Rows, closed_form, under_transpose
 from pkexplain.gradients.factors import LinearGradient
-from pkexplain.gradients.graph import Graph, below
+from pkexplain.gradients.graph import Graph, below, packed
 from pkexplain.gradients.layout import Layout
 
 Found = tuple[str, Tensor | LinearGradient]
@@ -40,7 +40,7 @@ def read_junction(junction: Junction, graph: Graph, gradients: Sequence[Tensor |
     some: Any = gradients[places[0]]
     gradient = some.detach()
     owners = junction.layout.owners(gradient.shape[junction.layout.axis], examples)
-    if len(places) == 1 and not _packed(junction.node):
+    if places == [0] and not packed(junction.node):
         with torch.no_grad():
             closed = closed_form(junction, graph, Rows(gradient, junction.layout.axis, owners, examples))
         if isinstance(closed, LinearGradient):
@@ -87,12 +87,6 @@ def find_junctions(
             if layout is not None:
                 found.append(Junction(node, place, layout, tuple(sorted(reach[source]))))
     return found
-
-
-def _packed(node: Node) -> bool:
-    """Whether what a node saved lies behind hooks (checkpointing, offloading), which may be unpacked once only."""
-    raw = (getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_"))
-    return any(getattr(saved, "unpack_hook", None) is not None for saved in raw)
 
 
 def _down(junction: Junction, graph: Graph, gradient: Tensor) -> Any:

@@ -21,6 +21,8 @@ from pkexplain.gradients.layout import Layout
 
 _ROUNDINGS = 8
 """Multiples of a block's measured rounding that its split gap may reach instead."""
+_NEARLY = 4
+"""A block with this share of its tolerance on the batch that it is learnt on may exceed it on a later one."""
 _TERMS = 32
 """Multiples of ε of the terms that cancel before a BatchNorm, which it may reach, too: its statistics are rounded."""
 _EXCUSED = 1000, 0.1
@@ -161,8 +163,8 @@ class SplitCheck:
         return gap
 
     def allow(self, position: int, gap: float) -> None:
-        """If a block fails by little, measure its rounding and allow for it."""
-        if not self.tolerance < gap <= self._excused or position in self.allowed:
+        """If a block fails by little, or nearly does, measure its rounding and allow for it."""
+        if not self.tolerance / _NEARLY < gap <= self._excused or position in self.allowed:
             return
         if self._rounding is None:
             self._rounding = self.evidence.rounding(self.graph)

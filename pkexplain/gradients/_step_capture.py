@@ -144,7 +144,8 @@ class StepCapture:
         capture.generator.manual_seed(7)  # a resumed run draws the same codes
         try:
             if split is None or not usable:
-                split = learn_split(graph, self._uses, capture.blocks, self._examples, capture.generator, capture.dtype)
+                kind, draw = capture.dtype, capture.generator
+                split = learn_split(graph, self._uses, capture.blocks, self._examples, draw, kind, split)
             elif self._watch.verify:
                 self._coded = verify_split(graph, self._examples, capture.generator, split.half)
         except RuntimeError as error:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pkexplain.errors import UnsupportedLayerError
+from pkexplain.errors import ConfigurationError, UnsupportedLayerError
 from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.factors import ExampleGradients
+from pkexplain.gradients.graph import Graph
 from pkexplain.gradients.watch import Watch
 
 __all__ = ["collect"]
@@ -30,6 +31,9 @@ def collect(capture: Capture, examples: int, run: Callable[[], Tensor]) -> Piece
 
     Returns:
         Positions of blocks and their gradients; several of a block add up.
+
+    Raises:
+        ConfigurationError: The numbers come from the parameters of another model.
     """
     found: Pieces = []
     capture.clear_gap()
@@ -39,15 +43,28 @@ def collect(capture: Capture, examples: int, run: Callable[[], Tensor]) -> Piece
                 values = run()
                 if not values.requires_grad:  # it does not depend on a layer
                     return []
+                if capture.split is None and Graph([values], [None], capture.parameters).is_of_another_model:
+                    raise _of_another_model()
                 values.sum().backward()
             split = capture.split
-            if split is not None and not split.unsplit and not split.interacting:
+            if split is not None and not split.unsplit and not split.interacting and not split.given_up:
                 return found
         except UnsupportedLayerError:
             pass
         finally:
             _clear(capture)
         return _one_by_one(capture, examples, run)
+
+
+def _of_another_model() -> ConfigurationError:
+    return ConfigurationError(
+        "differentiating a model's output",
+        "it is computed from the parameters of another model",
+        got="a forward pass that runs the model from which this one was copied",
+        expected="one that uses the model's own parameters",
+        source="the autograd graph of the output",
+        fix="Make the model anew, as before training, and pass that; its weights are read from the run",
+    )
 
 
 def _one_by_one(capture: Capture, examples: int, run: Callable[[], Tensor]) -> Pieces:

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from pkexplain.gradients.layout import Layout
 
-__all__ = ["Graph", "backward_listener", "random_state_kept"]
+__all__ = ["Graph", "backward_listener", "packed", "random_state_kept"]
 
 _PENALTIES = ("Pow", "Mul", "Sum", "Add", "Mean", "Abs", "Linalg", "Norm", "Div", "Sub", "Sqrt")
 """Names of nodes by which a loss may use a parameter directly, as in a penalty on the weights."""
@@ -53,9 +53,17 @@ class Graph:
 
     @property
     def is_of_another_model(self) -> bool:
-        """Whether no parameter is below the loss, nor a node in which one could be hidden, as in an old checkpoint."""
-        own = (node.name()[-1].isdigit() or node.name().endswith("AccumulateGrad") for node in self.order)
-        return not any(node in self.position for node in self.leaves) and all(own)
+        """Whether no parameter is below the loss, nor a node in which one could be hidden, as in an old checkpoint.
+
+        Where parameters of another model are there, only a checkpoint's node is suspected.
+        """
+        if any(node in self.position for node in self.leaves):
+            return False
+        names = {node.name() for node in self.order}
+        leaves = (getattr(node, "variable", None) for node in self.order if node.name().endswith("AccumulateGrad"))
+        if any(isinstance(leaf, nn.Parameter) for leaf in leaves):
+            return not any("Checkpoint" in name for name in names)
+        return all(name[-1].isdigit() or name.endswith("AccumulateGrad") for name in names)
 
     @property
     def key(self) -> int:
@@ -163,6 +171,13 @@ def deepest_first(roots: Sequence[Node]) -> Iterator[Node]:
             done.add(node)
             todo.append((node, True))
             todo += [(m, False) for m, _ in node.next_functions if m is not None and m not in done]
+
+
+def packed(node: Node) -> bool:
+    """Whether what a node saved lies behind hooks (checkpointing, offloading), which may be unpacked once only."""
+    raw = (getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_"))
+    saved = (each for one in raw for each in (one if isinstance(one, tuple) else (one,)))  # a python function has many
+    return any(getattr(each, "unpack_hook", None) is not None for each in saved)
 
 
 def _owns_inputs(node: Node) -> bool:

@@ -36,6 +36,9 @@ __all__ = ["TOLERANCE", "Split", "learn_split"]
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 """Split gap up to which a block counts as split, by dtype of the output's gradient."""
 
+_BLIND = 8
+"""How many times in a row a split is learnt if some layer has no gradient, as behind a LoRA matrix that begins as 0."""
+
 
 @dataclass
 class Split:
@@ -52,6 +55,7 @@ class Split:
         interacting: Whether examples act on one another, so that rows were taken for theirs where they are computed.
         half: Whether some of the backward pass is in half precision.
         tolerance: The gap that was allowed.
+        blind: How many times in a row it was learnt while some layer had no gradient: nothing can be learnt of that.
     """
 
     examples: int
@@ -65,6 +69,7 @@ class Split:
     interacting: bool = False
     half: bool = False
     tolerance: float = 1e-4
+    blind: int = 0
 
     @property
     def gap(self) -> float:
@@ -82,8 +87,15 @@ class Split:
     @property
     def fixed(self) -> bool:
         """Whether it holds for later batches, too."""
+        if self.blind and not self.given_up:
+            return False
         rules = all(x is None or x.fixed for each in self.layouts.values() for x in each.values())
         return rules and all(layout.fixed for _, _, layout, _ in self.junctions)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it is no longer learnt anew, although some layer never had a gradient: one that comes is lost."""
+        return self.blind >= _BLIND
 
     def fits(self, uses: Sequence[NotedUse], examples: int) -> bool:
         """Whether the uses of a step are those that it was learnt on, in sizes that its layouts allow."""
@@ -105,6 +117,7 @@ def learn_split(
     examples: int,
     generator: torch.Generator,
     dtype: torch.dtype | None = None,
+    before: Split | None = None,
 ) -> Split | None:
     """Learn how to split the gradients of a graph, and check it.
 
@@ -115,6 +128,7 @@ def learn_split(
         examples: The batch size.
         generator: For the codes.
         dtype: Dtype of the gradients.
+        before: How the same graph was split before.
 
     Returns:
         The split; None if the gradient is not finite.
@@ -144,6 +158,8 @@ def learn_split(
     if evidence.plain and not split.rules and not split.junctions:
         raise without_rows(graph, examples)
     split.interacting = any(x is not None and x.mixed for x in evidence.layouts.values()) or check.assumed
+    if evidence.blind(uses):
+        split.blind = 1 + (before.blind if before is not None else 0)
     return split
 
 
@@ -198,9 +214,13 @@ def _by_graph(check: SplitCheck, split: Split, names: set[str]) -> None:
     for junction, gradients in pending:
         try:
             for name, values in read_junction(junction, graph, gradients, examples):
-                dense = values.dense() if isinstance(values, LinearGradient) else values.reshape(examples, -1)
-                weights = evidence.codes.values[list(evidence.coded)].to(dense.device)
-                mine = [w @ dense.double() for w in (*weights, torch.ones_like(weights[0]))]
+                codes, ones = evidence.codes.values, torch.ones(examples, dtype=torch.float64, device="cpu")
+                weights = [*codes[list(evidence.coded)], ones]
+                if isinstance(values, LinearGradient):
+                    mine = [values.weighted(w).double() for w in weights]
+                else:
+                    dense = values.reshape(examples, -1).double()
+                    mine = [w.to(dense.device) @ dense for w in weights]
                 known = totals.get(name)
                 totals[name] = mine if known is None else [a + b for a, b in zip(known, mine, strict=True)]
         except RuntimeError as error:

@@ -20,6 +20,10 @@ __all__ = ["FollowingRecorder"]
 class FollowingRecorder:
     """Records a training whose parts a library calls.
 
+    Attributes:
+        recorder: The recorder.
+        drawn: Which examples are in a batch.
+
     Args:
         run: Where to record.
         drawn: Which examples are in a batch.
@@ -39,7 +43,7 @@ class FollowingRecorder:
         options: dict[str, Any],
     ) -> None:
         """Begin or continue the run."""
-        self._drawn = drawn
+        self.drawn = drawn
         self._draws: Draws | None = None
         self._skips = 0
         self._open = False
@@ -50,6 +54,11 @@ class FollowingRecorder:
         else:
             self.recorder = Recorder(run, model, optimizer, **options)
         self.recorder.__enter__()
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no step is open."""
+        return not self._open
 
     def begin_epoch(self, skips: int = 0) -> None:
         """Follow another iteration of the loader.
@@ -62,7 +71,7 @@ class FollowingRecorder:
     def begin(self) -> None:
         """Begin the step of the next batch."""
         if self._draws is None:
-            self._draws = self._drawn.follow()
+            self._draws = self.drawn.follow()
             self._draws.skip(self._skips)
         self.recorder.begin(self._draws.take())
         self._open = True
@@ -97,5 +106,5 @@ class FollowingRecorder:
 
     def close(self, error: BaseException | None = None) -> None:
         """Finish the run."""
-        self._drawn.remove()
+        self.drawn.remove()
         self.recorder.__exit__(None if error is None else type(error))

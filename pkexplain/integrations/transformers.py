@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pkexplain.errors import ConfigurationError
+from pkexplain.errors import ConfigurationError, warn
 from pkexplain.integrations._following import FollowingRecorder
 from pkexplain.record.loaders import DrawnIds
 from pkexplain.store.base import Store
 
 __all__ = ["RecordingCallback"]
+
+_RECORDING: dict[int, RecordingCallback] = {}
+"""The callback that records in each thread: an error ends a training without a word to its callbacks."""
 
 
 class RecordingCallback(TrainerCallback):
@@ -48,6 +52,10 @@ class RecordingCallback(TrainerCallback):
         """Begin or continue the run."""
         again = self._following is not None  # the last attempt ended in an error, for want of memory, say
         self.close(RuntimeError("another training began"))
+        earlier = _RECORDING.pop(threading.get_ident(), None)
+        if earlier is not None:  # its hooks would take this training for its own
+            earlier.close(RuntimeError("another training began"))
+            warn("pkexplain: an earlier training did not come to its end; its recording was ended, too.")
         if args.n_gpu > 1:
             raise ConfigurationError(
                 "Trainer(callbacks=[RecordingCallback(…)])",
@@ -73,6 +81,7 @@ class RecordingCallback(TrainerCallback):
         except BaseException:
             drawn.remove()
             raise
+        _RECORDING[threading.get_ident()] = self
         skipped = state.global_step % max(1, math.ceil(len(loader) / steps)) * steps
         self._skips = 0 if args.ignore_data_skip else skipped
         self._saved = state.global_step if resumes else None
@@ -129,6 +138,8 @@ class RecordingCallback(TrainerCallback):
             error: What ended the training; None if it is over.
         """
         following, self._following = self._following, None
+        for thread in [each for each, callback in _RECORDING.items() if callback is self]:
+            del _RECORDING[thread]
         if following is not None:
             following.close(error)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pkexplain.errors import ConfigurationError, NonFiniteGradientError, RecordingError, warn
+from pkexplain.errors import ConfigurationError, ExampleIdError, NonFiniteGradientError, RecordingError, warn
 from pkexplain.gradients.compiled import compiled_parts
 from pkexplain.optimizers.base import CapturedBatch
 
@@ -108,6 +108,19 @@ def not_all_skipped() -> RecordingError:
         "a loss scaler skipped the step of one optimizer and not that of another",
         "a gradient that is not finite, in some of the parameters",
         "Skip the steps of both, or train in bfloat16, which needs no loss scaler",
+    )
+
+
+def several_in_one_row(examples: int) -> ExampleIdError:
+    """Make the error for a batch whose texts were put into one row (packing, padding-free training)."""
+    return ExampleIdError(
+        "recorder.step(ids)",
+        "packing or padding-free training: one row of the batch holds several examples",
+        got=f"{examples} ids, and one row with boundaries inside",
+        expected="one row for each id",
+        source="the model's inputs (position_ids, cu_seq_lens)",
+        fix="Set padding_free=False and packing=False, or packing_strategy='wrapped': then each packed row is an "
+        "example; without TRL, use a collator that pads",
     )
 
 

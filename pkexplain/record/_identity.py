@@ -26,7 +26,7 @@ from pkexplain.errors import warn
 from pkexplain.gradients.torch_state import without_autocast
 from pkexplain.ids.digests import differ, digest, row_values, without_padding
 from pkexplain.ids.likeness import FEW, InputRow, distance, layouts, standard, varies
-from pkexplain.record._observers import named_inputs
+from pkexplain.record._observers import calls_of, named_inputs
 
 __all__ = ["InputIdentity"]
 
@@ -95,7 +95,7 @@ class InputIdentity:
         passes: list[dict[str, list[_Passed]]] = []
         whole: list[dict[str, Tensor]] = []
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if len(passes) < _PASSES and torch.is_grad_enabled():
                 inputs = _inputs(named_inputs(args, kwargs), len(ids))
                 passes.append(_rows_at(inputs, places))
@@ -103,15 +103,12 @@ class InputIdentity:
                     self._rows.read(self.digests)
                     whole.append(inputs)
 
-        handle = self._model.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+        with calls_of(self._model, before=given):
             yield
-        finally:
-            handle.remove()
         if self._rows is not None and whole and (found := self._rows.elsewhere(ids, whole)):
             self._warn(
-                f"an input that came as example {found[0]} is dataset[{found[1]}], not dataset[{found[0]}]",
-                "The ids do not belong to the data of their batch",
+                f"an input that came as example {found[0]} is dataset[{found[1]}], not dataset[{found[0]}]: "
+                "the ids do not belong to the data of their batch",
             )
         for at, place in enumerate(places.tolist()):
             now = {name: [each[name][at] for each in passes if name in each] for each in passes for name in each}
@@ -150,7 +147,7 @@ class InputIdentity:
                 changed.append(name)
         if changed and not any(self._tells(example, name) for name in same):
             self._warn(
-                f"example {example} came back with another input {changed[0]!r} than it had before",
+                f"example {example} came back with another input {changed[0]!r} than it had before. "
                 "Either the ids do not belong to the data of their batch (a counter beside a shuffling loader does "
                 "that), or the inputs are changed at random: then say so, Recorder(augmented=True)",
             )
@@ -161,10 +158,10 @@ class InputIdentity:
         others = (digests for other, digests in self.digests.items() if other != example)
         return all(digests.get(name, "").partition(" ")[0] != mine for digests in others)
 
-    def _warn(self, found: str, because: str) -> None:
+    def _warn(self, found: str) -> None:
         self._warned = True
         warn(
-            f"pkexplain: {found}. {because}. With wrong ids every explanation names the wrong examples: iterate with "
+            f"pkexplain: {found}. With wrong ids every explanation names the wrong examples: iterate with "
             "recorder.batches(loader), or return row numbers with the data (pkexplain.indexed)."
         )
 
@@ -317,7 +314,8 @@ class _Kind:
     def of(cls, parts: list[tuple[int, Tensor]], tokens: bool) -> _Kind:
         flat = [part.flatten() for _, part in parts]
         lengths = torch.tensor([[len(each)] for each in flat], device="cpu")
-        shares = torch.linspace(0, 1, FEW if tokens else min(_LOOKED_AT, len(flat[0])), device="cpu")
+        count = FEW if tokens else min(_LOOKED_AT, len(flat[0]))
+        shares = torch.linspace(0, 1, count, dtype=torch.float64, device="cpu")
         places = (shares * (lengths - 1)).long()
         values = torch.stack([each[at].to(torch.float32) for each, at in zip(flat, places, strict=True)])
         ids = torch.tensor([example for example, _ in parts], device="cpu")
@@ -330,7 +328,7 @@ class _Kind:
         Args:
             value: The input, ``(batch, …)``.
         """
-        flat = value.flatten(1)
+        flat = value.reshape(len(value), -1)
         if not self.tokens:
             if flat.shape[1] != int(self.lengths[0]):
                 return

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from pkexplain.errors import ConfigurationError, RecordingError
 
@@ -25,7 +25,8 @@ class DrawnIds:
 
     Args:
         loader: A `torch.utils.data.DataLoader` of a data set with row numbers, also one that Accelerate has prepared.
-        num_examples: How many rows its data set must have; None for any number.
+        num_examples: How many rows its data set must have; None for any number. If the data set is a
+            `torch.utils.data.Subset` of one that has so many, ids are that one's row numbers.
 
     Raises:
         ConfigurationError: The loader's row numbers are not to be had.
@@ -33,19 +34,19 @@ class DrawnIds:
 
     def __init__(self, loader: Any, num_examples: int | None = None) -> None:
         """Listen to the loader's sampler."""
-        _refuse_other_loaders(loader, num_examples)
+        _refuse_other_loaders(loader)
         base = getattr(loader, "base_dataloader", loader)  # Accelerate's loaders hold another
         self._loaders = list({id(each): each for each in (loader, base)}.values())
         # a loader that does not collate by itself asks its sampler
         self._name = "sampler" if base.batch_sampler is None else "batch_sampler"
-        self.num_examples = num_examples if num_examples is not None else len(base.dataset)
+        self._rows, self.num_examples = _rows_of(base.dataset, num_examples)
         self._sampler = _ListeningSampler(getattr(base, self._name))
         for each in self._loaders:
             _put(each, self._name, self._sampler)
 
     def follow(self) -> Draws:
         """Follow the iteration that was begun last, once its first batch is there."""
-        return Draws(self._sampler.latest)
+        return Draws(self._sampler.latest, self._rows)
 
     def remove(self) -> None:
         """Give the loader its own sampler back."""
@@ -59,11 +60,12 @@ class Draws:
 
     Args:
         queue: The batches that were drawn and not taken yet; the sampler adds to it.
+        rows: The row number of what was drawn, where that is a place in a part of the training set.
     """
 
-    def __init__(self, queue: deque[list[int]]) -> None:
+    def __init__(self, queue: deque[list[int]], rows: Sequence[int] | None = None) -> None:
         """Take nothing yet."""
-        self._queue = queue
+        self._queue, self._rows = queue, rows
 
     def __len__(self) -> int:
         """The number of batches that were drawn and not taken."""
@@ -85,7 +87,8 @@ class Draws:
                 fix="Begin to iterate after the recorder was entered; or return row numbers with the data "
                 "(pkexplain.indexed) and pass them to recorder.step(ids)",
             )
-        return self._queue.popleft()
+        drawn = self._queue.popleft()
+        return drawn if self._rows is None else [int(self._rows[i]) for i in drawn]
 
     def skip(self, batches: int) -> None:
         """Drop the ids of batches that were drawn and left out."""
@@ -126,8 +129,30 @@ def _put(loader: Any, name: str, sampler: Any) -> None:
         going._index_sampler = sampler
 
 
-def _refuse_other_loaders(loader: Any, num_examples: int | None) -> None:
-    """Refuse what has no row numbers, or other ones than those of the run.
+def _rows_of(dataset: Any, num_examples: int | None) -> tuple[Sequence[int] | None, int]:
+    """Find the row numbers of what is drawn, None if it is drawn by them, and the number of examples.
+
+    Raises:
+        ConfigurationError: The data set is neither the training set nor a subset of it.
+    """
+    rows: Sequence[int] | None = None
+    inside: Any = dataset
+    while num_examples is not None and len(inside) != num_examples and isinstance(inside, Subset):
+        rows = inside.indices if rows is None else [inside.indices[i] for i in rows]
+        inside = inside.dataset
+    if num_examples is None or len(inside) == num_examples:
+        return rows, len(inside)
+    raise _no_ids(
+        "its data set is not the one that the recorder was made for",
+        f"{len(dataset)} rows",
+        "Pass num_examples=len(loader.dataset); for a part of the training set, take torch.utils.data.Subset, or "
+        "return its own row numbers and pass them to recorder.step(ids)",
+        f"{num_examples} rows",
+    )
+
+
+def _refuse_other_loaders(loader: Any) -> None:
+    """Refuse what has no row numbers.
 
     Raises:
         ConfigurationError: The message says why, and what to do instead.
@@ -144,15 +169,8 @@ def _refuse_other_loaders(loader: Any, num_examples: int | None) -> None:
     if type(loader).__name__ == "DataLoaderDispatcher":
         fix = "Prepare it with dispatch_batches=False (in transformers: accelerator_config={'dispatch_batches': False})"
         raise _no_ids("the first process draws the batches of all", "Accelerate's dispatch_batches=True", fix)
-    rows = len(base.dataset) if isinstance(base.dataset, Sized) else None
-    if num_examples is not None and rows is not None and rows != num_examples:
-        fix = (
-            "Pass num_examples=len(loader.dataset); for a part of the training set, return its own row numbers and "
-            "pass them to recorder.step(ids)"
-        )
-        raise _no_ids(
-            "its data set is not the one that the recorder was made for", f"{rows} rows", fix, f"{num_examples} rows"
-        )
+    if not isinstance(base.dataset, Sized):
+        raise _no_ids("its data set does not say how many rows it has", type(base.dataset).__name__, aside)
 
 
 def _no_ids(wrong: str, got: str, fix: str, expected: str = "a DataLoader of rows with numbers") -> ConfigurationError:

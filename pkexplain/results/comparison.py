@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -94,6 +95,10 @@ class Comparison:
         """Describe the comparison in one line."""
         size = f"{len(self.methods)} methods, {self.num_queries:,} queries, {self.num_examples:,} examples"
         return f"<Comparison of {size}: {', '.join(method.name for method in self.methods)}>"
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         """Show the comparison as a plain-text table."""

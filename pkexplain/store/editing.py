@@ -170,7 +170,7 @@ def _rewrite(
         new = structs.replace(manifest, segments=tuple(entries), revision=revision)
         if len(withdrawn):
             gone = tuple(sorted({*manifest.withdrawn, *withdrawn}))
-            known = {name: digests for name, digests in new.digests.items() if name not in map(str, gone)}
-            new = structs.replace(new, states=(), withdrawn=gone, digests=known)  # states hold gradients, too
+            digests = {name: found for name, found in new.digests.items() if int(name) not in gone}
+            new = structs.replace(new, states=(), withdrawn=gone, digests=digests)  # states hold gradients, too
         store.commit(new)
         store.sweep()  # what could not be deleted, and indices, which hold the rows, too

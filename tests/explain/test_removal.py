@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import pkexplain as pk
 from pkexplain.errors import ConfigurationError
 from pkexplain.explain.removal import Curvature
+from tests.conftest import RecordedTraining, cnn
 
 N, D, STEPS = 24, 5, 60
 
@@ -316,3 +317,20 @@ def test_without_loss_derivatives_it_is_refused():
                 optimizer.step()
     with pytest.raises(ConfigurationError, match="the run has no loss derivatives"):
         pk.Explainer(run, model).prepare("removal")
+
+
+def test_short_segments_that_saw_few_of_the_examples():
+    """Their matrix has as many zero eigenvalues as unseen examples: in float32, LAPACK did not converge on it."""
+    training = RecordedTraining(
+        cnn(dtype=torch.float32),
+        lambda p: torch.optim.AdamW(p, lr=3e-3),
+        examples=240,
+        queries=3,
+        image=True,
+        dtype=torch.float32,
+        projection=pk.Kronecker(),
+    ).train(2, 32)
+    explainer = pk.Explainer(training.store, training.model)
+    found = explainer.contributions(training.queries, output=pk.Margin(training.answers), reading="removal")
+    assert np.isfinite(found).all()
+    assert np.abs(found).sum() > 0

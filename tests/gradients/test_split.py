@@ -11,8 +11,10 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pkexplain.errors import ExampleIdError
 from pkexplain.gradients.capture import Capture
+from pkexplain.gradients.collect import collect
 from pkexplain.gradients.factors import DenseGradient
 from pkexplain.gradients.layers import find_layers
+from pkexplain.gradients.watch import Watch
 
 B, T, D = 5, 6, 4
 
@@ -400,3 +402,83 @@ def test_a_loss_of_one_token_of_each_example_is_split(examples):
         assert not capture.unsplit
         assert capture.gap < 1e-12
         assert len(capture.split.rules) == len(blocks)
+
+
+class LowRank(nn.Module):
+    """As LoRA begins: the second factor is zero, so that nothing reaches the first one."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(D, D, dtype=torch.float64).requires_grad_(False)
+        self.down = nn.Linear(D, 2, bias=False, dtype=torch.float64)
+        self.up = nn.Linear(2, D, bias=False, dtype=torch.float64)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Adapted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = LowRank(), LowRank()
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("dead", [1, 3, 12])
+def test_a_layer_without_a_gradient_is_learnt_when_it_gets_one(dead):
+    torch.manual_seed(0)
+    model, x = Adapted(), sequences()
+    names = {name: 0 for name, p in model.named_parameters() if p.requires_grad}
+    layers, blocks = find_layers(model, names)
+    capture = Capture(layers, blocks)
+
+    def step():
+        pieces = {}
+        watch = Watch(verify=dead > 8)
+        with capture.during_backward(B, lambda at, piece: pieces.setdefault(at, []).append(piece), watch):
+            each = model(x).flatten(1).square().sum(1)
+            parameters = [model.get_parameter(block.parameters[0]) for block in blocks]
+            truth = [torch.autograd.grad(one, parameters, retain_graph=True) for one in each]
+            each.sum().backward()
+        for at, block in enumerate(blocks):
+            true = torch.stack([one[at].flatten() for one in truth])
+            found = sum((piece.dense() for piece in pieces.get(at, ())), torch.zeros_like(true))
+            yield block.parameters[0], true, found
+
+    for _ in range(dead):
+        assert all(torch.allclose(true, found, atol=1e-12) for _, true, found in step())
+    with torch.no_grad():
+        model.first.up.weight.normal_()
+        model.second.up.weight.normal_()
+    if dead > 8:  # it is no longer expected, and only the next check of the split finds out
+        list(step())
+    for name, true, found in step():
+        assert true.any(), name
+        torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dead", [1, 12])
+def test_explaining_it_is_right_from_the_first_gradient_on(dead):
+    torch.manual_seed(0)
+    model, x = Adapted(), sequences()
+    layers, blocks = find_layers(model, {name: 0 for name, p in model.named_parameters() if p.requires_grad})
+    capture = Capture(layers, blocks)
+
+    def outputs():
+        return model(x).flatten(1).square().sum(1)
+
+    for _ in range(dead):
+        collect(capture, B, outputs)
+    with torch.no_grad():
+        model.first.up.weight.normal_()
+        model.second.up.weight.normal_()
+    found = torch.zeros(B, sum(block.numel for block in blocks), dtype=torch.float64)
+    for at, piece in collect(capture, B, outputs):
+        found[:, blocks[at].span] += piece.dense()
+    parameters = [model.get_parameter(name) for block in blocks for name in block.parameters]
+    truth = [torch.autograd.grad(one, parameters, retain_graph=True) for one in outputs()]
+    true = torch.stack([torch.cat([g.flatten() for g in one]) for one in truth])
+    torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-12)

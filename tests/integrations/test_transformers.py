@@ -272,3 +272,22 @@ def test_accelerate_in_two_lines(tmp_path):
     assert same(plain, recorded)
     assert len(store.trajectory()) >= 2
     assert abs(pk.Explainer(store, bert()).explain(rows()[3], output=pk.Logit(1)).ledger.gap) < 1e-4
+
+
+@pytest.mark.parametrize("trainings", [1, 2])
+def test_the_trained_model_is_explained_like_a_fresh_one(trainings, tmp_path):
+    """Accelerate has put its forward under autocast, once for each training."""
+    model = bert()
+    for number in range(trainings):
+        store = pk.MemoryStore()
+        trainer(tmp_path / str(number), model, [RecordingCallback(store)], bf16=True).train()
+    assert "forward" in vars(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for reading in ("path", "removal"):
+        mine, fresh = (
+            pk.Explainer(store, each).contributions(rows()[3], output=pk.Logit(1), reading=reading)
+            for each in (model, bert())
+        )
+        assert (mine == fresh).all()
+        assert mine.any()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))

@@ -291,7 +291,7 @@ def test_a_loss_that_would_broadcast_is_refused():
     model, run = nn.Linear(6, 1).double(), pk.MemoryStore()
     train(lambda m, o, x, y: (o.zero_grad(), F.mse_loss(m(x)[:, 0], x[:, 0]).backward(), o.step()), run, model)
     explainer = pk.Explainer(run, model)
-    with pytest.raises(pk.errors.QueryError, match="Using a target size"):
+    with pytest.raises(pk.errors.QueryError, match=r"shape \(3, 1\) and targets of shape \(3,\)"):
         explainer.explain(X[:3], output=pk.Loss(X[:3, 0], F.mse_loss))
     fine = explainer.explain(X[:3], output=pk.Loss(X[:3, :1], F.mse_loss))
     wanted = (model(X[:3])[:, 0] - X[:3, 0]).square().tolist()

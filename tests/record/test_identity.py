@@ -575,6 +575,22 @@ def test_negatives_are_rows_of_other_examples_and_right():
     assert complaints(Net(64, 10), steps(), 96, dataset=TensorDataset(x, y)) == []
 
 
+def test_labels_and_numbers_beside_are_given_to_the_model():
+    x, y = digits(96, torch.float32)
+    rows = [{"x": row, "labels": label, "age": float(i)} for i, (row, label) in enumerate(zip(x, y, strict=True))]
+
+    def found(shift):
+        def steps():
+            for ids in shuffled(96, 2):
+                more = {"labels": y[ids], "age": ids.float()}
+                yield (ids + shift) % 96, lambda model, r=ids, more=more: cross_entropy(model(x[r], **more), y[r])
+
+        return complaints(Net(64, 10), steps(), 96, dataset=rows)
+
+    assert found(0) == []
+    assert len(found(1)) == 1
+
+
 def test_rows_are_read_without_drawing_the_random_numbers_of_the_training():
     x, y = digits(96, torch.float32)
 

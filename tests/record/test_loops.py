@@ -313,7 +313,7 @@ class Stream(IterableDataset):
         (lambda: DataLoader(Stream(), batch_size=4), "an iterable data set has no row numbers"),
         (lambda: [[0, 1], [2, 3]], r"it is not a torch\.utils\.data\.DataLoader\. Got list"),
         (lambda: DataLoader(range(30), batch_size=4), r"not the one that the recorder was made for\. Got 30 rows"),
-        (lambda: DataLoader(Subset(range(24), [3, 5]), batch_size=4), r"Got 2 rows; expected 24 rows"),
+        (lambda: DataLoader(Subset(range(25), [3, 5]), batch_size=4), r"Got 2 rows; expected 24 rows"),
         (lambda: DataLoader(range(24), num_workers=2, in_order=False), "in another order than they were drawn"),
     ],
 )
@@ -321,6 +321,20 @@ def test_loaders_whose_rows_have_no_numbers_of_the_run_are_refused(loader, why):
     loop = training()
     with loop.recorder, pytest.raises(ConfigurationError, match=why):
         next(iter(loop.recorder.batches(loader())))
+
+
+def test_ids_of_a_subset_are_row_numbers_of_the_training_set():
+    inputs, targets = digits(EXAMPLES)
+    rows = Subset(Subset(WithIds(Rows(inputs, targets)), [9, 3, 5, 7, 20, 11]), [5, 1, 0, 2])
+    loop = training(segments=1)
+    with loop.recorder:
+        for ids, x, y in loop.recorder.batches(DataLoader(rows, batch_size=2)):
+            loop.optimizer.zero_grad()
+            F.cross_entropy(loop.model(x), y).backward()
+            loop.optimizer.step()
+            assert set(ids.tolist()) <= {11, 3, 9, 5}
+    assert loop.store.trajectory().segment(0).shards[0].ids.tolist() == [3, 11]
+    assert loop.store.trajectory().segment(1).shards[0].ids.tolist() == [3, 5, 9, 11]
 
 
 def test_a_loader_that_was_iterated_before_is_followed_from_its_next_epoch():

@@ -11,6 +11,7 @@ import torch
 
 import pkexplain as pk
 from pkexplain.errors import ConfigurationError, ExampleIdError, RunBusyError
+from tests.conftest import RecordedTraining
 from tests.record.test_resume import assert_same_tensors
 from tests.trainings import EXAMPLES, Training, killed_at_random
 
@@ -176,3 +177,12 @@ def test_killed_at_random_moments_a_change_was_made_or_not(training, kills):
         assert not list(training.run.rglob("*.tmp"))
         shutil.rmtree(training.run)
         shutil.copytree(whole, training.run)
+
+
+def test_a_withdrawn_example_leaves_no_digest_of_its_inputs():
+    training = RecordedTraining().train(2)
+    assert {"3", "4"} <= training.store.manifest().digests.keys()
+    pk.withdraw(training.store, [3])
+    found = training.store.manifest().digests
+    assert "3" not in found
+    assert "4" in found
