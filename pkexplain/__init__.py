@@ -19,7 +19,7 @@ The folders follow the data, and imports go down this list only:
     projection/                gradients to k numbers
     gradients/                 per-example gradients from the real backward pass
     results/                   what comes back: plain data, text, plots, HTML
-    files  ids  progress  errors  distributed  version
+    ids/  files  progress  errors  distributed  version
 
 `record` and `explain` share nothing but the store and the layers below it. A file whose name starts with an underscore
 is used only inside its own folder.

@@ -69,7 +69,9 @@ class OpenRuns:
     @property
     def about(self) -> dict[str, Any]:
         """What every explanation says about the runs: fields of `pkexplain.Explanation`."""
-        return {"mode": self.mode, "run_segments": self.all[0].run_segments, "notes": self.notes}
+        first = self.all[0]
+        about = {"mode": self.mode, "run_segments": first.run_segments, "notes": self.notes}
+        return about | {"input_digests": first.trajectory.manifest.digests}
 
     @property
     def notes(self) -> tuple[str, ...]:

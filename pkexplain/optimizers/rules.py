@@ -294,7 +294,7 @@ def without_unmoved(operator: Tensor, size: Tensor, least: float = 0.0) -> Tenso
     """Set an operator to 0 where what the optimizer divides by has nothing of a gradient in it.
 
     There it has only been given zeros and moves nothing, whatever it divides by. The examples' gradients need not sum
-    to exactly zero: in bfloat16, those of two batches can cancel once they are rounded. Divided by ε they would be huge.
+    to exactly zero: in bfloat16, those of two batches can cancel once they are rounded. Divided by ε, they are huge.
 
     Args:
         operator: What gradients or the momentum buffer are multiplied by, ``(…)``; changed in place.

@@ -51,10 +51,12 @@ class Recorder:
         segments: ``"epoch"`` for a checkpoint after every ``num_examples`` visits, or a number of optimizer steps. If
             the optimizer divides by a second moment (Adam), the first segments are shorter: 1, 1, 2, 4, … steps.
         dtype: Dtype of the arithmetic and of the checkpoints, `torch.float32` or `torch.float64`.
-        augmented: Whether an example's inputs may differ from visit to visit. If not, the inputs of 64 examples are
-            compared whenever these come back, and a warning says so if they differ: then the ids are wrong.
-        dataset: The training set. Then the inputs of those examples are also compared with its rows, from the first
-            step on; pass ``num_examples`` instead if the loop changes inputs on their way to the model.
+        augmented: Whether an example's inputs are changed at random from visit to visit. If not, the inputs of 64
+            examples are compared whenever these come back, and a warning says so if they differ by more than padding,
+            rounding or scale: then the ids are wrong.
+        dataset: The training set. Then a row of it that comes under another id than its own is found in the first
+            epoch, also if all ids are shifted alike. Inputs that cannot be recognised in the rows, because a collator
+            or the loop made them from these, are not complained about.
         overwrite: Whether to delete a run that is there.
         group: The `torch.distributed` group whose processes train together, where ``model`` is not its
             DistributedDataParallel.

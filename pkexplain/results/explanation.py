@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,8 @@ class Explanation:
         run_segments: How many segments the run has, if only its first ones are explained; None for all.
         notes: What a reader should know about the run and the model that was passed, a sentence each: a recording that
             did not finish, examples that were never visited, weights that are not the recorded ones.
+        input_digests: Digests of the inputs of some training examples, by id and by the input's name, by which a report
+            tells whether the data set that it is given is the recorded one.
     """
 
     output: str
@@ -67,6 +69,7 @@ class Explanation:
     run_segments: int | None = None
     notes: tuple[str, ...] = ()
     prediction: str = ""
+    input_digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def until(self) -> str:

@@ -47,6 +47,7 @@ class _Saved(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     run_segments: int | None
     prediction: str
     notes: tuple[str, ...]
+    input_digests: dict[str, dict[str, str]] | None = None  # None: those of the explanation before
 
 
 def save_explanations(explanations: Sequence[Explanation], path: str | os.PathLike[str]) -> Path:
@@ -70,6 +71,8 @@ def save_explanations(explanations: Sequence[Explanation], path: str | os.PathLi
         tensors[f"{place}.contributions"] = torch.tensor(explanation.contributions)
         fields = {name: getattr(explanation, name) for name in _Saved.__struct_fields__}
         fields["query"] = _encode(explanation.query, f"{place}.query", tensors)
+        if place and explanation.input_digests == explanations[place - 1].input_digests:
+            fields["input_digests"] = None
         content.append(msgspec.to_builtins(_Saved(**fields)))
     text, target = json.dumps(content), Path(path)
     metadata = {"kind": _KIND, "version": FILE_VERSION, "content": text, "sha256": _digest(text, tensors)}
@@ -96,7 +99,10 @@ def load_explanations(path: str | os.PathLike[str], *, single: bool = False) -> 
     text, tensors = _read(Path(path))
     try:
         content = msgspec.convert(json.loads(text), tuple[_Saved, ...])
-        explanations = [_rebuild(saved, place, tensors) for place, saved in enumerate(content)]
+        explanations: list[Explanation] = []
+        for place, saved in enumerate(content):
+            before = explanations[-1].input_digests if explanations else {}
+            explanations.append(_rebuild(saved, place, tensors, before))
     except (msgspec.ValidationError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise _refused(path, "it does not hold explanations", f"{error!r}"[:300], "what save wrote") from error
     if single and len(explanations) != 1:
@@ -128,7 +134,9 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     return text, tensors
 
 
-def _rebuild(saved: _Saved, place: int, tensors: Mapping[str, Tensor]) -> Explanation:
+def _rebuild(
+    saved: _Saved, place: int, tensors: Mapping[str, Tensor], digests: Mapping[str, Mapping[str, str]]
+) -> Explanation:
     contributions = tensors[f"{place}.contributions"]
     shown = (*saved.proponents, *saved.opponents)
     segments = len(saved.segment_sums)
@@ -140,6 +148,7 @@ def _rebuild(saved: _Saved, place: int, tensors: Mapping[str, Tensor]) -> Explan
         raise ValueError("segments and checkpoints do not agree")
     fields: dict[str, Any] = {name: getattr(saved, name) for name in saved.__struct_fields__}
     fields["query"] = _decode(saved.query, tensors)
+    fields["input_digests"] = digests if saved.input_digests is None else saved.input_digests
     return Explanation(**fields, all_contributions=contributions.numpy())
 
 

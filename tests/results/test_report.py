@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import pkexplain as pk
 from pkexplain.errors import ConfigurationError
 from pkexplain.results.explanation import Explanation
 from pkexplain.results.numbers import clean
@@ -25,6 +27,7 @@ from pkexplain.results.report import _html as html
 from pkexplain.results.report import write_report
 from pkexplain.results.report.data import build_section
 from pkexplain.results.report.items import TrainingSet, name_label, read_item
+from tests.conftest import digits
 from tests.explanations import HOSTILE, make_explanation
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -487,3 +490,126 @@ def test_importing_the_report_is_light() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
+
+
+# The order of the data set.
+
+
+def recorded(rows, prepare=lambda x: x, **options):
+    """An explanation of a run of some rows ``(x, y)``, of which the loop passes on ``prepare(x)``."""
+    x = torch.stack([torch.as_tensor(np.asarray(row[0])) for row in rows])
+    width = prepare(x[:2]).flatten(1).shape[1]
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(width, 2))
+    optimizer, store = torch.optim.SGD(model.parameters(), lr=1e-3), pk.MemoryStore()
+    with pk.Recorder(store, model, optimizer, num_examples=len(rows), **options) as recorder:
+        for ids in [*torch.randperm(len(rows)).split(32)] * 2:
+            with recorder.step(ids):
+                optimizer.zero_grad()
+                model(prepare(x[ids])).square().mean().backward()
+                optimizer.step()
+    return pk.Explainer(store, model, tolerance=9.9).explain(prepare(x[:1])[0], output=pk.Value(0), k=3)
+
+
+def digit_rows(count=240):
+    x, y = digits(count, torch.float32, image=True)
+    return list(zip(x, y.tolist(), strict=True))
+
+
+def byte_rows(count=240):
+    return [((row[0][0] * 6 + 5).round().byte().numpy() * 15, row[1]) for row in digit_rows(count)]
+
+
+ORDERS = {
+    "shifted": lambda rows: [*rows[1:], rows[0]],
+    "reversed": lambda rows: rows[::-1],
+    "shuffled": lambda rows: [
+        rows[int(i)] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(3))
+    ],
+    "sorted by label": lambda rows: sorted(rows, key=lambda row: row[1]),
+}
+LOOPS = {
+    "as they are": (digit_rows, lambda x: x),
+    "flattened": (digit_rows, lambda x: x.flatten(1)),
+    "bytes, divided": (byte_rows, lambda x: x[:, None].float() / 255),
+}
+
+
+def caught_while(function):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    return [each for each in caught if "write_report" in str(each.message)]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_report_says_so_if_the_data_set_is_in_another_order(loop, tmp_path):
+    make, prepare = LOOPS[loop]
+    rows = make()
+    explanation = recorded(rows, prepare)
+    write_report(explanation, tmp_path / "right.html", dataset=rows)  # warnings are errors
+    for name, order in ORDERS.items():
+        path = tmp_path / f"{name}.html"
+        caught = caught_while(lambda order=order, path=path: write_report([explanation] * 2, path, dataset=order(rows)))
+        assert len(caught) == 1, name
+        assert caught[0].filename == __file__
+        found = re.search(r"another order .*: its row (\d+) is example (\d+)\.", str(caught[0].message))
+        assert found, str(caught[0].message)
+        moved, example = int(found[1]), int(found[2])
+        assert np.array_equal(order(rows)[moved][0], rows[example][0])
+        assert Page(path.read_text("utf-8")).text().count("is in another order than the one that was recorded") == 2
+
+
+def test_a_report_says_so_if_some_rows_were_replaced(tmp_path):
+    rows = digit_rows()
+    explanation = recorded(rows)
+    other = [*rows[:120], *digit_rows(400)[260:380]]
+    caught = caught_while(lambda: write_report(explanation, tmp_path / "why.html", dataset=other))
+    assert len(caught) == 1
+    found = re.search(r"(\d+) of (\d+) rows that were compared are others, .* row 120\.", str(caught[0].message))
+    assert found
+    wrong, compared = map(int, found.groups())
+    assert compared - wrong == 40
+    assert 36 <= wrong <= 40  # of similar digits it cannot be told for sure
+
+
+def test_a_data_set_that_cannot_be_recognised_is_not_complained_about(tmp_path):
+    rows = digit_rows()
+    explanation = recorded(rows, lambda x: (x - 0.1) / 0.7)
+    unknown = [
+        rows,
+        ORDERS["shuffled"](rows),
+        [f"digit {label}" for _, label in rows],
+        [(x + torch.randn(1, 8, 8), y) for x, y in rows],
+        byte_rows(),
+    ]
+    for dataset in unknown:
+        write_report(explanation, tmp_path / "why.html", dataset=dataset)
+    augmented = recorded(rows, augmented=True)
+    assert not augmented.input_digests
+    write_report(augmented, tmp_path / "why.html", dataset=ORDERS["shuffled"](rows))
+
+
+def test_with_the_data_set_at_recording_the_order_of_transformed_rows_is_known_too(tmp_path):
+    rows = digit_rows()
+    explanation = recorded(rows, lambda x: (x - 0.1) / 0.7, dataset=rows)
+    write_report(explanation, tmp_path / "why.html", dataset=rows)
+    assert (
+        len(caught_while(lambda: write_report(explanation, tmp_path / "x.html", dataset=ORDERS["shuffled"](rows)))) == 1
+    )
+
+
+def test_digests_are_saved_once_with_several_explanations(tmp_path):
+    rows = digit_rows(96)
+    explanation = recorded(rows)
+    assert len(explanation.input_digests) == 96
+    other = dataclasses.replace(explanation, input_digests={})
+    one, several = tmp_path / "one", tmp_path / "several"
+    pk.Explanations([explanation]).save(one)
+    pk.Explanations([explanation, explanation, other, explanation]).save(several)
+    loaded = pk.Explanations.load(several)
+    assert [each.input_digests for each in loaded] == [
+        each.input_digests for each in (explanation, explanation, other, explanation)
+    ]
+    assert several.stat().st_size < 4 * one.stat().st_size
+    assert len(caught_while(lambda: write_report(loaded, tmp_path / "x.html", dataset=ORDERS["shifted"](rows)))) == 1

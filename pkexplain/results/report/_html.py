@@ -9,13 +9,13 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pkexplain.errors import ConfigurationError
+from pkexplain.errors import ConfigurationError, warn
 from pkexplain.files import local_path, write_atomically
 from pkexplain.results.comparison import Comparison
 from pkexplain.results.explanation import Explanation
@@ -23,6 +23,7 @@ from pkexplain.results.explanations import common_mode
 from pkexplain.results.numbers import clean, decimals, fixed, percent, significant, size, wall_time
 from pkexplain.results.report.data import Section, build_section
 from pkexplain.results.report.items import TrainingSet, name_label
+from pkexplain.results.report.order import note_on_order
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -209,6 +210,7 @@ def write_report(
         path: Where to write, on this machine; missing directories are created.
         dataset: The whole training set in the order of the recorded ids, to show pictures or texts and to sum by label:
             a torch or Hugging Face data set, or a list, of ``(x, y)``, ``(id, x, y)``, mappings, pictures or strings.
+            If its rows are recognised in what was recorded, but under other ids, a warning and the report say so.
         label_names: Name of each label, a sequence or a mapping; by default the data set's own, if it has any.
         title: The page's title; by default the question.
         comparison: What `pkexplain.compare` returned, to show after the explanations.
@@ -235,9 +237,27 @@ def write_report(
         )
     training_set = None if dataset is None else TrainingSet(dataset, label_names)
     name = functools.partial(name_label, label_names) if training_set is None else training_set.name
+    if training_set is not None:
+        explanations = _with_notes_on_order(explanations, training_set)
     sections = [build_section(each, training_set, name=name) for each in explanations]
     page, target = render_page(sections, title, comparison), local_path(path, "write_report(path)")
     target.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(target, mode if mode is not None else common_mode(explanations)) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return target
+
+
+def _with_notes_on_order(explanations: Sequence[Explanation], training_set: TrainingSet) -> list[Explanation]:
+    """Add a note where the training set is not the one that was recorded, and warn of it."""
+    known: list[tuple[Mapping[str, Mapping[str, str]], str | None]] = []
+    noted = []
+    for each in explanations:
+        training_set.check_length(len(each.contributions), "write_report(dataset)")
+        note = next((note for digests, note in known if digests == each.input_digests), "")
+        if note == "":
+            note = note_on_order(training_set.dataset, each.input_digests)
+            known.append((each.input_digests, note))
+            if note is not None:
+                warn(f"pkexplain: write_report(dataset=…): {note} Pass the training set in the order of the ids.")
+        noted.append(each if note is None else replace(each, notes=(*each.notes, note)))
+    return noted
