@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class GradientSums:
     Attributes:
         captured: What the backward passes computed, ``(parameters,)``.
         apart: Whether examples account for only a share of it, so that their sum is followed separately.
+        missing: Whether that is more than rounding; a warning has said so.
 
     Args:
         spec: What is recorded, and in which dtype.
@@ -36,7 +37,7 @@ class GradientSums:
         self._spec, self._parameters = spec, parameters
         self.captured = spec.like.new_zeros(spec.size)
         self._attributed: Tensor | None = None
-        self._checked = False
+        self._checked = self.missing = False
 
     @property
     def apart(self) -> bool:
@@ -48,10 +49,14 @@ class GradientSums:
         """The share that belongs to examples, ``(parameters,)``; the same vector if that is all of it."""
         return self.captured if self._attributed is None else self._attributed
 
-    def load_state_dict(self, apart: bool) -> None:
+    def state_dict(self) -> dict[str, bool]:
+        """Return what was found about the gradients."""
+        return {"apart": self.apart, "missing": self.missing}
+
+    def load_state_dict(self, state: Mapping[str, bool]) -> None:
         """Start like a recorder that has already checked its first step."""
-        self._checked = True
-        if apart:
+        self._checked, self.missing = True, state["missing"]
+        if state["apart"]:
             self.follow()
 
     def hooks(self, active: Callable[[], CapturedBatch | None]) -> Iterator[torch.utils.hooks.RemovableHandle]:
@@ -80,6 +85,12 @@ class GradientSums:
         """Take one block's gradients when the backward pass reaches it."""
         if self._attributed is not None:
             self._attributed[self._spec.blocks[position].span] += gradients.total().to(self._attributed.dtype)
+
+    def note(self, gap: float) -> None:
+        """Note a gap that a later step's check has found."""
+        self.missing |= gap > CAPTURE_TOLERANCE
+        if gap > ROUNDING:
+            self.follow()
 
     def follow(self) -> None:
         """Follow the examples' share separately from now on."""
@@ -179,5 +190,6 @@ class GradientSums:
             self._attributed = attributed
         said = {name: gap for name, gap in short.items() if name in worth_saying}
         if max(said.values(), default=0.0) > CAPTURE_TOLERANCE:
+            self.missing = True
             warn_of_missing(said, rounded)
         return largest

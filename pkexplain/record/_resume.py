@@ -239,7 +239,7 @@ def _unknown_state(
 
 def restore_state(
     store: Store, standpoint: Standpoint, spec: RecordingSpec, accountant: SegmentAccountant
-) -> tuple[bool, int]:
+) -> tuple[dict[str, bool], int]:
     """Restore an accountant's saved state.
 
     Args:
@@ -249,7 +249,7 @@ def restore_state(
         accountant: The accountant, new.
 
     Returns:
-        Whether the examples' share of the gradient is followed separately, and the steps since the optimizer began.
+        What was found about the gradients (`GradientSums.state_dict`), and the steps since the optimizer began.
 
     Raises:
         RunDamagedError: The state does not fit the run.
@@ -261,7 +261,7 @@ def restore_state(
         if {*accounts["weight_decay"][1], *full[1]} - spec.spans.keys():
             raise ValueError("blocks that the model does not have")
         accountant.load_state_dict(accounts)
-        return bool(state["attributed"]), int(state["age"])
+        return {name: bool(state["sums"][name]) for name in ("apart", "missing")}, int(state["age"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise _no_state(store, standpoint.file, error) from error
 

@@ -28,7 +28,7 @@ class _Ended:
     summary: SegmentSummary
     checkpoint: Checkpoint
     displacement: Tensor
-    apart: bool
+    missing: bool
 
 
 class SegmentEnds:
@@ -69,13 +69,13 @@ class SegmentEnds:
             yield
             self.torn = False
 
-    def end(self, accountant: SegmentAccountant, split: SplitSummary, apart: bool) -> None:
+    def end(self, accountant: SegmentAccountant, split: SplitSummary, missing: bool) -> None:
         """End the segment, if there was a step, and write it.
 
         Args:
             accountant: Its accounts.
             split: How well its gradients were split.
-            apart: Whether examples account for only a share of the gradients.
+            missing: Whether examples account for only a share of the gradients, beyond rounding.
 
         Raises:
             RunError: It cannot be written now; `end` and `write` try again.
@@ -89,7 +89,7 @@ class SegmentEnds:
                 displacement, self._start = end - self._start, end
                 segment, summary = accountant.close(displacement, split)
                 position, checkpoint = len(self._writer), self.checkpoint()
-                self._waiting = [_Ended(position, segment, summary, checkpoint, displacement, apart)]
+                self._waiting = [_Ended(position, segment, summary, checkpoint, displacement, missing)]
             self.write(accountant)
 
     def write(self, accountant: SegmentAccountant) -> None:
@@ -99,4 +99,4 @@ class SegmentEnds:
                 parts = ended.segment, ended.summary, ended.checkpoint, self._describe()
                 self._writer.segment(*parts)
             self._waiting = []
-            self.warnings.of(ended.position, ended.segment, ended.summary, ended.displacement, ended.apart)
+            self.warnings.of(ended.position, ended.segment, ended.summary, ended.displacement, ended.missing)

@@ -90,8 +90,8 @@ class Session:
         accounts.derivatives.output = trajectory.manifest.output
         accounts.withdrawn = trajectory.manifest.withdrawn
         if standpoint.state is not None:
-            apart, accounts.lengths.age = restore_state(plan.store, standpoint, spec, accounts.accountant)
-            accounts.sums.load_state_dict(apart)
+            sums, accounts.lengths.age = restore_state(plan.store, standpoint, spec, accounts.accountant)
+            accounts.sums.load_state_dict(sums)
         self._writer.resume(trajectory.manifest, self._ended, standpoint.segments)  # last: a refusal drops nothing
 
     def close(self, error: type[BaseException] | None) -> None:
@@ -154,8 +154,8 @@ class Session:
         if not len(self._writer):
             return
         accounts = self._accounts
-        apart, age = accounts.sums.apart, accounts.lengths.age
-        state = {"attributed": apart, "accounts": accounts.accountant.state_dict(), "age": age}
+        sums, age = accounts.sums.state_dict(), accounts.lengths.age
+        state = {"sums": sums, "accounts": accounts.accountant.state_dict(), "age": age}
         optimizer = checksum_optimizers(self._plan.optimizers, self._plan.parameters)
         self._writer.state(serialise(state), optimizer or "", OptimizerEntry.of(*self._plan.optimizers.all))
 
@@ -171,7 +171,7 @@ class Session:
         accounts = self._accounts
         if not early:
             accounts.lengths.restart()
-        accounts.ends.end(accounts.accountant, accounts.split.summary(), accounts.sums.apart)
+        accounts.ends.end(accounts.accountant, accounts.split.summary(), accounts.sums.missing)
 
     def _manifest(self) -> Manifest:
         """Describe the run; the writer adds what it has written."""

@@ -32,7 +32,7 @@ from pkexplain.record._contract import (
     warn_of_unapplied,
     without_backward,
 )
-from pkexplain.record._gradient_check import ROUNDING, GradientSums
+from pkexplain.record._gradient_check import GradientSums
 from pkexplain.record._identity import InputIdentity
 from pkexplain.record._observers import InputShapes, LossDerivatives
 from pkexplain.record._optimizer_steps import closure_of, skips, with_result
@@ -330,8 +330,7 @@ class StepRecorder:
         gradients, numbers = (sums.captured, sums.attributed), steps.numbers()
         with accounts.ends.as_a_whole():
             accountant.step(AppliedStep(batches, *gradients, numbers, step.before, step.factors, unsplit))
-        if accountant.capture_gap > ROUNDING:
-            sums.follow()
+        sums.note(accountant.capture_gap)
         accounts.lengths.count(sum(batch.everywhere for batch in batches), stepped=True)
         self._forget()
 

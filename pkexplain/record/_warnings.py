@@ -33,7 +33,7 @@ class SegmentWarnings:
         self._names, self._sizes = names, list(sizes)
         self._warned, self._named = False, False
 
-    def of(self, position: int, segment: Segment, summary: SegmentSummary, moved: Tensor, apart: bool) -> None:
+    def of(self, position: int, segment: Segment, summary: SegmentSummary, moved: Tensor, missing: bool) -> None:
         """Warn about what a finished segment could not attribute to examples, and why.
 
         Args:
@@ -41,9 +41,9 @@ class SegmentWarnings:
             segment: The segment.
             summary: Its numbers.
             moved: Δθ, ``(parameters,)``.
-            apart: Whether a penalty in the loss is known; there was a warning about it already.
+            missing: Whether a penalty in the loss is known; there was a warning about it already.
         """
-        if not self._warned and not apart and summary.bent <= _BEND:
+        if not self._warned and not missing and summary.bent <= _BEND:
             most = _UNEXPLAINED_ELEMENTWISE if len(segment.operator) else _UNEXPLAINED
             self._of_unexplained(position, segment.optimizer.to(moved), moved, most)
         if summary.bent > _BEND and not self._warned:

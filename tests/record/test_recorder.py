@@ -755,3 +755,22 @@ def test_a_penalty_that_sets_in_later_is_followed_once_it_is_seen():
     assert after.displacement_gap < 1e-9
     assert after.optimizer_share > 0.01
     assert ["segment 1" in str(w.message) for w in caught] == [True]
+
+
+def test_a_parameter_moved_from_outside_is_warned_about_also_where_gradients_are_rounded():
+    inputs, targets = digits(48, torch.float32)
+    model, store = mlp().float(), pk.MemoryStore()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"of what moved 2\.weight in segment 1 came from no example"):
+        with pk.Recorder(store, model, optimizer, num_examples=48, segments=3) as recorder:
+            for step, ids in enumerate(batches(48, 16, 3)):
+                with recorder.step(ids):
+                    optimizer.zero_grad()
+                    with torch.autocast("cpu", torch.bfloat16):
+                        loss = F.cross_entropy(model(inputs[ids]), targets[ids])
+                    loss.backward()
+                    optimizer.step()
+                if step == 4:
+                    with torch.no_grad():
+                        model[2].weight += 0.1
+    assert store.trajectory().summaries[0].capture_gap > 1e-4  # rounding, which was followed
