@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class _Ended:
     summary: SegmentSummary
     checkpoint: Checkpoint
     displacement: Tensor
-    missing: bool
+    gradients: Mapping[str, bool]
 
 
 class SegmentEnds:
@@ -69,13 +69,13 @@ class SegmentEnds:
             yield
             self.torn = False
 
-    def end(self, accountant: SegmentAccountant, split: SplitSummary, missing: bool) -> None:
+    def end(self, accountant: SegmentAccountant, split: SplitSummary, gradients: Mapping[str, bool]) -> None:
         """End the segment, if there was a step, and write it.
 
         Args:
             accountant: Its accounts.
             split: How well its gradients were split.
-            missing: Whether examples account for only a share of the gradients, beyond rounding.
+            gradients: What was found about them, `GradientSums.state_dict`.
 
         Raises:
             RunError: It cannot be written now; `end` and `write` try again.
@@ -89,7 +89,7 @@ class SegmentEnds:
                 displacement, self._start = end - self._start, end
                 segment, summary = accountant.close(displacement, split)
                 position, checkpoint = len(self._writer), self.checkpoint()
-                self._waiting = [_Ended(position, segment, summary, checkpoint, displacement, missing)]
+                self._waiting = [_Ended(position, segment, summary, checkpoint, displacement, gradients)]
             self.write(accountant)
 
     def write(self, accountant: SegmentAccountant) -> None:
@@ -99,4 +99,4 @@ class SegmentEnds:
                 parts = ended.segment, ended.summary, ended.checkpoint, self._describe()
                 self._writer.segment(*parts)
             self._waiting = []
-            self.warnings.of(ended.position, ended.segment, ended.summary, ended.displacement, ended.missing)
+            self.warnings.of(ended.position, ended.segment, ended.summary, ended.displacement, **ended.gradients)

@@ -171,7 +171,7 @@ class Session:
         accounts = self._accounts
         if not early:
             accounts.lengths.restart()
-        accounts.ends.end(accounts.accountant, accounts.split.summary(), accounts.sums.missing)
+        accounts.ends.end(accounts.accountant, accounts.split.summary(), accounts.sums.state_dict())
 
     def _manifest(self) -> Manifest:
         """Describe the run; the writer adds what it has written."""

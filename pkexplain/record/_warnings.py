@@ -16,6 +16,11 @@ _UNEXPLAINED = 0.2
 """The largest share of a parameter's displacement that may be on the optimizer line without a warning."""
 _UNEXPLAINED_ELEMENTWISE = 0.5
 """The same if one operator stands for all steps of a segment, whose misfit is on that line, too."""
+_MATTERS = 0.01
+"""The share of the model's displacement below which a parameter's own does not matter.
+
+Where gradients are rounded, as in bfloat16, it is the whole: there, rounding is most of what moves some biases, and a
+third of what moves some weights in Adam's first step."""
 _BEND = 1e-3
 """The largest share of the applied gradient, not a multiple of the captured one, that passes for rounding error."""
 
@@ -33,7 +38,9 @@ class SegmentWarnings:
         self._names, self._sizes = names, list(sizes)
         self._warned, self._named = False, False
 
-    def of(self, position: int, segment: Segment, summary: SegmentSummary, moved: Tensor, missing: bool) -> None:
+    def of(
+        self, position: int, segment: Segment, summary: SegmentSummary, moved: Tensor, *, apart: bool, missing: bool
+    ) -> None:
         """Warn about what a finished segment could not attribute to examples, and why.
 
         Args:
@@ -41,11 +48,12 @@ class SegmentWarnings:
             segment: The segment.
             summary: Its numbers.
             moved: Δθ, ``(parameters,)``.
+            apart: Whether examples account for only a share of the gradients, if only because of rounding.
             missing: Whether a penalty in the loss is known; there was a warning about it already.
         """
         if not self._warned and not missing and summary.bent <= _BEND:
             most = _UNEXPLAINED_ELEMENTWISE if len(segment.operator) else _UNEXPLAINED
-            self._of_unexplained(position, segment.optimizer.to(moved), moved, most)
+            self._of_unexplained(position, segment.optimizer.to(moved), moved, most, floor=1.0 if apart else _MATTERS)
         if summary.bent > _BEND and not self._warned:
             self._warned = True
             warn(
@@ -63,13 +71,14 @@ class SegmentWarnings:
                 "the displacement gap shows it."
             )
 
-    def _of_unexplained(self, segment: int, remainder: Tensor, moved: Tensor, most: float) -> None:
-        floor = 0.01 * float(moved.norm())  # a parameter that hardly moved does not matter
+    def _of_unexplained(self, segment: int, remainder: Tensor, moved: Tensor, most: float, floor: float) -> None:
+        floor *= float(moved.norm())
         pairs = zip(remainder.split(self._sizes), moved.split(self._sizes), strict=True)
-        shares = [float(a.norm()) / max(float(b.norm()), floor, 1e-30) for a, b in pairs]
-        share = max(shares)
-        if share > most:
-            self._warned, parameter = True, self._names[shares.index(share)]
+        sizes = [(float(a.norm()), float(b.norm())) for a, b in pairs]
+        shares = [left / max(whole, floor, 1e-30) for left, whole in sizes]
+        if max(shares) > most:
+            at = shares.index(max(shares))
+            share, self._warned, parameter = sizes[at][0] / max(sizes[at][1], 1e-30), True, self._names[at]
             warn(
                 f"pkexplain: {share:.0%} of what moved {parameter} in segment {segment} came from no "
                 "example and no weight decay; it is on the ledger's optimizer line. Was the parameter changed "

@@ -761,16 +761,17 @@ def test_a_parameter_moved_from_outside_is_warned_about_also_where_gradients_are
     inputs, targets = digits(48, torch.float32)
     model, store = mlp().float(), pk.MemoryStore()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match=r"of what moved 2\.weight in segment 1 came from no example"):
-        with pk.Recorder(store, model, optimizer, num_examples=48, segments=3) as recorder:
-            for step, ids in enumerate(batches(48, 16, 3)):
-                with recorder.step(ids):
-                    optimizer.zero_grad()
-                    with torch.autocast("cpu", torch.bfloat16):
-                        loss = F.cross_entropy(model(inputs[ids]), targets[ids])
-                    loss.backward()
-                    optimizer.step()
-                if step == 4:
-                    with torch.no_grad():
-                        model[2].weight += 0.1
+    said = pytest.warns(UserWarning, match=r"of what moved 2\.weight in segment 1 came from no example")
+    recorder = pk.Recorder(store, model, optimizer, num_examples=48, segments=3)
+    with said, recorder:
+        for step, ids in enumerate(batches(48, 16, 3)):
+            with recorder.step(ids):
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = F.cross_entropy(model(inputs[ids]), targets[ids])
+                loss.backward()
+                optimizer.step()
+            if step == 4:
+                with torch.no_grad():
+                    model[2].weight += 0.1
     assert store.trajectory().summaries[0].capture_gap > 1e-4  # rounding, which was followed
