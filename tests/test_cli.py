@@ -227,6 +227,15 @@ def test_explain_takes_an_input_by_its_name(source, tmp_path):
     assert result.exit_code == 0, result.exception
     assert result.output.startswith("logit[")
 
+    row = {"pixels": inputs[0].tolist(), "label": 3}
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    (tmp_path / "rows.json").write_text(json.dumps([row, row]))
+    for name, count in (("row.json", 1), ("rows.json", 2)):
+        again = call("explain", tmp_path / "named", "--model", f"{source}:build", "--query", tmp_path / name)
+        assert again.exit_code == 0, again.exception
+        assert again.output.count("logit[") >= count
+        assert result.output.splitlines()[1] in again.output
+
 
 @pytest.mark.parametrize(
     ("text", "name"),

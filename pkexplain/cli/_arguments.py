@@ -103,6 +103,8 @@ def call_function(path: str, option: str) -> Any:
 def read_query(file: Path, inputs: Collection[str]) -> Any:
     """Read a query without unpickling anything; a single tensor needs no name, unless it is one of the inputs'.
 
+    A ``.json`` file may hold a row of a data set, ``{"input_ids": [101, …]}``, or a list of rows.
+
     Raises:
         QueryError: The file cannot be read.
     """
@@ -113,7 +115,9 @@ def read_query(file: Path, inputs: Collection[str]) -> Any:
         if file.suffix == ".npy":
             return torch.from_numpy(np.load(file, allow_pickle=False))
         if file.suffix == ".json":
-            return torch.tensor(json.loads(file.read_text(encoding="utf-8")), device="cpu")
+            read = json.loads(file.read_text(encoding="utf-8"))
+            named = isinstance(read, dict) or (isinstance(read, list) and read and isinstance(read[0], dict))
+            return read if named else torch.tensor(read, device="cpu")  # rows of a data set are read by the explainer
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 

@@ -37,7 +37,7 @@ def demo(
 def explain(
     run: RunArgument,
     model: Annotated[str, typer.Option(help="package.module:build, a function that returns the model.")],
-    query: Annotated[Path, typer.Option(help="One query or a batch: a .npy or .safetensors file, or .json lists.")],
+    query: Annotated[Path, typer.Option(help="One query or a batch: a .npy or .safetensors file, or .json lists or rows.")],
     output: Annotated[
         str | None,
         typer.Option(
@@ -80,7 +80,7 @@ def compare(
     run: RunArgument,
     model: Annotated[str, typer.Option(help="package.module:build, a function that returns the model.")],
     data: Annotated[str, typer.Option(help="package.module:load, a function that returns the training set.")],
-    query: Annotated[Path, typer.Option(help="One query or a batch: a .npy or .safetensors file, or .json lists.")],
+    query: Annotated[Path, typer.Option(help="One query or a batch: a .npy or .safetensors file, or .json.")],
     target: Annotated[str, typer.Option(help="The class of the query, or of each: 3,5,8.")],
     methods: Annotated[
         str | None, typer.Option(help="Some of the methods, by name: TracInCP,TracInCPFast,random. By default all.")
