@@ -212,11 +212,11 @@ class DisplacementAccumulator:
         projection, examples = self._spec.projection, sum(batch.everywhere for _, batch, _ in self._held)
         if examples >= projection.warm_up:
             return True
-        full = self._bytes_held() >= projection.warm_up_bytes
+        full = self._bytes_held() >= projection.warm_up_bytes(examples)
         if full and examples < projection.choosing:
             for _, batch, _ in self._held:
                 batch.round()
-            full = self._bytes_held() >= projection.warm_up_bytes
+            full = self._bytes_held() >= projection.warm_up_bytes(examples)
         return full
 
     def _bytes_held(self) -> float:

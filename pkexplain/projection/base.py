@@ -64,9 +64,8 @@ class Projection(ABC):
         """The number of examples whose gradients are needed to fix the map."""
         return 0
 
-    @property
-    def warm_up_bytes(self) -> int:
-        """The most memory for them, and a batch more."""
+    def warm_up_bytes(self, examples: int) -> int:
+        """The most memory for them, and a batch more, when so many wait."""
         return 0
 
     @property

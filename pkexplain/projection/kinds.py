@@ -28,6 +28,8 @@ __all__ = ["Identity", "Kronecker", "SparseSign", "projection_from_description"]
 
 _CHOOSING = 512
 """About how many of the waiting examples directions are computed from."""
+_ENOUGH_BYTES = 192 << 20
+"""Memory for waiting gradients once as many examples wait as choose."""
 _SECOND_STAGE_SHARE = 0.1
 """The share of the training's work for which rows are gathered wider."""
 _PRODUCTS = 3
@@ -133,16 +135,16 @@ class Kronecker(Projection):
             the training of this model; ``k`` or fewer for no second stage.
         warm_up_examples: Examples of each segment whose gradients wait in memory until its directions are known: the
             first steps alone are not like the others.
-        warm_up_mib: The most memory for waiting gradients, in MiB (of 2²⁰ bytes), and a batch more; where it holds
-            fewer than 512 examples, they are rounded to twelve bits. More of it is more exact where an example's
-            gradient is large: tokens times widths, added up over the layers.
+        warm_up_mib: The most memory for waiting gradients, in MiB (of 2²⁰ bytes), and a batch more. Once 512 examples
+            wait, 192 MiB are enough; where all of it holds fewer, they are rounded to twelve bits. More of it is more
+            exact where an example's gradient is large: tokens times widths, added up over the layers.
         seed: Seed of the random combinations and signs.
     """
 
     k: int = 512
     wide: int = 2048
     warm_up_examples: int = 4096
-    warm_up_mib: int = 192
+    warm_up_mib: int = 1024
     seed: int = 0
     kind: ClassVar[str] = "Kronecker"
     follows_gradients: ClassVar[bool] = True
@@ -158,10 +160,10 @@ class Kronecker(Projection):
         """The number of examples whose gradients are needed to fix the map."""
         return self.warm_up_examples
 
-    @property
-    def warm_up_bytes(self) -> int:
-        """The most memory for them, and a batch more."""
-        return self.warm_up_mib << 20
+    def warm_up_bytes(self, examples: int) -> int:
+        """The most memory for them, and a batch more, when so many wait."""
+        most = self.warm_up_mib << 20
+        return most if examples < _CHOOSING else min(most, _ENOUGH_BYTES)
 
     @property
     def choosing(self) -> int:

@@ -216,7 +216,7 @@ def test_each_segment_has_directions_of_its_own_from_its_own_gradients():
 
 def test_waiting_gradients_are_bounded(monkeypatch):
     """Once more than the bound waits, the directions are chosen from what there is."""
-    monkeypatch.setattr(pk.Kronecker, "warm_up_bytes", 1)
+    monkeypatch.setattr(pk.Kronecker, "warm_up_bytes", lambda self, examples: 1)
     bound, bind = [], accumulator.DisplacementAccumulator._bind
 
     def counting(self, over=False):

@@ -295,4 +295,6 @@ def test_rows_are_stored_in_half_precision_except_exact_ones():
     assert pk.Kronecker().row_dtype(torch.float64) == torch.float64
     assert (pk.Identity().warm_up, pk.SparseSign().warm_up) == (0, 0)
     assert pk.Kronecker(warm_up_examples=9).warm_up == 9
-    assert pk.Kronecker(warm_up_mib=3).warm_up_bytes == 3 << 20
+    assert pk.Kronecker(warm_up_mib=3).warm_up_bytes(10) == 3 << 20
+    assert pk.Kronecker().warm_up_bytes(511) == 1 << 30
+    assert pk.Kronecker().warm_up_bytes(512) == 192 << 20
