@@ -37,7 +37,7 @@ def demo(
 def explain(
     run: RunArgument,
     model: Annotated[str, typer.Option(help="package.module:build, a function that returns the model.")],
-    query: Annotated[Path, typer.Option(help="One query or a batch: a .npy or .safetensors file; .json lists or rows.")],
+    query: Annotated[Path, typer.Option(help="A query or a batch: a .npy or .safetensors file; .json lists or rows.")],
     output: Annotated[
         str | None,
         typer.Option(
