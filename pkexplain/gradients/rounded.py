@@ -1,6 +1,7 @@
 """Gradients in twelve bits a number while they wait for their projection, where memory is short.
 
-With eight, rounding would show where examples nearly cancel: in the sum of the rows.
+With eight, rounding would show where examples nearly cancel: in the sum of the rows. Positions without an output
+gradient, as those of padding, take no memory.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class RoundedGradient(MatrixGradient):
     """
 
     shell: Any  # the gradients, with empty tensors in place of those that are rounded
-    codes: Mapping[str, Tensor]
+    codes: Mapping[str, Tensor]  # of the vectors at positions with an output gradient, one after another
     scales: Mapping[str, Tensor]
+    kept: Tensor  # which positions these are, (examples, positions)
     lengths: Mapping[str, int]  # of the vectors
     shape: tuple[int, int]
     terms: int
@@ -62,10 +64,15 @@ class RoundedGradient(MatrixGradient):
 
     def __len__(self) -> int:
         """Return the number of examples."""
-        return len(self.codes["output_gradients"])
+        return len(self.kept)
 
     def _unpacked(self, name: str) -> Tensor:
-        return (_numbers(self.codes[name], self.lengths[name]) * self.scales[name]).to(self.like)
+        found = (_numbers(self.codes[name], self.lengths[name]) * self.scales[name]).to(self.like)
+        if len(found) == self.kept.numel():
+            return found.view(*self.kept.shape, -1)
+        every = found.new_zeros(*self.kept.shape, found.shape[-1])
+        every[self.kept] = found
+        return every
 
     def unpacked(self) -> MatrixGradient:
         """Return the same gradients as they were before, but for rounding."""
@@ -97,12 +104,15 @@ class RoundedGradient(MatrixGradient):
 
     def select(self, positions: Tensor | slice) -> RoundedGradient:
         """Keep the examples at ``positions``."""
-        some = ({name: each[positions] for name, each in kept.items()} for kept in (self.codes, self.scales))
-        shell = self.shell
+        where = torch.zeros_like(self.kept, dtype=torch.long)
+        where[self.kept] = torch.arange(int(self.kept.sum()), device=where.device)
+        kept, shell = self.kept[positions], self.shell
+        rows = where[positions][kept]
+        some = ({name: each[rows] for name, each in mine.items()} for mine in (self.codes, self.scales))
         if isinstance(shell, EmbeddingGradient):
             shell = replace(shell, tokens=shell.tokens[positions])
         codes, scales = some
-        return replace(self, shell=shell, codes=codes, scales=scales)
+        return replace(self, shell=shell, codes=codes, scales=scales, kept=kept)
 
     def compact(self) -> RoundedGradient:
         """Return these gradients: they are."""
@@ -111,7 +121,8 @@ class RoundedGradient(MatrixGradient):
     @property
     def nbytes(self) -> int:
         """Bytes of memory held."""
-        return self.shell.nbytes + sum(each.nbytes for kept in (self.codes, self.scales) for each in kept.values())
+        numbers = (each.nbytes for mine in (self.codes, self.scales) for each in mine.values())
+        return self.shell.nbytes + self.kept.nbytes + sum(numbers)
 
 
 def rounded(gradients: _G, seed: int) -> _G | RoundedGradient:
@@ -127,15 +138,17 @@ def rounded(gradients: _G, seed: int) -> _G | RoundedGradient:
     if not isinstance(gradients, _ROUNDED) or gradients.output_gradients.dtype == torch.float64:
         return gradients
     names = [name for name in ("inputs", "output_gradients") if hasattr(gradients, name)]
-    tensors: dict[str, Tensor] = {name: getattr(gradients, name) for name in names}
+    kept = (gradients.output_gradients != 0).any(-1)
+    whole: dict[str, Tensor] = {name: getattr(gradients, name) for name in names}
+    tensors = {name: each[kept] for name, each in whole.items()}
     scales = {name: each.float().abs().amax(-1, keepdim=True) / _LARGEST for name, each in tensors.items()}
     generator = torch.Generator(gradients.output_gradients.device).manual_seed(seed)
     codes = {name: _codes(each, scales[name], generator) for name, each in tensors.items()}
     lengths = {name: each.shape[-1] for name, each in tensors.items()}
-    empty = {name: each.new_empty(*([0] * each.ndim)) for name, each in tensors.items()}
+    empty = {name: each.new_empty(*([0] * each.ndim)) for name, each in whole.items()}
     shell: Any = gradients
     about = gradients.matrix, gradients.positions, gradients.weight, gradients.bias
-    return RoundedGradient(replace(shell, **empty), codes, scales, lengths, *about)
+    return RoundedGradient(replace(shell, **empty), codes, scales, kept, lengths, *about)
 
 
 def _codes(values: Tensor, scales: Tensor, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,21 @@ GRADIENTS = {
     ),
     "formed": lambda: FormedGradient(normal(5, 30, 21), True, True),
     "embedding": lambda: EmbeddingGradient(torch.arange(35).view(5, 7) % 11, normal(5, 7, 30), 11),
+    "padded": lambda: LinearGradient(normal(5, 7, 20), unpadded(normal(5, 7, 30, seed=1)), True, True),
+    "padded embedding": lambda: EmbeddingGradient(torch.arange(35).view(5, 7) % 11, unpadded(normal(5, 7, 30)), 11),
 }
+
+
+def unpadded(gradients):
+    """Zero where the examples, of 7, 2, 3, 1 and 4 positions, are padded: at the end, and one at the beginning."""
+    real = torch.arange(7) < torch.tensor([7, 2, 3, 1, 4])[:, None]
+    real[2] = real[2].flip(0)
+    return gradients * real[..., None]
+
+
+def test_padding_takes_no_memory():
+    whole, padded = (rounded(GRADIENTS[kind](), 0) for kind in ("linear", "padded"))
+    assert padded.nbytes - padded.kept.nbytes == pytest.approx(17 / 35 * (whole.nbytes - whole.kept.nbytes), rel=1e-9)
 
 
 def relative(found, true):
@@ -52,6 +66,7 @@ def test_every_form_is_near_that_of_what_was_rounded(kind):
         "weighted": (found.weighted(weights), plain.weighted(weights)),
         "selected": (found.select(some).dense(), plain.select(some).dense()),
         "parts": (torch.cat(found.parts(), 1), torch.cat(plain.parts(), 1)),
+        "every second": (found.select(slice(None, None, 2)).dense(), plain.select(slice(None, None, 2)).dense()),
         "compact": (found.compact().dense(), plain.dense()),
     }  # fmt: skip
     for name, (mine, theirs) in pairs.items():
