@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pkexplain.gradients.devices import at_once
+from pkexplain.gradients.along import along
 from pkexplain.gradients.factors import ExampleGradients, MatrixGradient
 from pkexplain.gradients.layers import Block
 from pkexplain.gradients.matrices import as_matrix
@@ -41,8 +41,6 @@ _ORTHONORMAL = 1e-2
 """By how much products of directions, which may be rounded to 16 bits, may differ from 0 and 1."""
 _NOTHING = 1e-4
 """The share of a sum outside of a map's directions that needs no direction of its own."""
-_NUMBERS_AT_ONCE = 1 << 19
-"""The most numbers of gradients formed at a time."""
 
 Pieces = Sequence[tuple[int, ExampleGradients]]
 """Captured gradients of one batch: block positions with their gradients."""
@@ -159,9 +157,7 @@ class TwoSidedMap(Map):
             found = found * self.right.diagonal()
         if self.beside is None:
             return found.flatten(1)
-        some = max(1, at_once(_NUMBERS_AT_ONCE, self.beside.device) // len(self.beside))
-        parts = [gradients.select(slice(at, at + some)).dense() @ self.beside for at in range(0, len(gradients), some)]
-        return torch.cat([found.flatten(1), torch.cat(parts)[:, None]], dim=1)
+        return torch.cat([found.flatten(1), along(gradients, self.beside)[:, None]], dim=1)
 
     def of_multiples(self, factors: RowFactors) -> TwoSidedMap:
         """Return the map that multiplies rows and columns first: it is two-sided, too."""

@@ -9,6 +9,7 @@ from torch import nn
 
 import pkexplain as pk
 from pkexplain.gradients._embedding import EmbeddingGradient
+from pkexplain.gradients.along import along
 from pkexplain.gradients.factors import DenseGradient, FormedGradient, LinearGradient
 from pkexplain.gradients.rounded import RoundedGradient, rounded
 
@@ -72,6 +73,17 @@ def test_every_form_is_near_that_of_what_was_rounded(kind):
     for name, (mine, theirs) in pairs.items():
         assert mine.shape == theirs.shape, name
         assert relative(mine, theirs) < (0.01 if "16" in kind else 0.001), name
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_inner_products_with_a_vector_are_those_of_the_formed_gradients(kind):
+    plain = GRADIENTS[kind]()
+    for gradients in (plain, rounded(plain, 3), DenseGradient(plain.dense())):
+        formed = gradients.dense()
+        direction = normal(formed.shape[1], seed=5).to(formed)
+        found = along(gradients, direction)
+        assert found.shape == (5,)
+        assert relative(found, formed @ direction) < (0.02 if "16" in kind else 1e-5)
 
 
 def test_rounding_is_right_on_average():
