@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from pkexplain.gradients._embedding import EmbeddingGradient
+from pkexplain.gradients.compressed import CompressedGradient
 from pkexplain.gradients.devices import at_once
 from pkexplain.gradients.factors import ExampleGradients, LinearGradient
+from pkexplain.gradients.matrices import as_matrix
 from pkexplain.gradients.rounded import RoundedGradient
 
 __all__ = ["along"]
@@ -27,6 +29,9 @@ def along(gradients: ExampleGradients, direction: Tensor) -> Tensor:
     """
     if isinstance(gradients, RoundedGradient):
         gradients = gradients.unpacked()
+    if isinstance(gradients, CompressedGradient):
+        matrix = as_matrix(direction, gradients.matrix[0], gradients.weight and gradients.bias)
+        return gradients.output_gradients.flatten(1) @ (gradients.left @ matrix @ gradients.right.T).flatten()
     if isinstance(gradients, EmbeddingGradient):
         rows = direction.view(*gradients.matrix)[gradients.tokens]
         return (rows * gradients.output_gradients).sum((1, 2))

@@ -10,6 +10,7 @@ from torch import nn
 import pkexplain as pk
 from pkexplain.gradients._embedding import EmbeddingGradient
 from pkexplain.gradients.along import along
+from pkexplain.gradients.compressed import CompressedGradient
 from pkexplain.gradients.factors import DenseGradient, FormedGradient, LinearGradient
 from pkexplain.gradients.rounded import RoundedGradient, rounded
 
@@ -78,7 +79,10 @@ def test_every_form_is_near_that_of_what_was_rounded(kind):
 @pytest.mark.parametrize("kind", GRADIENTS)
 def test_inner_products_with_a_vector_are_those_of_the_formed_gradients(kind):
     plain = GRADIENTS[kind]()
-    for gradients in (plain, rounded(plain, 3), DenseGradient(plain.dense())):
+    rows, columns = plain.matrix
+    sides = normal(3, rows, seed=7).to(plain.output_gradients), normal(4, columns, seed=8).to(plain.output_gradients)
+    kept = CompressedGradient(plain.sketch(*sides), *sides, plain.weight, plain.bias)
+    for gradients in (plain, rounded(plain, 3), DenseGradient(plain.dense()), kept):
         formed = gradients.dense()
         direction = normal(formed.shape[1], seed=5).to(formed)
         found = along(gradients, direction)
