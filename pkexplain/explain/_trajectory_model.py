@@ -207,6 +207,10 @@ class TrajectoryModel:
         }
         self._set(end if tau == 1 else torch.lerp(start, end, tau), between)
 
+    def move_to_point(self, point: Tensor, t: int) -> None:
+        """Set the model's parameters to any point, ``(parameters,)``, and its buffers to those of checkpoint t."""
+        self._set(point, self._buffers_at(t))
+
     def _set(self, point: Tensor, buffers: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for block in self._trajectory.fingerprint.blocks:

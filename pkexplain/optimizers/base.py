@@ -54,6 +54,7 @@ class CapturedBatch:
         summed: Parameters whose gradient has arrived.
         everywhere: Examples in the batch over all processes; by default those of this process.
         device: Where gradients are.
+        random: The state of torch's random numbers before the forward pass, if the run is to be replayed.
     """
 
     ids: Tensor
@@ -65,6 +66,7 @@ class CapturedBatch:
     summed: set[int] = field(default_factory=set)
     everywhere: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    random: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Count the examples."""

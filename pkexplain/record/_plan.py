@@ -13,6 +13,7 @@ from pkexplain.gradients.capture import Capture
 from pkexplain.gradients.compiled import named_parameters
 from pkexplain.gradients.layers import Block, flatten_blocks
 from pkexplain.optimizers.base import RecordingSpec
+from pkexplain.optimizers.replayed import rule_name
 from pkexplain.projection.base import Projection
 from pkexplain.record._optimizer_steps import StepReader
 from pkexplain.record._optimizers import Optimizers
@@ -47,6 +48,7 @@ class Plan:
         augmented: Whether an example's inputs may differ from visit to visit.
         dataset: The training set, if its rows are to be compared with the inputs.
         keeps: How many saved states are kept.
+        replay: Whether the steps are noted, so that they can be taken again.
     """
 
     store: Store
@@ -67,6 +69,7 @@ class Plan:
     augmented: bool = False
     dataset: Any = None
     keeps: int | None = STATES_KEPT
+    replay: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -108,7 +111,7 @@ class Plan:
             ended=ended,
             num_examples=self.num_examples,
             dtype="float64" if self.like.dtype == torch.float64 else "float32",
-            recording=RecordingEntry(segments=self.segments, unsplit=self.unsplit, augmented=self.augmented),
+            recording=RecordingEntry(self.segments, self.unsplit, self.augmented, self._replayed()),
             optimizer=OptimizerEntry.of(*self.optimizers.all),
             projection=self.projection.describe(),
             columns=self.projection.columns(self.blocks),
@@ -123,6 +126,11 @@ class Plan:
             files={},
             format_version=FORMAT_VERSION,
         )
+
+    def _replayed(self) -> tuple[str, ...]:
+        """Name the rule of each parameter group, if the run is to be replayed."""
+        optimizers = self.optimizers.all if self.replay else ()
+        return tuple(rule_name(each) for each in optimizers for _ in each.param_groups)
 
     def point(self) -> Tensor:
         """Return the model's current θ, ``(parameters,)``."""

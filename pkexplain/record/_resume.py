@@ -65,6 +65,7 @@ def recorded_arguments(store: Store, trajectory: Trajectory, num_examples: int |
         "segments": settings.segments,
         "unsplit": settings.unsplit,
         "augmented": settings.augmented,
+        "replay": bool(settings.replay),
         "dtype": trajectory.dtype,
     }
 

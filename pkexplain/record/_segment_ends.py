@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -69,13 +69,20 @@ class SegmentEnds:
             yield
             self.torn = False
 
-    def end(self, accountant: SegmentAccountant, split: SplitSummary, gradients: Mapping[str, bool]) -> None:
+    def end(
+        self,
+        accountant: SegmentAccountant,
+        split: SplitSummary,
+        gradients: Mapping[str, bool],
+        steps: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
         """End the segment, if there was a step, and write it.
 
         Args:
             accountant: Its accounts.
             split: How well its gradients were split.
             gradients: What was found about them, `GradientSums.state_dict`.
+            steps: Hands over what its steps can be taken again with, if that was noted.
 
         Raises:
             RunError: It cannot be written now; `end` and `write` try again.
@@ -88,6 +95,7 @@ class SegmentEnds:
                 end = self._plan.point()
                 displacement, self._start = end - self._start, end
                 segment, summary = accountant.close(displacement, split)
+                segment = replace(segment, steps=steps())
                 position, checkpoint = len(self._writer), self.checkpoint()
                 self._waiting = [_Ended(position, segment, summary, checkpoint, displacement, gradients)]
             self.write(accountant)

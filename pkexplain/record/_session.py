@@ -13,6 +13,7 @@ from pkexplain.record._gradient_check import GradientSums
 from pkexplain.record._identity import InputIdentity
 from pkexplain.record._observers import InputShapes, LossDerivatives
 from pkexplain.record._plan import Plan
+from pkexplain.record._replay_log import ReplayRecorder
 from pkexplain.record._resume import checksum_optimizers, find_standpoint, restore_state
 from pkexplain.record._roll_call import END, SAVE, RollCall
 from pkexplain.record._segment_ends import SegmentEnds
@@ -55,6 +56,7 @@ class Session:
             lengths=SegmentLengths(plan.num_examples, plan.segments),
             sums=GradientSums(plan.spec(), plan.parameters),
             ends=SegmentEnds(plan, self._writer, self._manifest),
+            replay=ReplayRecorder(plan),
         )
         self._handles: list[Any] = []
         self._roll_call = RollCall(plan.group, plan.wrapped)
@@ -171,7 +173,8 @@ class Session:
         accounts = self._accounts
         if not early:
             accounts.lengths.restart()
-        accounts.ends.end(accounts.accountant, accounts.split.summary(), accounts.sums.state_dict())
+        split, gradients = accounts.split.summary(), accounts.sums.state_dict()
+        accounts.ends.end(accounts.accountant, split, gradients, accounts.replay.take)
 
     def _manifest(self) -> Manifest:
         """Describe the run; the writer adds what it has written."""

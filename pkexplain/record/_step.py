@@ -37,6 +37,7 @@ from pkexplain.record._identity import InputIdentity
 from pkexplain.record._observers import InputShapes, LossDerivatives
 from pkexplain.record._optimizer_steps import closure_of, skips, with_result
 from pkexplain.record._plan import Plan
+from pkexplain.record._replay_log import ReplayRecorder
 from pkexplain.record._roll_call import ACCUMULATE, BATCH, REFUSED, STEP, RollCall
 from pkexplain.record._segment_ends import SegmentEnds
 from pkexplain.record._segment_lengths import SegmentLengths
@@ -68,6 +69,7 @@ class Accounts:
         lengths: Where segments end.
         sums: The gradients of the step.
         ends: The segments that have ended.
+        replay: What steps can be taken again with.
         withdrawn: Examples that cannot come any more.
     """
 
@@ -79,6 +81,7 @@ class Accounts:
     lengths: SegmentLengths
     sums: GradientSums
     ends: SegmentEnds
+    replay: ReplayRecorder
     withdrawn: Sequence[int] = ()
 
 
@@ -147,6 +150,7 @@ class StepRecorder:
         batch = self._batch(ids, accumulate)
         if accounts.lengths.overflows(batch.everywhere, plan.group.world_size):  # a sampler may repeat some examples
             self._end_segment(False)  # the loader dropped its last, smaller batch
+        accounts.replay.begin(batch)
         self._step = Step(batch, accumulate)
         try:
             with deferred_interrupts():
@@ -311,6 +315,7 @@ class StepRecorder:
             raise not_finite(batches)
         accounts.accountant.note_capture_gap(sums.check(batches, split.names, split.allowed))
         step.batch.compact()  # before the step, as a layer's input may be a parameter
+        accounts.replay.before_step()
         step.before = self._plan.point()
 
     @deferred_interrupts()  # the optimizer has moved the parameters: the accounts must follow
@@ -330,6 +335,7 @@ class StepRecorder:
         gradients, numbers = (sums.captured, sums.attributed), steps.numbers()
         with accounts.ends.as_a_whole():
             accountant.step(AppliedStep(batches, *gradients, numbers, step.before, step.factors, unsplit))
+        accounts.replay.step(batches)
         sums.note(accountant.capture_gap)
         accounts.lengths.count(sum(batch.everywhere for batch in batches), stepped=True)
         self._forget()

@@ -61,6 +61,8 @@ class Recorder:
         group: The `torch.distributed` group whose processes train together, where ``model`` is not its
             DistributedDataParallel.
         keep_states: How many of the states that `save` writes are kept; None for all.
+        replay: Whether to note each step's ids, options and random state (5 kB where dropout draws), so that
+            `pkexplain.Replay` can take the steps again; with SGD, Adam and AdamW.
 
     Raises:
         UnsupportedOptimizerError: The optimizer has no update rule.
@@ -95,6 +97,7 @@ class Recorder:
         overwrite: bool = False,
         group: Any = None,
         keep_states: int | None = STATES_KEPT,
+        replay: bool = False,
     ) -> None:
         """Check that everything can be recorded, without writing anything."""
         if num_examples is None and dataset is not None:
@@ -129,6 +132,7 @@ class Recorder:
             augmented=augmented,
             dataset=dataset,
             keeps=keep_states,
+            replay=replay,
         )
         self._session: Session | None = None
         self._drawn: dict[int, DrawnIds] = {}

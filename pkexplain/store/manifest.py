@@ -97,6 +97,8 @@ class RecordingEntry(_Entry, frozen=True):
     segments: str | int
     unsplit: str = "warn"
     augmented: bool = False
+    replay: tuple[str, ...] = ()
+    """The optimizer of each parameter group, if the steps are noted, so that they can be taken again."""
 
 
 class SplitSummary(_Entry, frozen=True):

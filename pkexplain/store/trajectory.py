@@ -22,6 +22,7 @@ from pkexplain.store.rows import Rows
 __all__ = ["DIRECTIONS", "PACKABLE", "Checkpoint", "Segment", "Trajectory"]
 
 DIRECTIONS = "directions."
+_STEPS = "steps."
 """How the names of the tensors of a segment's directions begin."""
 
 _TENSORS = ("row_sum", "unsplit", "audit_ids", "audit_rows", "withdrawn", "rate_sums")
@@ -70,6 +71,7 @@ class Segment:
             `pkexplain.optimizers._learning_rates`.
         operator: What covectors are multiplied by before they are projected, ``(parameters,)``; ``(0,)`` for ones.
         directions: The directions of the segment's projection, by name; see `Projector.tensors`.
+        steps: The tensors of its steps, `StepLog`, if the run can be replayed.
         examples: The run's number of examples; those that were added after this segment have rows of zeros.
     """
 
@@ -84,6 +86,7 @@ class Segment:
     rate_sums: Tensor
     operator: Vector
     directions: Mapping[str, Tensor] = field(default_factory=dict)
+    steps: Mapping[str, Tensor] = field(default_factory=dict)
     examples: int = 0
 
     def __post_init__(self) -> None:
@@ -155,7 +158,8 @@ class Segment:
         for name in PACKABLE:
             value = getattr(self, name)
             vectors |= value.tensors(name) if isinstance(value, PackedVector) else {}
-        return vectors | {f"{DIRECTIONS}{name}": value for name, value in self.directions.items()}
+        vectors |= {f"{DIRECTIONS}{name}": value for name, value in self.directions.items()}
+        return vectors | {f"{_STEPS}{name}": value for name, value in self.steps.items()}
 
     @classmethod
     def from_tensors(
@@ -179,9 +183,10 @@ class Segment:
         for name in PACKABLE:
             packed = f"{name}.codes" in tensors
             named[name] = PackedVector.from_tensors(tensors, name, parameters) if packed else tensors[name]
-        directions = {n.removeprefix(DIRECTIONS): v for n, v in tensors.items() if n.startswith(DIRECTIONS)}
+        for field_name, prefix in (("directions", DIRECTIONS), ("steps", _STEPS)):
+            named[field_name] = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
         rows = tuple(Rows.from_tensors(*shard) for shard in zip(shards, counts, strict=True))
-        return cls(rows, examples=examples, directions=directions, **named)
+        return cls(rows, examples=examples, **named)
 
 
 @dataclass(frozen=True)
