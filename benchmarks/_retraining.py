@@ -165,6 +165,7 @@ def train(
     run: Any = None,
     projection: Any = None,
     segments: str | int = "epoch",
+    weights: Tensor | None = None,
     **recording: Any,
 ) -> nn.Module:
     """Train on some of the examples, recorded where a run is given; the global random state is left as it was.
@@ -177,6 +178,7 @@ def train(
         run: Where to record.
         projection: As the recorder takes it.
         segments: As the recorder takes it.
+        weights: Factors of the examples' losses, ``(examples,)``; None for ones.
         recording: Further arguments of the recorder.
     """
     inputs, labels = data
@@ -194,7 +196,11 @@ def train(
                 for batch in ids[torch.randperm(len(ids))].split(protocol.batch):
                     with recorder.step(batch) if recorder else contextlib.nullcontext():
                         optimizer.zero_grad()
-                        protocol.loss(model(inputs[batch]), labels[batch]).backward()
+                        prediction = model(inputs[batch])
+                        if weights is None:
+                            protocol.loss(prediction, labels[batch]).backward()
+                        else:
+                            (each_loss(prediction, labels[batch]) * weights[batch]).mean().backward()
                         optimizer.step()
     return model.eval()
 
@@ -202,8 +208,37 @@ def train(
 def minus_loss(model: nn.Module, data: Data) -> Tensor:
     """Minus the cross-entropy of each example, over its words their mean, ``(examples,)``."""
     with torch.no_grad():
-        losses = nn.functional.cross_entropy(model(data[0]).movedim(-1, 1), data[1], reduction="none")
-    return -losses.flatten(1).mean(1) if losses.ndim > 1 else -losses
+        return -each_loss(model(data[0]), data[1])
+
+
+def each_loss(prediction: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each example, over its words their mean, ``(examples,)``."""
+    losses = nn.functional.cross_entropy(prediction.movedim(-1, 1), labels, reduction="none")
+    return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+
+
+def left_out(protocol: Protocol, count: int, share: float = 0.1) -> pk.evaluation.SubsetOutputs:
+    """Train with seed 0 and the batches of the whole set, without the loss of a random tenth, ``count`` times."""
+    train_part, test = protocol.data(0)
+    kept = ROOT / f"left_out_{protocol.name}_{count}.pt"
+    if not kept.exists():
+        examples = len(train_part[1])
+        masks, outputs = torch.ones(count, examples, dtype=torch.bool), []
+        for position, mask in enumerate(masks):
+            generator = torch.Generator().manual_seed(77_000 + position)
+            mask[torch.randperm(examples, generator=generator)[: round(share * examples)]] = False
+            model = train(protocol, train_part, torch.arange(examples), 0, weights=mask.float())
+            outputs.append(answers(model, test))
+        torch.save((masks, torch.stack(outputs)), kept)
+    masks, outputs = torch.load(kept, weights_only=True)
+    return pk.evaluation.SubsetOutputs(masks.numpy(), outputs.double().numpy()[None])
+
+
+def answers(model: nn.Module, data: Data) -> Tensor:
+    """The margin of each example's class, or minus the mean loss of its words, ``(examples,)``."""
+    with torch.no_grad():
+        scores, labels = model(data[0]).double(), data[1]
+    return -each_loss(scores, labels) if labels.ndim > 1 else pk.Margin(labels)(scores)
 
 
 def truth(protocol: Protocol, split: int = 0, seeds: int = 1) -> pk.evaluation.SubsetOutputs:

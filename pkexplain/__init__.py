@@ -38,6 +38,7 @@ from pkexplain.explain.loss_output import Loss
 from pkexplain.explain.outputs import Custom, Logit, LogProbability, Margin, Output, Value
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.removal import Removal
+from pkexplain.explain.replay import Replay
 from pkexplain.explain.token_outputs import TokenLogProbability
 from pkexplain.optimizers.registry import register_update_rule
 from pkexplain.optimizers.rules import LinearStep, UpdateRule
@@ -89,6 +90,7 @@ __all__ = [
     "Recorder",
     "Remainder",
     "Removal",
+    "Replay",
     "Salvaged",
     "SparseSign",
     "SquaredError",

@@ -18,7 +18,9 @@ from pkexplain.explain._replay_training import (
 from pkexplain.optimizers.replayed import partial_derivatives
 from pkexplain.progress import Progress
 
-_QUERIES_AT_ONCE = 64
+
+Cotangents = list[list[Tensor]]
+"""Of θ, then of what is remembered: of each parameter, ``(queries, *shape)``."""
 
 
 def carry_back(training: ReplayedTraining, final: Tensor, progress: Progress) -> Tensor:
@@ -30,25 +32,28 @@ def carry_back(training: ReplayedTraining, final: Tensor, progress: Progress) ->
         progress: Told the progress.
 
     Returns:
-        c_i, in output units, ``(queries, segments, num_examples)``, float32, on the CPU.
+        c_i, in output units, ``(queries, segments, num_examples)``, on the CPU.
     """
     segments = training.steps[-1].segment + 1
-    found = torch.zeros(segments, training.num_examples, len(final), device="cpu")
-    cotangents = [final.clone(), *(torch.zeros_like(final) for _ in range(training.remembered))]
+    found = torch.zeros(segments, training.num_examples, len(final), dtype=final.dtype, device="cpu")
+    pairs = zip(final.split(training.sizes, dim=1), training.parameters, strict=True)
+    start = [piece.reshape(-1, *parameter.shape).clone() for piece, parameter in pairs]
+    cotangents = [start, *([torch.zeros_like(each) for each in start] for _ in range(training.remembered))]
+    direction = [torch.empty_like(each) for each in start]
     left = len(training.steps)
     with own_random_numbers(training.device):
         for some in training.blocks_backwards():
             for facts, state in reversed(some):
-                own = _step_back(training, facts, state, cotangents)
+                own = _step_back(training, facts, state, cotangents, direction)
                 for batch, products in zip(facts.batches, own, strict=True):
-                    found[facts.segment].index_add_(0, batch.ids, products.T.float().cpu())
+                    found[facts.segment].index_add_(0, batch.ids, products.T.to("cpu", final.dtype))
             left -= len(some)
             progress("replaying backwards", len(training.steps) - left, len(training.steps))
     return found.permute(2, 0, 1)
 
 
 def _step_back(
-    training: ReplayedTraining, facts: StepFacts, state: State, cotangents: Sequence[Tensor]
+    training: ReplayedTraining, facts: StepFacts, state: State, cotangents: Cotangents, direction: list[Tensor]
 ) -> list[Tensor]:
     """Carry cotangents, in place, over one step, and return ⟨u, ∇ℓ_i⟩ / batch of each of its batches' examples."""
     training.move_to(state.point)
@@ -61,46 +66,46 @@ def _step_back(
             pieces.append(torch.autograd.grad(loss, training.parameters, create_graph=True, materialize_grads=True))
     totals = [torch.stack(several).sum(0) if len(several) > 1 else several[0] for several in zip(*pieces, strict=True)]
     flat = torch.cat([piece.detach().flatten() for piece in totals])
-    given = training.clipped(flat)
-    direction = torch.empty_like(cotangents[0])
+    _through_optimizers(training, facts, state, training.clipped(flat), cotangents, direction)
+    if training.clip is not None:
+        _through_clipping(direction, totals, training.clip)
+    known = [k for k, total in enumerate(totals) if total.requires_grad]
+    inputs = [*training.parameters, *weights]
+    found = training.batched_products([totals[k] for k in known], inputs, [direction[k] for k in known])
+    for cotangent, curved in zip(cotangents[0], found, strict=False):
+        cotangent.add_(curved)
+    return found[len(cotangents[0]) :]
+
+
+def _through_optimizers(
+    training: ReplayedTraining,
+    facts: StepFacts,
+    state: State,
+    gradient: Tensor,
+    cotangents: Cotangents,
+    direction: list[Tensor],
+) -> None:
+    """Carry cotangents, in place, from after the optimizers' step to before it; that of the gradient is ``direction``."""
     for part in training.parts:
         here, options = part.span, facts.options[part.group]
         memory = remembered_before(state, part, options)
-        partials = partial_derivatives(part.step, state.point[here], memory, given[here], options)
-        mine = [cotangents[0][:, here], *(c[:, here] for c in cotangents[1 : 1 + part.step.remembered])]
-        direction[:, here] = partials.carry(mine)
-        if options["step"] == 1:  # what was remembered before was not used
-            for c in mine[1:]:
-                c.zero_()
-    if training.clip is not None:
-        direction = _through_clipping(direction, flat, training.clip)
-    own, curved = _through_gradient(training, totals, weights, direction)
-    cotangents[0].add_(curved)
-    return own
+        partials = partial_derivatives(part.step, state.point[here], memory, gradient[here], options)
+        for k, span in part.members:
+            mine = [each[k].flatten(1) for each in cotangents[: 1 + part.step.remembered]]
+            partials.of_slice(span).carry(mine, direction[k].flatten(1))
+            if options["step"] == 1:  # what was remembered before was not used
+                for each in mine[1:]:
+                    each.zero_()
 
 
-def _through_clipping(direction: Tensor, gradient: Tensor, largest: float) -> Tensor:
-    """Carry a cotangent through g · min(1, c / (‖g‖ + 1e-6))."""
-    norm = gradient.norm()
+def _through_clipping(direction: list[Tensor], gradient: Sequence[Tensor], largest: float) -> None:
+    """Carry the cotangent of a clipped gradient, in place, through g · min(1, c / (‖g‖ + 1e-6))."""
+    plain = [each.detach() for each in gradient]
+    norm = torch.stack([each.norm() for each in plain]).norm()
     factor = largest / (norm + 1e-6)
     if factor >= 1:
-        return direction
-    along = (direction @ gradient) / (norm * (norm + 1e-6))
-    return factor * (direction - along[:, None] * gradient)
-
-
-def _through_gradient(
-    training: ReplayedTraining, totals: Sequence[Tensor], weights: Sequence[Tensor], direction: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Carry cotangents of the gradient to the weights and to θ: products with ∇ℓ_i, and with the Hessian."""
-    known = [k for k, total in enumerate(totals) if total.requires_grad]
-    inputs = [*training.parameters, *weights]
-    sizes = [p.numel() for p in training.parameters]
-    found: list[list[Tensor]] = []
-    for some in direction.split(_QUERIES_AT_ONCE):
-        pieces = some.split(sizes, dim=1)
-        given = [pieces[k].reshape(len(some), *totals[k].shape) for k in known]
-        found.append(training.batched_products([totals[k] for k in known], inputs, given))
-    joined = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    curved = torch.cat([part.flatten(1) for part in joined[: len(sizes)]], dim=1)
-    return joined[len(sizes) :], curved
+        return
+    along = sum((u.flatten(1) @ g.flatten() for u, g in zip(direction, plain, strict=True)), norm.new_zeros(()))
+    along = along / (norm * (norm + 1e-6))
+    for u, g in zip(direction, plain, strict=True):
+        u.sub_(along.view(-1, *[1] * g.ndim) * g).mul_(factor)

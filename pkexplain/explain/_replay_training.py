@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -30,11 +31,13 @@ class Part:
         span: Where they are in the flat vector.
         group: The optimizer's parameter group.
         step: Its kind of step.
+        members: Which parameters they are, and where in the part.
     """
 
     span: slice
     group: int
     step: ReplayedStep
+    members: tuple[tuple[int, slice], ...]
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,10 @@ class ReplayedTraining:
         steps: All its steps.
         parts: The parameters by optimizer group.
         parameters: The parameters, in the order of the flat vector.
+        sizes: How many numbers each has.
+        remembered: The most vectors that an optimizer remembers.
+        num_examples: How many training examples there are.
+        device: Where it is computed.
         gap: How far the steps end from the recorded checkpoints, relative to ‖Δθ‖, in the worst segment.
         every: A state is kept every so many steps.
 
@@ -111,13 +118,9 @@ class ReplayedTraining:
         self.parameters = [named[name] for block in blocks for name in block.parameters]
         self.device = self.parameters[0].device
         kinds = [replayed_step(name) for name in trajectory.manifest.recording.replay]
-        self.parts: list[Part] = []
-        for block in blocks:
-            if self.parts and self.parts[-1].group == block.group and self.parts[-1].span.stop == block.span.start:
-                block_span = slice(self.parts.pop().span.start, block.span.stop)
-            else:
-                block_span = block.span
-            self.parts.append(Part(block_span, block.group, kinds[block.group]))
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+        groups = [block.group for block in blocks for _ in block.parameters]
+        self.parts = list(_parts(groups, self.sizes, kinds))
         self.remembered = max(part.step.remembered for part in self.parts)
         self.steps = list(self._read())
         self.every = max(1, math.isqrt(len(self.steps)))
@@ -147,7 +150,7 @@ class ReplayedTraining:
     def move_to(self, point: Tensor) -> None:
         """Set the model's parameters."""
         with torch.no_grad():
-            pieces = point.split([p.numel() for p in self.parameters])
+            pieces = point.split(self.sizes)
             for parameter, piece in zip(self.parameters, pieces, strict=True):
                 parameter.copy_(piece.view_as(parameter))
 
@@ -177,7 +180,7 @@ class ReplayedTraining:
             facts: The step.
             weights: The weight of each example's loss, ``(num_examples,)``; None for ones.
         """
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=self.parameters[0].dtype, device=self.device)
         for batch in facts.batches:
             losses = self.losses(batch)
             loss = (losses if weights is None else losses * weights[batch.ids].to(losses)).mean()
@@ -202,7 +205,10 @@ class ReplayedTraining:
                 return list(torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options))
             except RuntimeError:  # something in the model cannot be vectorised
                 self._batched = False
-        each = [torch.autograd.grad(outputs, inputs, [c[q] for c in cotangents], **options) for q in range(len(cotangents[0]))]
+        each = [
+            torch.autograd.grad(outputs, inputs, [c[q] for c in cotangents], **options)
+            for q in range(len(cotangents[0]))
+        ]
         return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
     def clipped(self, gradient: Tensor) -> Tensor:
@@ -263,7 +269,7 @@ class ReplayedTraining:
 
     def without(self, ids: Tensor, what: str) -> Tensor:
         """Train again with the loss of some examples left out, and return θ at the end, ``(parameters,)``."""
-        weights = torch.ones(self._trajectory.num_examples)
+        weights = torch.ones(self.num_examples, dtype=torch.float64, device="cpu")
         weights[ids] = 0.0
         state = self.start()
         with own_random_numbers(self.device):
@@ -273,6 +279,18 @@ class ReplayedTraining:
                 state = self.advance(state, facts, weights)
         self._progress(what, len(self.steps), len(self.steps))
         return state.point
+
+
+def _parts(groups: Sequence[int], sizes: Sequence[int], kinds: Sequence[ReplayedStep]) -> Iterator[Part]:
+    """Join consecutive parameters of one group."""
+    start = 0
+    for group, several in itertools.groupby(range(len(groups)), key=lambda k: groups[k]):
+        members, stop = [], 0
+        for k in several:
+            members.append((k, slice(stop, stop + sizes[k])))
+            stop += sizes[k]
+        yield Part(slice(start, start + stop), group, kinds[group], tuple(members))
+        start += stop
 
 
 def remembered_before(state: State, part: Part, options: Mapping[str, float]) -> Sequence[Tensor]:

@@ -16,6 +16,7 @@ from pkexplain.explain._checks import checks_of, removal_checks
 from pkexplain.explain._completeness import CorrectedCovectors, correct
 from pkexplain.explain._query_gradients import integrate, outputs_at_checkpoints
 from pkexplain.explain._ranking import Ranking
+from pkexplain.explain._replayed_rows import ReplayedRows
 from pkexplain.explain._run_notes import Note, notes_on_run
 from pkexplain.explain._trajectory_model import TrajectoryModel
 from pkexplain.explain.loss_curvature import LossCurvature
@@ -23,6 +24,7 @@ from pkexplain.explain.outputs import Output
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.queries import QueryBatch
 from pkexplain.explain.removal import Curvature, Removal, final_gradient
+from pkexplain.explain.replay import Replay, Replayer
 from pkexplain.gradients.layers import find_layers
 from pkexplain.gradients.model_copy import copy_model
 from pkexplain.progress import Progress
@@ -41,6 +43,8 @@ class Account:
         outputs: f(x; θ_t) at each checkpoint, in output units, ``(queries, segments + 1)``.
         checks: The checks of each query.
         costs: The cost of each query.
+        rows: What the covectors multiply, as far as this process searches it.
+        whole: The same for all examples.
     """
 
     projected: Tensor
@@ -49,6 +53,8 @@ class Account:
     outputs: Tensor
     checks: tuple[tuple[Check, ...], ...]
     costs: tuple[Cost, ...]
+    rows: Any
+    whole: Any
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class RunExplainer:
         self._withdrawn = torch.stack([segment.withdrawn for segment in self.segments])
         self._tolerance, self.quadrature, self._progress = setting.tolerance, setting.quadrature, setting.progress
         self._curvatures: dict[LossCurvature | None, Curvature] = {}
+        self._replayers: dict[Replay, Replayer] = {}
         rows = self.trajectory, setting.index, store, device
         self.whole = self.ranking = Ranking(*rows, ProcessGroup())
         group = ProcessGroup() if setting.group is None else TorchProcessGroup(setting.group)
@@ -155,15 +162,17 @@ class RunExplainer:
             )
         return prediction
 
-    def account(self, queries: QueryBatch, output: Output, removal: Removal | None) -> Account:
+    def account(self, queries: QueryBatch, output: Output, reading: Removal | Replay | None) -> Account:
         """Answer a batch of queries.
 
         Args:
             queries: The queries.
             output: What is explained, resolved on the final prediction.
-            removal: Settings of the removal reading; None for the path reading.
+            reading: Settings of the removal or the replay reading; None for the path reading.
         """
-        return self._path(queries, output) if removal is None else self._removal(queries, output, removal)
+        if isinstance(reading, Replay):
+            return self._replay(queries, output, reading)
+        return self._path(queries, output) if reading is None else self._removal(queries, output, reading)
 
     def corrected(self, queries: QueryBatch, output: Output) -> CorrectedCovectors:
         """Integrate the output gradient over every segment, and correct it so that the rows add up."""
@@ -195,6 +204,8 @@ class RunExplainer:
                 )
                 for q in every
             ),
+            rows=self.ranking,
+            whole=self.whole,
         )
 
     def _audited(self, corrected: CorrectedCovectors) -> Tensor | None:
@@ -208,13 +219,16 @@ class RunExplainer:
             total += covector @ segment.read_rows(ids, covector.dtype).T
         return total
 
-    def own(self, projected: Tensor, ids: Tensor) -> np.ndarray:
+    def own(self, account: Account, ids: Tensor) -> np.ndarray:
         """Multiply each query by the rows of one example, ``(queries,)``, in float64.
 
         Args:
-            projected: The covectors that multiply the rows, ``(queries, segments, k)``.
+            account: The answer to the queries.
             ids: The example of each query, ``(queries,)``.
         """
+        projected = account.projected
+        if isinstance(account.rows, ReplayedRows):
+            return projected.sum(1, dtype=torch.float64)[torch.arange(len(ids)), ids].numpy()
         total = torch.zeros(len(ids), dtype=torch.float64, device="cpu")
         for t, segment in enumerate(self.segments):
             covector = projected[:, t].cpu()
@@ -244,6 +258,30 @@ class RunExplainer:
             outputs=outputs,
             checks=tuple(removal_checks(self.trajectory, final, q) for q in range(len(queries))),
             costs=(cost,) * len(queries),
+            rows=self.ranking,
+            whole=self.whole,
+        )
+
+    def replayer(self, replay: Replay) -> Replayer:
+        """Train the run again, once for each setting."""
+        if replay not in self._replayers:
+            self._replayers[replay] = Replayer(self.trajectory, self.model, replay, self._progress)
+        return self._replayers[replay]
+
+    def _replay(self, queries: QueryBatch, output: Output, replay: Replay) -> Account:
+        found = self.replayer(replay).answer(self.trajectory_model, queries, output, len(self.trajectory))
+        outputs = outputs_at_checkpoints(self.trajectory_model, queries, output)
+        sums = found.contributions.sum(2, dtype=torch.float64)
+        rows, cost = ReplayedRows(self.trajectory), Cost(outputs.shape[1] + found.trials, 1, 1)
+        return Account(
+            projected=found.contributions,
+            ledgers=tuple(_ledger(outputs[q], sums[q], {}) for q in range(len(queries))),
+            segment_sums=sums,
+            outputs=outputs,
+            checks=found.checks,
+            costs=(cost,) * len(queries),
+            rows=rows,
+            whole=rows,
         )
 
 

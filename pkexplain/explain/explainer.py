@@ -15,11 +15,13 @@ from pkexplain.explain._ensemble import mean_checks, mean_cost, mean_ledger
 from pkexplain.explain._failed_checks import FailedChecks
 from pkexplain.explain._open_runs import OpenRuns, asked_alone
 from pkexplain.explain._ranking import mean_scan, rank
+from pkexplain.explain._readings import Reading, name_of, settings_of
 from pkexplain.explain._single_run import RunExplainer, Setting
 from pkexplain.explain.outputs import Output, as_output, settle_output
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.queries import Queries, QueryBatch, read_queries
 from pkexplain.explain.removal import Removal
+from pkexplain.explain.replay import Replay
 from pkexplain.gradients.model_copy import copy_model
 from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.ids import check_ids
@@ -148,8 +150,8 @@ class Explainer:
         return self._first.ranking.index
 
     @asked_alone
-    def prepare(self, reading: str | Removal = "path") -> None:
-        """Do one-time work now: build the index and, for a removal reading, compute the curvature of every segment.
+    def prepare(self, reading: Reading = "path") -> None:
+        """Do one-time work now: build the index, and what the reading needs: curvatures, or a training taken again.
 
         Args:
             reading: As for `explain`.
@@ -158,11 +160,13 @@ class Explainer:
             MissingDependencyError: faiss is not installed.
             ConfigurationError: faiss refuses the factory string, or ``reading`` is invalid.
         """
-        removal = _removal(reading)
+        settings = settings_of(reading)
         for run in self._runs:
             run.prepare()
-            if removal is not None:
-                run.curvature(removal.loss)
+            if isinstance(settings, Removal):
+                run.curvature(settings.loss)
+            elif settings is not None:
+                run.replayer(settings)
 
     @asked_alone
     def explain(
@@ -171,7 +175,7 @@ class Explainer:
         *,
         output: Output | Callable[[Tensor], Tensor] | None = None,
         k: int = 10,
-        reading: str | Removal = "path",
+        reading: Reading = "path",
     ) -> Any:
         """Explain one output of the model for one query, or for each query of a batch.
 
@@ -180,7 +184,8 @@ class Explainer:
             output: What to explain; by default the logit of the predicted class, or the one number predicted.
             k: Number of proponents, and of opponents, to show.
             reading: ``"path"``: contributions that add up; ``"removal"``: how much the output would lose without the
-                example, which do not add up; or a `pkexplain.Removal` with settings of your own.
+                example, which do not add up; a `pkexplain.Removal` with settings of your own; or a `pkexplain.Replay`:
+                the same by the exact derivative through this very run.
 
         Returns:
             An `Explanation`, or `Explanations`, a list of them, if ``x`` was a batch or a list.
@@ -190,24 +195,24 @@ class Explainer:
             ConfigurationError: ``k`` or ``reading`` is invalid.
         """
         _check_count(k)
-        removal, queries, explanations = _removal(reading), self._queries(x, output), Explanations()
+        settings, queries, explanations = settings_of(reading), self._queries(x, output), Explanations()
         about = self._open_runs.about
         self._first.prepare()
-        for some, settled, names in self._chunks(queries, output):
-            accounts = [run.account(some, settled, removal) for run in self._runs]
+        for some, settled, names in self._chunks(queries, output, settings):
+            accounts = [run.account(some, settled, settings) for run in self._runs]
             ledgers = [mean_ledger(each) for each in zip(*(account.ledgers for account in accounts), strict=True)]
             ranked = rank(
-                [run.ranking for run in self._runs],
+                [account.rows for account in accounts],
                 [account.projected for account in accounts],
                 [ledger.examples for ledger in ledgers],
                 k,
-                whole=[run.whole for run in self._runs],
+                whole=[account.whole for account in accounts],
                 keep=len(queries) * self.trajectory.num_examples <= _NUMBERS_AT_ONCE,
             )
             explanations += [
                 Explanation(
                     output=names[q],
-                    reading="path" if removal is None else "removal",
+                    reading=name_of(settings),
                     ledger=ledgers[q],
                     proponents=ranked[q].proponents,
                     opponents=ranked[q].opponents,
@@ -232,14 +237,14 @@ class Explainer:
         x: Any,
         *,
         output: Output | Callable[[Tensor], Tensor] | None = None,
-        reading: str | Removal = "path",
+        reading: Reading = "path",
     ) -> np.ndarray:
         """Compute the contributions of all training examples.
 
         Args:
             x: A query or a batch, as for `explain`.
             output: What to explain, as for `explain`.
-            reading: ``"path"``, ``"removal"`` or a `pkexplain.Removal`, as for `explain`.
+            reading: As for `explain`.
 
         Returns:
             c_i(x), in output units, ``(queries, num_examples)``. If a check of one of the queries fails, a warning
@@ -249,14 +254,14 @@ class Explainer:
             QueryError: The query or the output does not fit the model.
             ConfigurationError: ``reading`` is invalid.
         """
-        removal = _removal(reading)
+        settings = settings_of(reading)
         queries, failed = self._queries(x, output), FailedChecks("contributions()")
         parts = []
-        for some, settled, _ in self._chunks(queries, output):
-            accounts = [run.account(some, settled, removal) for run in self._runs]
+        for some, settled, _ in self._chunks(queries, output, settings):
+            accounts = [run.account(some, settled, settings) for run in self._runs]
             failed.note(mean_checks(each) for each in zip(*(account.checks for account in accounts), strict=True))
-            mine = mean_scan([run.ranking for run in self._runs], [account.projected for account in accounts]).numpy()
-            parts.append(np.concatenate(self._first.ranking.group.all_gather(mine), axis=1))
+            mine = mean_scan([a.rows for a in accounts], [a.projected for a in accounts]).numpy()
+            parts.append(np.concatenate(accounts[0].rows.group.all_gather(mine), axis=1))
         failed.warn()
         return np.concatenate(parts)[queries.places.argsort().numpy()]
 
@@ -267,7 +272,7 @@ class Explainer:
         ids: Sequence[int] | Tensor,
         *,
         output: Output | Callable[[Tensor], Tensor] | None = None,
-        reading: str | Removal = "removal",
+        reading: Reading = "removal",
     ) -> np.ndarray:
         """Compute how much training examples contribute to their own outputs.
 
@@ -288,7 +293,7 @@ class Explainer:
             ExampleIdError: The ids are out of range, or their number is not that of the examples.
             ConfigurationError: ``reading`` is invalid.
         """
-        removal = _removal(reading)
+        settings = settings_of(reading)
         queries = self._queries(x, output)
         known = check_ids(ids, self.trajectory.num_examples, "self_contributions(ids)")
         if len(known) != len(queries):
@@ -298,11 +303,11 @@ class Explainer:
                 "self_contributions(ids)", wrong, got=got, expected=expected, source="the batch", fix=fix
             )
         parts, start, failed = [], 0, FailedChecks("self_contributions()")
-        for some, settled, _ in self._chunks(queries, output):
+        for some, settled, _ in self._chunks(queries, output, settings):
             mine = known[queries.places[start : start + len(some)]]
-            accounts = [run.account(some, settled, removal) for run in self._runs]
+            accounts = [run.account(some, settled, settings) for run in self._runs]
             failed.note(mean_checks(each) for each in zip(*(account.checks for account in accounts), strict=True))
-            found = [run.own(a.projected, mine) for run, a in zip(self._runs, accounts, strict=True)]
+            found = [run.own(a, mine) for run, a in zip(self._runs, accounts, strict=True)]
             parts.append(np.mean(found, axis=0))
             start += len(some)
         failed.warn()
@@ -312,11 +317,14 @@ class Explainer:
         asked = None if output is None else as_output(output).of
         return read_queries(x, self.trajectory, self._first.model).asked_of(asked)
 
-    def _chunks(self, queries: Queries, output: Any) -> Iterator[tuple[QueryBatch, Output, list[str]]]:
+    def _chunks(
+        self, queries: Queries, output: Any, settings: Removal | Replay | None
+    ) -> Iterator[tuple[QueryBatch, Output, list[str]]]:
         """Resolve the output on the final prediction, and split the queries into batches that fit in memory."""
-        quadrature = self._first.quadrature
-        kept = self._first.trajectory_model.columns * len(self.trajectory) * quadrature.budget // quadrature.fewest
-        numbers = max(kept, self.trajectory.num_examples)
+        quadrature, examples = self._first.quadrature, self.trajectory.num_examples
+        nodes = len(self.trajectory) * quadrature.budget // quadrature.fewest
+        kept = self._first.trajectory_model.columns * nodes
+        numbers = examples * len(self.trajectory) if isinstance(settings, Replay) else max(kept, examples)
         size = max(1, min(_MOST_QUERIES_AT_ONCE, _NUMBERS_AT_ONCE // numbers))
         for batch, wanted in queries.with_output(output):
             predictions = [run.prediction(batch, _MOST_QUERIES_AT_ONCE) for run in self._runs]
@@ -330,19 +338,6 @@ def _check_count(k: int) -> None:
     if not isinstance(k, int) or k < 1:
         got, expected, wrong = repr(k), "an integer from 1 up", "this many examples cannot be shown"
         raise ConfigurationError("Explainer.explain", wrong, got, expected, "its signature", "Leave k out")
-
-
-def _removal(reading: str | Removal) -> Removal | None:
-    """Look up a reading by its name."""
-    if isinstance(reading, Removal):
-        return reading
-    known: dict[Any, Removal | None] = {"path": None, "removal": Removal()}
-    if not isinstance(reading, str) or reading not in known:
-        fix, expected = "Leave reading out for contributions that add up", '"path", "removal" or a Removal'
-        raise ConfigurationError(
-            "Explainer.explain", "there is no such reading", repr(reading), expected, "Explainer", fix
-        )
-    return known[reading]
 
 
 def _mean(rows: Sequence[Tensor]) -> tuple[float, ...]:

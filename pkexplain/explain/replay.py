@@ -70,7 +70,7 @@ class Replay:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.clip is not None and not self.clip > 0 or self.trials < 0:
+        if self.trials < 0 or (self.clip is not None and not self.clip > 0):
             got, expected = f"clip={self.clip!r}, trials={self.trials!r}", "a positive number or None, 0 or more trials"
             fix = "Leave them out"
             raise ConfigurationError("Replay", "a number is invalid", got, expected, "the replay reading", fix)
@@ -83,14 +83,14 @@ class Replayed:
     """The replay reading of a batch of queries.
 
     Attributes:
-        contributions: c_i of each segment, in output units, ``(queries, segments, num_examples)``, float32.
+        contributions: c_i of each segment, in output units, ``(queries, segments, num_examples)``.
         checks: The checks of each query.
-        trainings: How many times the run was trained again, backwards not counted.
+        trials: How many trainings without some examples the contributions were compared with.
     """
 
     contributions: Tensor
     checks: tuple[tuple[Check, ...], ...]
-    trainings: int
+    trials: int
 
 
 class Replayer:
@@ -143,7 +143,7 @@ class Replayer:
             falls.append(before - model.value(queries, output).cpu())
         sums = contributions.sum(1, dtype=torch.float64)
         predicted = [sums[:, ids].sum(1) for ids in self._left_out]
-        return Replayed(contributions, self._checks(falls, predicted, len(sums)), 1 + len(self._without))
+        return Replayed(contributions, self._checks(falls, predicted, len(sums)), len(self._without))
 
     def _checks(self, falls: list[Tensor], predicted: list[Tensor], queries: int) -> tuple[tuple[Check, ...], ...]:
         gap = Check("replay gap", self._training.gap, _GAP, _GAP_MEANING)

@@ -21,15 +21,17 @@ __all__ = ["Partials", "ReplayedStep", "partial_derivatives", "replayed_step", "
 
 
 class ReplayedStep(Protocol):
-    """The step of one kind of optimizer.
+    """The step of one kind of optimizer."""
 
-    Attributes:
-        options: Names of the numbers that `step` needs, as `read` returns them.
-        remembered: How many vectors the optimizer remembers.
-    """
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the numbers that `step` needs, as `read` returns them."""
+        ...
 
-    options: tuple[str, ...]
-    remembered: int
+    @property
+    def remembered(self) -> int:
+        """How many vectors the optimizer remembers."""
+        ...
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, ...]:
         """Read the options before a step; the first is the step's number, from 1 where nothing is remembered yet."""
@@ -150,36 +152,39 @@ class Partials:
 
     of: tuple[tuple[Tensor | None, ...], ...]
 
-    def carry(self, cotangents: Sequence[Tensor]) -> Tensor:
-        """Carry cotangents from the outputs to the inputs; those of θ and of what is remembered in place.
+    def of_slice(self, some: slice) -> Partials:
+        """Return the derivatives of some of the coordinates."""
+        return Partials(tuple(tuple(None if each is None else each[some] for each in row) for row in self.of))
+
+    def carry(self, cotangents: Sequence[Tensor], gradient: Tensor) -> None:
+        """Carry cotangents from the outputs to the inputs.
 
         Args:
             cotangents: Of each output, ``(queries, numbers)``; afterwards, of each input but the gradient.
-
-        Returns:
-            That of the gradient, ``(queries, numbers)``.
+            gradient: Where to write that of the gradient, ``(queries, numbers)``.
         """
-        gradient = torch.zeros_like(cotangents[0])
         for start in range(0, gradient.shape[1], _AT_ONCE):  # so that a processor's cache holds what is read again
             here = slice(start, start + _AT_ONCE)
-            outputs, found = [c[:, here] for c in cotangents], gradient[:, here]
-            results: list[Tensor | None] = [None] * len(outputs)
-            for output, derivatives in zip(outputs, self.of, strict=True):
-                for i, derivative in enumerate(derivatives):
-                    if derivative is None:
-                        continue
-                    if i == len(outputs):
-                        found.addcmul_(output, derivative[here])
-                    elif (known := results[i]) is None:
-                        results[i] = output * derivative[here]
-                    else:
-                        known.addcmul_(output, derivative[here])
-            for output, result in zip(outputs, results, strict=True):
-                output.zero_() if result is None else output.copy_(result)
-        return gradient
+            outputs = [each[:, here] for each in cotangents]
+            results = [self._sum(outputs, i, here) for i in range(len(outputs) + 1)]
+            for place, result in zip([*outputs, gradient[:, here]], results, strict=True):
+                place.zero_() if result is None else place.copy_(result)
+
+    def _sum(self, outputs: Sequence[Tensor], i: int, here: slice) -> Tensor | None:
+        """Carry some coordinates' cotangents of the outputs to the i-th input."""
+        result: Tensor | None = None
+        for output, row in zip(outputs, self.of, strict=True):
+            derivative = row[i]
+            if derivative is None:
+                continue
+            if result is None:
+                result = output * derivative[here]
+            else:
+                result.addcmul_(output, derivative[here])
+        return result
 
 
-_AT_ONCE = 2048
+_AT_ONCE = 1024
 """Coordinates at a time."""
 
 

@@ -75,7 +75,7 @@ class ReplayRecorder:
         batches = [batch for several, _ in taken for batch in several]
         return StepLog.of(
             [batch.ids for batch in batches],
-            [batch.random for batch in batches],
+            [batch.random for batch in batches if batch.random is not None],
             [len(several) for several, _ in taken],
             [options for _, options in taken],
         ).tensors()
