@@ -151,7 +151,7 @@ LR = Protocol("LR", lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), 20,
 MLP = Protocol("MLP", _mlp, 50, 64, _sgd(0.01, 0.9))
 CNN = Protocol("CNN", _cnn, 6, 64, _sgd(0.02, 0.9))
 ADAMW = Protocol("MLP, AdamW", functools.partial(_mlp, nn.ReLU, 0.0), 12, 64, _adamw(1e-3))
-SMOOTH = Protocol("MLP with GELU, AdamW", functools.partial(_mlp, nn.GELU, 0.0), 12, 64, _adamw(1e-3))
+SMOOTH = Protocol("MLP with GELU, AdamW", functools.partial(_mlp, nn.GELU, 0.0), 15, 500, _adamw(5e-4))
 TEXT = Protocol("text, AdamW", BagOfWords, 8, 64, _adamw(2e-3), sentences)
 LANGUAGE = Protocol("GPT, AdamW", _gpt, 12, 32, _adamw(2e-3), pieces, subsets=50)
 
