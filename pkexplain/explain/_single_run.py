@@ -244,7 +244,7 @@ class RunExplainer:
 
     def _removal(self, queries: QueryBatch, output: Output, removal: Removal) -> Account:
         curvature = self.curvature(removal.loss)
-        pieces = self.trajectory_model, self.segments, self.projectors
+        pieces = self.trajectory, self.trajectory_model, self.segments, self.projectors
         final = final_gradient(*pieces, queries, output, removal.checkpoints)
         carried = curvature.carry(final.projected, removal.strength)
         outputs = outputs_at_checkpoints(self.trajectory_model, queries, output)

@@ -187,6 +187,11 @@ class TrajectoryModel:
 
         return self._vectors.get(t, read)
 
+    def moved_by_gradients(self, t: int) -> Tensor:
+        """Return Δθ_t less what weight decay moved, ``(parameters,)``."""
+        moved = self._checkpoint(t + 1) - self._checkpoint(t)
+        return moved - self._trajectory.segment(t).weight_decay.to(moved)
+
     def move_to_checkpoint(self, t: int) -> None:
         """Set the model's parameters and buffers to those of checkpoint t."""
         self._set(self._checkpoint(t), self._buffers_at(t))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pkexplain.errors import ConfigurationError
+from pkexplain.explain._second_moment import credit
 from pkexplain.explain._trajectory_model import TrajectoryModel
 from pkexplain.explain.loss_curvature import LossCurvature, loss_curvature_of
 from pkexplain.explain.outputs import Output
@@ -57,7 +58,7 @@ class Removal:
         ConfigurationError: A number is invalid.
     """
 
-    strength: float = 0.2
+    strength: float = 0.35
     loss: LossCurvature | None = None
     checkpoints: int | None = None
 
@@ -91,6 +92,7 @@ class FinalGradient:
 
 
 def final_gradient(
+    trajectory: Trajectory,
     model: TrajectoryModel,
     segments: Sequence[Segment],
     projectors: Sequence[Projector],
@@ -101,7 +103,8 @@ def final_gradient(
     """Differentiate f at the ends of the last segments; each counts by its number of steps.
 
     Args:
-        model: The model and the run.
+        trajectory: The run.
+        model: The model at any of its points.
         segments: The run's segments.
         projectors: Their projections.
         queries: The queries.
@@ -122,8 +125,9 @@ def final_gradient(
             audit = audit + (model.coordinates.of(gradients) @ exact.T).double().cpu()
             covectors = projectors[t].project_covectors(gradients).cpu()
             stored = stored + (covectors @ segments[t].read_rows(ids, model.dtype).T).double()
-        projected = torch.stack([projector.project_covectors(mean) for projector in projectors], dim=1)
-        found.append((projected, audit, stored))
+        counted = [(projector, credit(trajectory, model, t)) for t, projector in enumerate(projectors)]
+        projected = [projector.project_covectors(mean if f is None else mean * f) for projector, f in counted]
+        found.append((torch.stack(projected, dim=1), audit, stored))
     projected, audit, stored = (torch.cat(parts) for parts in zip(*found, strict=True))
     return FinalGradient(projected, audit, stored, len(last))
 
