@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _models import GPT as CausalTransformer
+from _models import GPT
 from torch import Tensor, nn
 
 import pkexplain as pk
@@ -136,7 +136,7 @@ class BagOfWords(nn.Module):
 
 
 def _gpt() -> nn.Module:
-    return CausalTransformer(width=64, depth=2, heads=4, length=32, vocabulary=1000)
+    return GPT(width=64, depth=2, heads=4, length=32, vocabulary=1000)
 
 
 def _sgd(rate: float, momentum: float) -> Callable[[Any], torch.optim.Optimizer]:

@@ -39,6 +39,7 @@ from pkexplain.explain.outputs import Custom, Logit, LogProbability, Margin, Out
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.removal import Removal
 from pkexplain.explain.replay import Replay
+from pkexplain.explain.suspects import suspects
 from pkexplain.explain.token_outputs import TokenLogProbability
 from pkexplain.optimizers.registry import register_update_rule
 from pkexplain.optimizers.rules import LinearStep, UpdateRule
@@ -105,6 +106,7 @@ __all__ = [
     "merge",
     "register_update_rule",
     "salvage",
+    "suspects",
     "verify_recording",
     "withdraw",
     "write_report",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pkexplain.errors import ConfigurationError
 from pkexplain.explain._single_run import RunExplainer
@@ -67,3 +69,8 @@ def mean_cost(costs: Sequence[Cost]) -> Cost:
         sum(cost.budget for cost in costs),
         exhausted=any(cost.exhausted for cost in costs),
     )
+
+
+def mean_rows(rows: Sequence[Tensor]) -> tuple[float, ...]:
+    """Average rows of numbers."""
+    return tuple(torch.stack(list(rows)).mean(0).tolist())

@@ -51,6 +51,7 @@ class OpenRuns:
     def __init__(self, stores: Sequence[Store], model: nn.Module, setting: Setting) -> None:
         """Open them."""
         self._stores, self._setting = stores, setting
+        self.stores = tuple(stores)
         self._new_lock()
         self._opened: list[tuple[str, int, str]] = []
         self.all: list[RunExplainer] = []

@@ -34,3 +34,10 @@ def settings_of(reading: Reading) -> Removal | Replay | None:
 def name_of(settings: Removal | Replay | None) -> str:
     """Name a reading."""
     return "path" if settings is None else "removal" if isinstance(settings, Removal) else "replay"
+
+
+def check_count(k: int) -> None:
+    """Refuse a number of examples that cannot be shown."""
+    if not isinstance(k, int) or k < 1:
+        got, expected, wrong = repr(k), "an integer from 1 up", "this many examples cannot be shown"
+        raise ConfigurationError("Explainer.explain", wrong, got, expected, "its signature", "Leave k out")

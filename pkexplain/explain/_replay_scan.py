@@ -18,7 +18,6 @@ from pkexplain.explain._replay_training import (
 from pkexplain.optimizers.replayed import partial_derivatives
 from pkexplain.progress import Progress
 
-
 Cotangents = list[list[Tensor]]
 """Of θ, then of what is remembered: of each parameter, ``(queries, *shape)``."""
 
@@ -57,7 +56,8 @@ def _step_back(
 ) -> list[Tensor]:
     """Carry cotangents, in place, over one step, and return ⟨u, ∇ℓ_i⟩ / batch of each of its batches' examples."""
     training.move_to(state.point)
-    weights, pieces = [], []
+    weights: list[Tensor] = []
+    pieces: list[Sequence[Tensor]] = []
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
         for batch in facts.batches:
             losses = training.losses(batch)
@@ -74,7 +74,7 @@ def _step_back(
     found = training.batched_products([totals[k] for k in known], inputs, [direction[k] for k in known])
     for cotangent, curved in zip(cotangents[0], found, strict=False):
         cotangent.add_(curved)
-    return found[len(cotangents[0]) :]
+    return list(found[len(cotangents[0]) :])
 
 
 def _through_optimizers(
@@ -85,7 +85,7 @@ def _through_optimizers(
     cotangents: Cotangents,
     direction: list[Tensor],
 ) -> None:
-    """Carry cotangents, in place, from after the optimizers' step to before it; that of the gradient is ``direction``."""
+    """Carry cotangents, in place, to before the optimizers' step; that of the gradient is ``direction``."""
     for part in training.parts:
         here, options = part.span, facts.options[part.group]
         memory = remembered_before(state, part, options)

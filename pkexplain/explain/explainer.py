@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from pkexplain.errors import ConfigurationError, ExampleIdError
-from pkexplain.explain._ensemble import mean_checks, mean_cost, mean_ledger
+from pkexplain.explain._ensemble import mean_checks, mean_cost, mean_ledger, mean_rows
 from pkexplain.explain._failed_checks import FailedChecks
 from pkexplain.explain._open_runs import OpenRuns, asked_alone
 from pkexplain.explain._ranking import mean_scan, rank
-from pkexplain.explain._readings import Reading, name_of, settings_of
+from pkexplain.explain._readings import Reading, check_count, name_of, settings_of
 from pkexplain.explain._single_run import RunExplainer, Setting
 from pkexplain.explain.outputs import Output, as_output, settle_output
 from pkexplain.explain.quadrature import Quadrature
 from pkexplain.explain.queries import Queries, QueryBatch, read_queries
 from pkexplain.explain.removal import Removal
 from pkexplain.explain.replay import Replay
+from pkexplain.explain.suspects import described, suspects
 from pkexplain.gradients.model_copy import copy_model
 from pkexplain.gradients.torch_state import own_torch_state
 from pkexplain.ids import check_ids
@@ -29,6 +30,7 @@ from pkexplain.index.row_index import RowIndex
 from pkexplain.progress import Progress, no_progress
 from pkexplain.results.explanation import Explanation
 from pkexplain.results.explanations import Explanations
+from pkexplain.results.suspects import Suspects
 from pkexplain.store.base import Store
 from pkexplain.store.directory import open_store
 from pkexplain.store.trajectory import Trajectory
@@ -194,7 +196,7 @@ class Explainer:
             QueryError: The query or the output does not fit the model.
             ConfigurationError: ``k`` or ``reading`` is invalid.
         """
-        _check_count(k)
+        check_count(k)
         settings, queries, explanations = settings_of(reading), self._queries(x, output), Explanations()
         about = self._open_runs.about
         self._first.prepare()
@@ -220,8 +222,8 @@ class Explainer:
                     checks=mean_checks([account.checks[q] for account in accounts]),
                     cost=mean_cost([account.costs[q] for account in accounts]),
                     boundaries=self.trajectory.boundaries,
-                    segment_sums=_mean([account.segment_sums[q] for account in accounts]),
-                    checkpoint_outputs=_mean([account.outputs[q] for account in accounts]),
+                    segment_sums=mean_rows([account.segment_sums[q] for account in accounts]),
+                    checkpoint_outputs=mean_rows([account.outputs[q] for account in accounts]),
                     query=some.row(q),
                     prediction=some.rule.stated,
                     all_contributions=ranked[q].contributions,
@@ -313,6 +315,20 @@ class Explainer:
         failed.warn()
         return np.concatenate(parts)[queries.places.argsort().numpy()]
 
+    @asked_alone
+    def suspects(self, k: int = 100, *, labels: Any = None, dataset: Any = None) -> Suspects:
+        """Rank training examples by how likely their label is wrong, with what they are like; see `pkexplain.suspects`.
+
+        Args:
+            k: How many to show.
+            labels: As for `pkexplain.suspects`.
+            dataset: The training set, rows ``(inputs, label)`` or mappings, to say what the model thinks they are.
+
+        Raises:
+            ConfigurationError: As for `pkexplain.suspects`.
+        """
+        return described(suspects(self._open_runs.stores, k, labels=labels), self._runs, dataset)
+
     def _queries(self, x: Any, output: Any) -> Queries:
         asked = None if output is None else as_output(output).of
         return read_queries(x, self.trajectory, self._first.model).asked_of(asked)
@@ -332,13 +348,3 @@ class Explainer:
             names = settled.names(len(batch))
             for positions in torch.arange(len(batch), device="cpu").split(size):
                 yield batch.select(positions), settled.select(positions), [names[int(p)] for p in positions]
-
-
-def _check_count(k: int) -> None:
-    if not isinstance(k, int) or k < 1:
-        got, expected, wrong = repr(k), "an integer from 1 up", "this many examples cannot be shown"
-        raise ConfigurationError("Explainer.explain", wrong, got, expected, "its signature", "Leave k out")
-
-
-def _mean(rows: Sequence[Tensor]) -> tuple[float, ...]:
-    return tuple(torch.stack(list(rows)).mean(0).tolist())

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["BinaryCrossEntropy", "CrossEntropy", "LossCurvature", "SquaredError", "loss_curvature_of"]
+__all__ = ["BinaryCrossEntropy", "CrossEntropy", "LossCurvature", "SquaredError", "loss_curvature_of", "usual_largest"]
 
+_USUAL = 0.95
 _SMALLEST = 1e-3
 """Loss derivatives below this share of the largest possible are raised to it: their rows are mostly rounding error."""
 
@@ -96,3 +97,9 @@ def loss_curvature_of(loss_derivatives: Tensor) -> LossCurvature:
         loss_derivatives: As stored with the rows: signed if the model has one output, otherwise minus a norm.
     """
     return SquaredError() if bool((loss_derivatives > 0).any()) else CrossEntropy()
+
+
+def usual_largest(sizes: Tensor) -> float:
+    """The size that 19 of 20 examples do not exceed: an epoch's last batch is often smaller, and its share larger."""
+    sizes = sizes[sizes > 0]
+    return float(sizes.sort().values[int(_USUAL * (len(sizes) - 1))]) if len(sizes) else 0.0

@@ -25,7 +25,7 @@ from torch import Tensor
 from pkexplain.errors import ConfigurationError
 from pkexplain.explain._second_moment import credit
 from pkexplain.explain._trajectory_model import TrajectoryModel
-from pkexplain.explain.loss_curvature import LossCurvature, loss_curvature_of
+from pkexplain.explain.loss_curvature import LossCurvature, loss_curvature_of, usual_largest
 from pkexplain.explain.outputs import Output
 from pkexplain.explain.queries import QueryBatch
 from pkexplain.progress import Progress, no_progress
@@ -187,7 +187,7 @@ class Curvature:
         derivatives = torch.stack([s.loss_derivatives for s in segments])
         sizes, unseen = derivatives.nan_to_num(0.0), derivatives.isnan()
         loss = loss or loss_curvature_of(sizes)
-        largest = float(sizes.abs().max())
+        largest = max(usual_largest(each[~gone].abs()) for each, gone in zip(sizes, unseen, strict=True))
         if not largest > 0:
             raise ConfigurationError(
                 'reading="removal"',
