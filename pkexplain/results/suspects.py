@@ -113,6 +113,4 @@ class Suspects(Sequence[Suspect]):
 
 
 _LINES = 20
-_MEANING = (
-    "Score: the mean of ‖ℓ′‖ while it was trained on: 0 where the model agreed with it, 1 where not at all."
-)
+_MEANING = "Score: the mean of ‖ℓ′‖ while it was trained on: 0 where the model agreed with it, 1 where not at all."

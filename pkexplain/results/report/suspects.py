@@ -16,6 +16,8 @@ from pkexplain.results.report.items import Item, TrainingSet
 if TYPE_CHECKING:
     from pkexplain.results.suspects import Suspects
 
+__all__ = ["write_page"]
+
 _NEIGHBOURS = 4
 
 
