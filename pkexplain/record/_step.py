@@ -86,11 +86,9 @@ class Accounts:
 
 
 class StepRecorder:
-    """Records one step after another.
+    """Records one step after another, of a plan, in its accounts.
 
     Args:
-        plan: What is recorded.
-        accounts: Where it is added up.
         meet: Waits for all processes; see `RollCall.meet`.
         roll_call: Where they meet.
         end_segment: Called where a segment ends; with whether that is before its full length.
@@ -122,7 +120,7 @@ class StepRecorder:
         return self._step is not None
 
     def hooks(self) -> Iterator[Any]:
-        """Listen to the parameters' gradients and to the optimizers; yield the handles."""
+        """Listen to gradients and optimizers; yield the handles."""
         yield from self._accounts.sums.hooks(self._current_batch)
         for optimizer in self._plan.optimizers.all:
             yield optimizer.register_step_pre_hook(self._before_step)
