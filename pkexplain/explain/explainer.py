@@ -186,7 +186,7 @@ class Explainer:
             output: What to explain; by default the logit of the predicted class, or the one number predicted.
             k: Number of proponents, and of opponents, to show.
             reading: ``"path"``: contributions that add up; ``"removal"``: how much the output would lose without the
-                example; a `pkexplain.Removal`; or a `pkexplain.Replay`: the same by the exact derivative through the run.
+                example; a `pkexplain.Removal`; or a `pkexplain.Replay`: the exact derivative through this run.
 
         Returns:
             An `Explanation`, or `Explanations`, a list of them, if ``x`` was a batch or a list.

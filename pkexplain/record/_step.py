@@ -89,8 +89,7 @@ class StepRecorder:
     """Records one step after another, of a plan, in its accounts.
 
     Args:
-        meet: Waits for all processes; see `RollCall.meet`.
-        roll_call: Where they meet.
+        meet: Waits for all processes; see `RollCall.meet`, where ``roll_call`` is.
         end_segment: Called where a segment ends; with whether that is before its full length.
     """
 
@@ -328,8 +327,7 @@ class StepRecorder:
             self._skip(batches)
             return
         accounts, steps = self._accounts, self._plan.steps
-        accountant, sums = accounts.accountant, accounts.sums
-        unsplit = accounts.split.share_of(sums)
+        accountant, sums, unsplit = accounts.accountant, accounts.sums, accounts.split.share_of(accounts.sums)
         gradients, numbers = (sums.captured, sums.attributed), steps.numbers()
         with accounts.ends.as_a_whole():
             accountant.step(AppliedStep(batches, *gradients, numbers, step.before, step.factors, unsplit))
@@ -339,7 +337,7 @@ class StepRecorder:
         self._forget()
 
     def _skip(self, batches: Sequence[CapturedBatch]) -> None:
-        """Count a step that was skipped."""
+        """Count it."""
         self._accounts.ends.warnings.of_skipped(batches)
         self._accounts.accountant.skip(batches)
         self._accounts.lengths.count(sum(batch.everywhere for batch in batches), stepped=False)
