@@ -64,7 +64,9 @@ def _step_back(
             weights.append(torch.ones_like(losses, requires_grad=True))
             loss = (losses * weights[-1]).mean()
             pieces.append(torch.autograd.grad(loss, training.parameters, create_graph=True, materialize_grads=True))
-    totals = [torch.stack(several).sum(0) if len(several) > 1 else several[0] for several in zip(*pieces, strict=True)]
+    totals = list(pieces[0])
+    for more in pieces[1:]:
+        totals = [total + piece for total, piece in zip(totals, more, strict=True)]
     flat = torch.cat([piece.detach().flatten() for piece in totals])
     _through_optimizers(training, facts, state, training.clipped(flat), cotangents, direction)
     if training.clip is not None:
