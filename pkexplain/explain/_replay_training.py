@@ -117,10 +117,10 @@ class ReplayedTraining:
         named, blocks = dict(model.named_parameters()), trajectory.fingerprint.blocks
         self.parameters = [named[name] for block in blocks for name in block.parameters]
         self.device = self.parameters[0].device
-        kinds = [replayed_step(name) for name in trajectory.manifest.recording.replay]
+        self._kinds = [replayed_step(name) for name in trajectory.manifest.recording.replay]
         self.sizes = [parameter.numel() for parameter in self.parameters]
         groups = [block.group for block in blocks for _ in block.parameters]
-        self.parts = list(_parts(groups, self.sizes, kinds))
+        self.parts = list(_parts(groups, self.sizes, self._kinds))
         self.remembered = max(part.step.remembered for part in self.parts)
         self.steps = list(self._read())
         self.every = max(1, math.isqrt(len(self.steps)))
@@ -131,14 +131,14 @@ class ReplayedTraining:
 
     def _read(self) -> Iterator[StepFacts]:
         number = 0
-        kinds = [replayed_step(name) for name in self._trajectory.manifest.recording.replay]
         for t in range(len(self._trajectory)):
             log = StepLog.from_tensors(self._trajectory.segment(t).steps)
             ids = iter(zip(log.ids.long().split(log.lengths.tolist()), log.state.tolist(), strict=True))
             counts = log.batches.tolist()
             for position, (count, rows) in enumerate(zip(counts, log.options.tolist(), strict=True)):
                 batches = tuple(Batch(some, log.states[state]) for some, state in (next(ids) for _ in range(count)))
-                options = tuple(dict(zip(k.options, row, strict=False)) for k, row in zip(kinds, rows, strict=True))
+                pairs = zip(self._kinds, rows, strict=True)
+                options = tuple(dict(zip(kind.options, row, strict=False)) for kind, row in pairs)
                 yield StepFacts(number, t, position + 1 == len(counts), batches, options)
                 number += 1
 
@@ -156,10 +156,9 @@ class ReplayedTraining:
 
     def losses(self, batch: Batch) -> Tensor:
         """Compute each example's loss at the model's current point, with the random numbers as they were."""
-        _set_random_state(batch.random, self.device)
         rows = [self._replay.dataset[i] for i in batch.ids.tolist()]
-        made = (self._replay.collate or torch.utils.data.default_collate)(rows)
-        made = _moved(made, self.device)
+        made = _moved((self._replay.collate or torch.utils.data.default_collate)(rows), self.device)
+        _set_random_state(batch.random, self.device)  # not before: the data set may draw, too
         losses = (self._replay.loss or cross_entropy)(self._model, made)
         if not isinstance(losses, Tensor) or losses.shape != batch.ids.shape:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -235,8 +234,16 @@ class ReplayedTraining:
                 row[here] = value
         return State(point, memory)
 
+    def _follow(self, state: State, facts: StepFacts) -> State:
+        """Take one step; at a segment's end, go on from the recorded checkpoint, so that rounding does not add up."""
+        state = self.advance(state, facts)
+        return State(self._end_of(facts), state.memory) if facts.last else state
+
+    def _end_of(self, facts: StepFacts) -> Tensor:
+        return self._trajectory.checkpoint(facts.segment + 1).parameters.to(self.device, copy=True)
+
     def _take_all(self) -> list[State]:
-        state, kept, moved = self.start(), [], 0.0
+        state, kept = self.start(), []
         start = state.point
         for facts in self.steps:
             if facts.number % self.every == 0:
@@ -244,28 +251,21 @@ class ReplayedTraining:
                 self._progress("replaying the run", facts.number, len(self.steps))
             state = self.advance(state, facts)
             if facts.last:
-                end = self._trajectory.checkpoint(facts.segment + 1).parameters.to(self.device)
+                end = self._end_of(facts)
                 moved = float((end - start).norm())
                 gap = float((state.point - end).norm()) / max(moved, torch.finfo(end.dtype).tiny)
                 self.gap = max(self.gap, gap) if math.isfinite(gap) else math.inf
-                start, state = end, State(end.clone(), state.memory)
+                start, state = end, State(end, state.memory)
         self._progress("replaying the run", len(self.steps), len(self.steps))
         return kept
 
     def blocks_backwards(self) -> Iterator[list[tuple[StepFacts, State]]]:
         """Yield the steps with the states before them, the last steps first; each list in the order of the run."""
         for k in reversed(range(len(self._kept))):
-            some = self.steps[k * self.every : (k + 1) * self.every]
-            state, found = self._kept[k], []
-            for facts in some:
-                found.append((facts, state))
-                if facts is some[-1]:
-                    break
-                state = self.advance(state, facts)
-                if facts.last:
-                    end = self._trajectory.checkpoint(facts.segment + 1).parameters.to(self.device, copy=True)
-                    state = State(end, state.memory)
-            yield found
+            states, some = [self._kept[k]], self.steps[k * self.every : (k + 1) * self.every]
+            for facts in some[:-1]:
+                states.append(self._follow(states[-1], facts))
+            yield list(zip(some, states, strict=True))
 
     def without(self, ids: Tensor, what: str) -> Tensor:
         """Train again with the loss of some examples left out, and return θ at the end, ``(parameters,)``."""

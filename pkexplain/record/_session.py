@@ -8,6 +8,7 @@ from typing import Any
 from pkexplain.errors import RecordingError
 from pkexplain.gradients.torch_state import without_autocast
 from pkexplain.optimizers.segment_accountant import SegmentAccountant
+from pkexplain.record._accounts import Accounts
 from pkexplain.record._contract import grown_since, not_between_steps
 from pkexplain.record._gradient_check import GradientSums
 from pkexplain.record._identity import InputIdentity
@@ -20,7 +21,7 @@ from pkexplain.record._segment_ends import SegmentEnds
 from pkexplain.record._segment_lengths import SegmentLengths
 from pkexplain.record._split_notes import SplitNotes
 from pkexplain.record._state import serialise
-from pkexplain.record._step import Accounts, StepRecorder
+from pkexplain.record._step import StepRecorder
 from pkexplain.store.fingerprint import ModelFingerprint
 from pkexplain.store.manifest import Manifest, OptimizerEntry
 from pkexplain.store.writer import RunWriter

@@ -21,7 +21,8 @@ from pkexplain.gradients.torch_state import without_autocast
 from pkexplain.gradients.watch import Watch
 from pkexplain.ids import check_ids
 from pkexplain.optimizers.base import CapturedBatch
-from pkexplain.optimizers.segment_accountant import AppliedStep, SegmentAccountant
+from pkexplain.optimizers.segment_accountant import AppliedStep
+from pkexplain.record._accounts import Accounts
 from pkexplain.record._contract import (
     broken,
     not_after_a_torn_step,
@@ -32,16 +33,9 @@ from pkexplain.record._contract import (
     warn_of_unapplied,
     without_backward,
 )
-from pkexplain.record._gradient_check import GradientSums
-from pkexplain.record._identity import InputIdentity
-from pkexplain.record._observers import InputShapes, LossDerivatives
 from pkexplain.record._optimizer_steps import closure_of, skips, with_result
 from pkexplain.record._plan import Plan
-from pkexplain.record._replay_log import ReplayRecorder
 from pkexplain.record._roll_call import ACCUMULATE, BATCH, REFUSED, STEP, RollCall
-from pkexplain.record._segment_ends import SegmentEnds
-from pkexplain.record._segment_lengths import SegmentLengths
-from pkexplain.record._split_notes import SplitNotes
 
 
 @dataclass
@@ -56,40 +50,14 @@ class Step:
     done: bool = False  # whether all have stepped
 
 
-@dataclass
-class Accounts:
-    """What a recording adds up, and what it watches.
-
-    Attributes:
-        inputs: Shapes of the model's inputs.
-        identity: Whether ids come back with the same inputs.
-        derivatives: The loss derivatives.
-        split: What cannot be split.
-        accountant: The displacements of the segment.
-        lengths: Where segments end.
-        sums: The gradients of the step.
-        ends: The segments that have ended.
-        replay: What steps can be taken again with.
-        withdrawn: Examples that cannot come any more.
-    """
-
-    inputs: InputShapes
-    identity: InputIdentity
-    derivatives: LossDerivatives
-    split: SplitNotes
-    accountant: SegmentAccountant
-    lengths: SegmentLengths
-    sums: GradientSums
-    ends: SegmentEnds
-    replay: ReplayRecorder
-    withdrawn: Sequence[int] = ()
-
-
 class StepRecorder:
-    """Records one step after another, of a plan, in its accounts.
+    """Records one step after another.
 
     Args:
-        meet: Waits for all processes; see `RollCall.meet`, where ``roll_call`` is.
+        plan: What is recorded.
+        accounts: Where it is added up.
+        meet: Waits for all processes; see `RollCall.meet`.
+        roll_call: Where they meet.
         end_segment: Called where a segment ends; with whether that is before its full length.
     """
 
@@ -119,7 +87,7 @@ class StepRecorder:
         return self._step is not None
 
     def hooks(self) -> Iterator[Any]:
-        """Listen to gradients and optimizers; yield the handles."""
+        """Listen to the parameters' gradients and to the optimizers; yield the handles."""
         yield from self._accounts.sums.hooks(self._current_batch)
         for optimizer in self._plan.optimizers.all:
             yield optimizer.register_step_pre_hook(self._before_step)
@@ -327,7 +295,8 @@ class StepRecorder:
             self._skip(batches)
             return
         accounts, steps = self._accounts, self._plan.steps
-        accountant, sums, unsplit = accounts.accountant, accounts.sums, accounts.split.share_of(accounts.sums)
+        accountant, sums = accounts.accountant, accounts.sums
+        unsplit = accounts.split.share_of(sums)
         gradients, numbers = (sums.captured, sums.attributed), steps.numbers()
         with accounts.ends.as_a_whole():
             accountant.step(AppliedStep(batches, *gradients, numbers, step.before, step.factors, unsplit))
@@ -337,7 +306,7 @@ class StepRecorder:
         self._forget()
 
     def _skip(self, batches: Sequence[CapturedBatch]) -> None:
-        """Count it."""
+        """Count a step that was skipped."""
         self._accounts.ends.warnings.of_skipped(batches)
         self._accounts.accountant.skip(batches)
         self._accounts.lengths.count(sum(batch.everywhere for batch in batches), stepped=False)
