@@ -30,7 +30,7 @@ def as_finite(values: Any, shape: tuple[int | None, ...], asked: str, axes: str,
     if len(shape) > 1:
         expected = f"{axes} = ({', '.join('any' if size is None else str(size) for size in shape)})"
     fix = "Pass one number for each"
-    values = values.detach().cpu() if hasattr(values, "detach") else values
+    values = values.detach().double().cpu().numpy() if hasattr(values, "detach") else values
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

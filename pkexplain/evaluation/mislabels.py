@@ -91,7 +91,7 @@ def flip_labels(
         >>> int(mask.sum()), bool((flipped[mask] != np.array([0, 1, 1, 0, 1, 0])[mask]).all())
         (2, True)
     """
-    array = np.array(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+    array = np.array(labels.detach().cpu().numpy() if hasattr(labels, "detach") else labels)
     source = "the labels"
     if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
         got, expected = f"{array.dtype}, shape {array.shape}", "integers, (num_examples,)"
@@ -159,7 +159,7 @@ def mislabel_detection(
 
 def _as_mask(mislabelled: Any, num_examples: int) -> np.ndarray:
     asked = "mislabel_detection(…, mislabelled)"
-    given = np.asarray(mislabelled.detach().cpu() if hasattr(mislabelled, "detach") else mislabelled)
+    given = np.asarray(mislabelled.detach().cpu().numpy() if hasattr(mislabelled, "detach") else mislabelled)
     if given.dtype == np.bool_:
         mask = given
         if mask.shape != (num_examples,):

@@ -17,30 +17,48 @@ The path reading is not concerned: it says what moved the parameters, and adds u
 from __future__ import annotations
 
 import ast
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pkexplain.explain._trajectory_model import TrajectoryModel
+from pkexplain.projection.packed import MultipliedVector
+from pkexplain.projection.projector import Projector
 from pkexplain.store.trajectory import Trajectory
 
 _KINDS = {"Adam", "AdamW", "NAdam"}
 
 
-def credit(trajectory: Trajectory, model: TrajectoryModel, t: int) -> Tensor | None:
-    """Compute 1 − C ρ² of a segment, ``(parameters,)``; None where the optimizer is not one that this is known of.
+def credited(trajectory: Trajectory, model: TrajectoryModel, projectors: Sequence[Projector]) -> list[Projector]:
+    """Let every segment's covectors, those of the curvature too, count 1 − C ρ²; as they are with another optimizer.
+
+    Args:
+        trajectory: The run.
+        model: Reads how far the gradients moved the parameters.
+        projectors: The projection of every segment.
+    """
+    if not set(trajectory.manifest.optimizer.kind.split(" + ")) <= _KINDS:
+        return list(projectors)
+    kept = functools.lru_cache(maxsize=2)(functools.partial(credit, trajectory, model))
+    return [
+        projector.with_operator(MultipliedVector(projector.operator, functools.partial(kept, t)))
+        for t, projector in enumerate(projectors)
+    ]
+
+
+def credit(trajectory: Trajectory, model: TrajectoryModel, t: int) -> Tensor:
+    """Compute 1 − C ρ² of a segment, ``(parameters,)``.
 
     Args:
         trajectory: The run.
         model: Reads how far the gradients moved the parameters.
         t: The segment.
     """
-    optimizer = trajectory.manifest.optimizer
-    if not set(optimizer.kind.split(" + ")) <= _KINDS:
-        return None
     begin, end = trajectory.boundaries[t], trajectory.boundaries[t + 1]
     rates = trajectory.summaries[t].learning_rate_sum
-    shares = [_share_in_divisor(begin, end, _beta2(group)) for group in optimizer.groups]
+    shares = [_share_in_divisor(begin, end, _beta2(group)) for group in trajectory.manifest.optimizer.groups]
     moved = model.moved_by_gradients(t)
     factors = torch.ones_like(moved)
     for block in trajectory.fingerprint.blocks:

@@ -18,6 +18,7 @@ from pkexplain.explain._query_gradients import integrate, outputs_at_checkpoints
 from pkexplain.explain._ranking import Ranking
 from pkexplain.explain._replayed_rows import ReplayedRows
 from pkexplain.explain._run_notes import Note, notes_on_run
+from pkexplain.explain._second_moment import credited
 from pkexplain.explain._trajectory_model import TrajectoryModel
 from pkexplain.explain.loss_curvature import LossCurvature
 from pkexplain.explain.outputs import Output
@@ -106,6 +107,7 @@ class RunExplainer:
         self.projectors = [self.trajectory.projector(t, device) for t in range(len(self.trajectory))]
         self.trajectory_model = TrajectoryModel(self.model, layers, self.projectors, self.trajectory)
         self.segments = [self.trajectory.segment(t) for t in range(len(self.trajectory))]
+        self._counted = credited(self.trajectory, self.trajectory_model, self.projectors)
         self._row_sums = torch.stack([segment.row_sum for segment in self.segments])
         self._withdrawn = torch.stack([segment.withdrawn for segment in self.segments])
         self._tolerance, self.quadrature, self._progress = setting.tolerance, setting.quadrature, setting.progress
@@ -238,13 +240,13 @@ class RunExplainer:
     def curvature(self, loss: LossCurvature | None) -> Curvature:
         """Compute the curvature of every segment, once for each loss."""
         if loss not in self._curvatures:
-            pieces = self.trajectory, self.segments, self.projectors
+            pieces = self.trajectory, self.segments, self._counted
             self._curvatures[loss] = Curvature(*pieces, loss, self._progress)
         return self._curvatures[loss]
 
     def _removal(self, queries: QueryBatch, output: Output, removal: Removal) -> Account:
         curvature = self.curvature(removal.loss)
-        pieces = self.trajectory, self.trajectory_model, self.segments, self.projectors
+        pieces = self.trajectory_model, self.segments, self.projectors, self._counted
         final = final_gradient(*pieces, queries, output, removal.checkpoints)
         carried = curvature.carry(final.projected, removal.strength)
         outputs = outputs_at_checkpoints(self.trajectory_model, queries, output)

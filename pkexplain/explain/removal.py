@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from pkexplain.errors import ConfigurationError
-from pkexplain.explain._second_moment import credit
 from pkexplain.explain._trajectory_model import TrajectoryModel
 from pkexplain.explain.loss_curvature import LossCurvature, loss_curvature_of, usual_largest
 from pkexplain.explain.outputs import Output
@@ -92,10 +91,10 @@ class FinalGradient:
 
 
 def final_gradient(
-    trajectory: Trajectory,
     model: TrajectoryModel,
     segments: Sequence[Segment],
     projectors: Sequence[Projector],
+    counted: Sequence[Projector],
     queries: QueryBatch,
     output: Output,
     checkpoints: int | None,
@@ -103,10 +102,10 @@ def final_gradient(
     """Differentiate f at the ends of the last segments; each counts by its number of steps.
 
     Args:
-        trajectory: The run.
-        model: The model at any of its points.
+        model: The model and the run.
         segments: The run's segments.
         projectors: Their projections.
+        counted: The same, of what counts; see `pkexplain.explain._second_moment`.
         queries: The queries.
         output: What is explained, resolved on the final prediction.
         checkpoints: The number of last checkpoints; None for all but the first.
@@ -125,9 +124,8 @@ def final_gradient(
             audit = audit + (model.coordinates.of(gradients) @ exact.T).double().cpu()
             covectors = projectors[t].project_covectors(gradients).cpu()
             stored = stored + (covectors @ segments[t].read_rows(ids, model.dtype).T).double()
-        counted = [(projector, credit(trajectory, model, t)) for t, projector in enumerate(projectors)]
-        projected = [projector.project_covectors(mean if f is None else mean * f) for projector, f in counted]
-        found.append((torch.stack(projected, dim=1), audit, stored))
+        projected = torch.stack([projector.project_covectors(mean) for projector in counted], dim=1)
+        found.append((projected, audit, stored))
     projected, audit, stored = (torch.cat(parts) for parts in zip(*found, strict=True))
     return FinalGradient(projected, audit, stored, len(last))
 
@@ -187,7 +185,8 @@ class Curvature:
         derivatives = torch.stack([s.loss_derivatives for s in segments])
         sizes, unseen = derivatives.nan_to_num(0.0), derivatives.isnan()
         loss = loss or loss_curvature_of(sizes)
-        largest = max(usual_largest(each[~gone].abs()) for each, gone in zip(sizes, unseen, strict=True))
+        largest = float(sizes.abs().max())
+        usual = max(usual_largest(each[~gone].abs()) for each, gone in zip(sizes, unseen, strict=True))
         if not largest > 0:
             raise ConfigurationError(
                 'reading="removal"',
@@ -199,7 +198,7 @@ class Curvature:
             )
         self._segments: list[_Shrinking] = []
         for t, segment in enumerate(segments):
-            share = self._batch_share(t, largest, loss)
+            share = self._batch_share(t, usual, largest, loss)
             curved = torch.where(unseen[t], 0.0, loss.weights(sizes[t].abs() / share))[chosen]
             some = min(examples, _MOST_ROWS)
             curved *= examples / some * examples * self._steps(t) / (trajectory.summaries[t].visits * share)
@@ -209,12 +208,12 @@ class Curvature:
     def _steps(self, t: int) -> int:
         return self._trajectory.boundaries[t + 1] - self._trajectory.boundaries[t]
 
-    def _batch_share(self, t: int, largest: float, loss: LossCurvature) -> float:
-        """Return the factor of an example's loss in its batch's: 1/batch, or what the largest derivative implies."""
+    def _batch_share(self, t: int, usual: float, largest: float, loss: LossCurvature) -> float:
+        """Return the factor of an example's loss in its batch's: 1/batch, or, of a sum, what the largest implies."""
         mean = self._steps(t) / max(self._trajectory.summaries[t].visits, 1)
         if loss.largest is None:
             return mean
-        return mean if largest <= 1.1 * mean * loss.largest else largest / loss.largest
+        return mean if usual <= 1.1 * mean * loss.largest else largest / loss.largest
 
     def _shrinking(self, segment: Segment, projector: Projector, chosen: Tensor | slice, curved: Tensor) -> _Shrinking:
         device, dtype = projector.device, projector.dtype

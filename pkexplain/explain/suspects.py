@@ -113,7 +113,8 @@ def suspicion(trajectory: Trajectory) -> np.ndarray:
         )
     usual = max(usual_largest(sizes[seen]) for _, sizes, seen, _ in kept)
     bound = None if any(signed for *_, signed in kept) else CrossEntropy.largest
-    scale = usual if bound is None or usual > 1.1 * bound else bound  # more than the bound: a loss that is summed
+    largest = max(float(sizes[seen].max()) for _, sizes, seen, _ in kept)
+    scale = largest if bound is None or usual > 1.1 * bound else bound  # more than the bound: a loss that is summed
     for steps, sizes, seen, _ in kept:
         share = (sizes[seen] / scale).clamp_max(1.0)
         total[seen] += steps * float(share.var()) * share
@@ -156,7 +157,7 @@ def _predictions(run: RunExplainer, rows: list[Any]) -> list[float | int]:
 
 
 def _centred(scores: np.ndarray, labels: Any) -> np.ndarray:
-    given = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+    given = np.asarray(labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels)
     if given.shape != scores.shape:
         got, expected, fix = f"shape {given.shape}", f"shape {scores.shape}", "Pass one label for each example"
         raise ConfigurationError("suspects(labels=…)", "they have another shape", got, expected, "the run", fix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pkexplain.optimizers.accumulator import DisplacementAccumulator
 from pkexplain.optimizers.base import CapturedBatch, RecordingSpec, Totals
 from pkexplain.optimizers.displacement import MomentumBuffer
 from pkexplain.optimizers.rules import LinearStep
+from pkexplain.projection.packed import Vector
 from pkexplain.projection.projector import Projector
 from pkexplain.store.manifest import SegmentSummary, SplitSummary
 from pkexplain.store.rows import Rows
@@ -228,6 +229,7 @@ class SegmentAccountant:
         rate_sums = self._rate_sums.close(totals.balance)
         totals = self._shortened(totals, rate_sums)
         projector = totals.projector
+        operator = cast("Vector | None", projector.operator)  # in a recording, never one that is computed when read
         unsplit = (self._unsplit.close() if self._unsplit else displacement[:0]).to(dtype)
         remainder = displacement - totals.examples - decay.to(displacement)
         if len(unsplit):
@@ -246,11 +248,11 @@ class SegmentAccountant:
             audit_rows=totals.audit_rows.to(self._spec.audit_dtype),
             withdrawn=torch.zeros(totals.rows.shape[1], dtype=torch.float64, device="cpu"),
             rate_sums=rate_sums,
-            operator=displacement[:0].to(dtype) if projector.operator is None else projector.operator,
+            operator=displacement[:0].to(dtype) if operator is None else operator,
             directions=projector.tensors(),
         )
         expected, size = totals.row_sum.double(), totals.row_sum.double().norm()
-        if projector.operator is None:
+        if operator is None:
             size = projector.short_rows(projector.project_plain(displacement[None])).double().norm()
         gap = (expected - segment.row_sum).norm() / torch.maximum(size, segment.row_sum.norm()).clamp_min(1e-300)
         summary = SegmentSummary(

@@ -8,14 +8,14 @@ share a scale (as in T. Dettmers et al., 8-bit Optimizers via Block-wise Quantiz
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import overload
 
 import torch
 from torch import Tensor
 
-__all__ = ["PackedVector", "Vector", "pack"]
+__all__ = ["MultipliedVector", "Operator", "PackedVector", "Vector", "pack"]
 
 _BLOCK = 256
 _AT_ONCE = _BLOCK << 14
@@ -94,7 +94,37 @@ class PackedVector:
         return (blocks * _BLOCK // (1 if logarithmic else 2),), (blocks, 2) if logarithmic else (blocks,)
 
 
+@dataclass(frozen=True)
+class MultipliedVector:
+    """A vector times numbers that are computed when it is read: many segments' together would not fit in memory.
+
+    Attributes:
+        vector: The vector; None for ones.
+        factors: Computes the numbers, ``(size,)``.
+    """
+
+    vector: Tensor | PackedVector | MultipliedVector | None
+    factors: Callable[[], Tensor]
+
+    def __getitem__(self, span: slice) -> Tensor:
+        """Compute some of it."""
+        factors = self.factors()[span]
+        return factors if self.vector is None else self.vector[span].to(factors) * factors
+
+    @overload
+    def to(self, like: Tensor) -> Tensor: ...
+    @overload
+    def to(self, like: torch.device) -> MultipliedVector: ...
+    def to(self, like: Tensor | torch.device) -> Tensor | MultipliedVector:
+        """Compute it as a tensor like another, ``(size,)``, or move it to a device as it is."""
+        if not isinstance(like, torch.device):
+            return self[:].to(like)
+        return MultipliedVector(None if self.vector is None else self.vector.to(like), self.factors)
+
+
 Vector = Tensor | PackedVector
+"""A vector as it is stored."""
+Operator = Vector | MultipliedVector
 
 
 def pack(vector: Tensor, logarithmic: bool = False, seed: int = 0) -> PackedVector:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pkexplain.gradients.factors import ExampleGradients
 from pkexplain.gradients.layers import Block
 from pkexplain.projection.maps import IdentityMap, Map, Pieces, TwoSidedMap, geometric_sides, rounded
-from pkexplain.projection.packed import Vector
+from pkexplain.projection.packed import Operator
 
 __all__ = ["Projector", "SecondStage"]
 
@@ -70,7 +70,7 @@ class Projector:
         like: Tensor,
         width: int,
         *,
-        operator: Vector | None = None,
+        operator: Operator | None = None,
         second_stage: SecondStage | None = None,
     ) -> None:
         """Move the maps' tables to the device."""
@@ -99,7 +99,7 @@ class Projector:
         """k, the number of columns of a stored row."""
         return self.width if self.second_stage is None else self.second_stage.columns
 
-    def with_operator(self, operator: Vector) -> Projector:
+    def with_operator(self, operator: Operator) -> Projector:
         """Return the same projection with Q, ``(parameters,)``."""
         return self._with(operator, self.second_stage)
 
@@ -107,7 +107,7 @@ class Projector:
         """Return the same projection with a second stage."""
         return self._with(self.operator, second_stage)
 
-    def _with(self, operator: Vector | None, second_stage: SecondStage | None) -> Projector:
+    def _with(self, operator: Operator | None, second_stage: SecondStage | None) -> Projector:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         options = {"operator": operator, "second_stage": second_stage}
         return Projector(self.blocks, self.maps, like, self.width, **options)

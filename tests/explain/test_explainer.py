@@ -401,7 +401,7 @@ def test_an_output_that_does_not_exist_is_refused(run, explainer, output, wrong)
 
 @pytest.mark.parametrize("reading", ["REMOVAL", "PATH", None])
 def test_a_reading_that_is_not_there_is_refused(run, explainer, reading):
-    expected = r"expected \"path\", \"removal\" or a Removal"
+    expected = r"expected \"path\", \"removal\", a Removal or a Replay"
     match = rf"^Explainer\.explain: there is no such reading\. Got {reading!r}; {expected}"
     with pytest.raises(ConfigurationError, match=match):
         explainer.explain(run.queries[0], reading=reading)
