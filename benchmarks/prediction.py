@@ -3,7 +3,8 @@
 The protocol of the public dattri benchmark: 100 half-subsets of 4,500 digits, retrained with other seeds, and minus the
 cross-entropy of 500 test digits. Everything that was chosen (the strength of the curvature) was chosen on another split
 of the digits, with other subsets and other trainings. About an hour; ``prediction.py lr mlp`` measures two of the parts
-``lr``, ``mlp``, ``adamw``, ``text``, ``gpt``, ``choices``, ``others``, ``sizes`` and ``ten`` again, and keeps the rest in build/benchmarks.
+``lr``, ``mlp``, ``adamw``, ``text``, ``gpt``, ``choices``, ``others``, ``sizes`` and ``ten`` again, and keeps the rest
+in build/benchmarks.
 """
 
 from __future__ import annotations
@@ -182,8 +183,8 @@ def page(found: dict[str, Any]) -> str:
     ceilings = [found.get(f"{p.name} removal", {}).get("ceiling") for p in PROTOCOLS]
     rows.append(["a perfect predictor", *("–" if c is None else f"{c:.3f}" for c in ceilings)])
     parts = [
-        "Random halves of the training set (100; 50 of the GPT), 500, 300 or 200 queries, default settings; in brackets "
-        "95% of the means on resampled subsets. LR and MLP: the public protocol, one retraining of each subset. "
+        "Random halves of the training set (100; 50 of the GPT), 500, 300 or 200 queries, default settings; in "
+        "brackets 95% of the means on resampled subsets. LR and MLP: the public protocol, one retraining of each subset. "
         "The others: the mean of two. A perfect predictor of the expected output would score the last line, which is "
         f"estimated from how well two retrainings agree. {machine()}.",
         table(["method", *(p.name for p in PROTOCOLS)], rows),
