@@ -185,7 +185,7 @@ def page(found: dict[str, Any]) -> str:
     parts = [
         "Random halves of the training set (100; 50 of the GPT), 500, 300 or 200 queries, default settings; in "
         "brackets 95% of the means on resampled subsets. LR and MLP: the public protocol, one retraining of each "
-        "subset. The others: the mean of two. A perfect predictor of the expected output would score the last line, which is "
+        "subset. The others: the mean of two. A perfect predictor of the expected output would score the last line, "
         f"estimated from how well two retrainings agree. {machine()}.",
         table(["method", *(p.name for p in PROTOCOLS)], rows),
     ]

@@ -112,7 +112,7 @@ class RunExplainer:
         self._withdrawn = torch.stack([segment.withdrawn for segment in self.segments])
         self._tolerance, self.quadrature, self._progress = setting.tolerance, setting.quadrature, setting.progress
         self._curvatures: dict[LossCurvature | None, Curvature] = {}
-        self._replayers: dict[Replay, Replayer] = {}
+        self._replayers: dict[Any, Replayer] = {}
         rows = self.trajectory, setting.index, store, device
         self.whole = self.ranking = Ranking(*rows, ProcessGroup())
         group = ProcessGroup() if setting.group is None else TorchProcessGroup(setting.group)
@@ -266,9 +266,9 @@ class RunExplainer:
 
     def replayer(self, replay: Replay) -> Replayer:
         """Train the run again, once for each setting."""
-        if replay not in self._replayers:
-            self._replayers[replay] = Replayer(self.trajectory, self.model, replay, self._progress)
-        return self._replayers[replay]
+        if replay.key not in self._replayers:
+            self._replayers[replay.key] = Replayer(self.trajectory, self.model, replay, self._progress)
+        return self._replayers[replay.key]
 
     def _replay(self, queries: QueryBatch, output: Output, replay: Replay) -> Account:
         found = self.replayer(replay).answer(self.trajectory_model, queries, output, len(self.trajectory))

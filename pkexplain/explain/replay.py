@@ -44,7 +44,7 @@ _COTANGENTS = 1 << 26
 """The most numbers of θ's cotangents that are carried at once; there are about five vectors of that size."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Replay:
     """Settings of the replay reading, for a run that was recorded with ``Recorder(replay=True)``.
 
@@ -75,7 +75,10 @@ class Replay:
             fix = "Leave them out"
             raise ConfigurationError("Replay", "a number is invalid", got, expected, "the replay reading", fix)
 
-    __hash__ = object.__hash__
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two settings have in common that are the same: for the same data and functions, not equal ones."""
+        return id(self.dataset), self.loss, self.collate, self.clip, self.trials
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Replayer:
 
     def __init__(self, trajectory: Trajectory, model: nn.Module, replay: Replay, progress: Progress) -> None:
         """Train the run again, keeping what is needed to go backwards, and try how well derivatives predict."""
-        self._replay, self._progress = replay, progress
+        self._replay, self._progress = replay, progress  # the settings are kept, so that their key stays their own
         self._training = ReplayedTraining(trajectory, copy_model(model), replay, progress)
         worst = self._training.gap
         if not worst <= _REFUSED_GAP:

@@ -205,6 +205,18 @@ def test_what_is_shown_belongs_together() -> None:
     np.testing.assert_allclose(own, every.diagonal())
 
 
+def test_the_run_is_trained_again_once_for_the_same_settings() -> None:
+    build, optimize, how = CASES["SGD"]
+    run, told = pk.MemoryStore(), []
+    explainer = pk.Explainer(run, fit(build, optimize, run=run, **how), progress=lambda what, *_: told.append(what))
+    for _ in range(2):
+        explainer.contributions(QUERIES, output=pk.Logit(1), reading=pk.Replay(DATA, trials=1))
+    assert told.index("replaying backwards") < len(told) - told[::-1].index("replaying backwards") - 1
+    after = told[told.index("replaying backwards") :]
+    assert "replaying the run" not in after
+    assert not any(what.startswith("training without") for what in after)
+
+
 def test_the_replay_error_tells_smooth_trainings_from_others() -> None:
     def linear():
         return nn.Linear(5, 3)
