@@ -1,7 +1,7 @@
 """Are wrong labels found? A tenth of them flipped, to any class or from class to class, five times; three models.
 
 Ours beside Captum's self-influence, cheap scores and confident learning (cleanlab, if it is installed: three-fold
-cross-validation). Half an hour; what was measured is kept in build/benchmarks, so that an interrupted run goes on.
+cross-validation). Twenty minutes; what was measured is kept in build/benchmarks, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -66,13 +66,8 @@ def scores(protocol: Protocol, data: Data) -> Iterator[tuple[str, Callable[[], A
     explainer = pk.Explainer(run, model)
     dataset = torch.utils.data.TensorDataset(inputs, labels)
     setting = baselines.Setting.of(explainer, inputs[:1], labels[:1], dataset=dataset)
-    output = pk.Margin(labels)
     yield "pkexplain, `suspects`", lambda: pk.suspects(run).scores
     yield "pkexplain, `suspects`, centred by label", lambda: pk.suspects(run, labels=labels).scores
-    yield (
-        "pkexplain, removal reading of its own margin",
-        lambda: explainer.self_contributions(inputs, everything, output=output),
-    )
     yield "Captum `TracInCP.self_influence`", lambda: baselines.TracInCP().self_influence(setting)
     yield "gradient norm", lambda: baselines.GradientNorm().scores(setting)[0]
     yield "loss at the end of training", lambda: baselines.TrainingLoss().scores(setting)[0]
