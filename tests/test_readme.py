@@ -53,7 +53,7 @@ def names(tmp_path, monkeypatch):
 
 
 def test_the_loop_and_what_was_left_out_run_as_they_stand(names, tmp_path, capsys):
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     run(block("recorder.batches(loader):  #"), names)
     shown = capsys.readouterr().out
     assert "margin[3]" in shown
@@ -69,6 +69,9 @@ def test_the_loop_and_what_was_left_out_run_as_they_stand(names, tmp_path, capsy
         assert isinstance(statement, ast.Expr)
         found = eval(compile(ast.Expression(statement.value), "README.md", "eval"), names)
         assert getattr(found, "reading", "removal") == "removal"
+    run(block("pk.suspects"), names)
+    assert "Likely wrong labels" in capsys.readouterr().out
+    assert "Likely wrong labels" in (tmp_path / "suspects.html").read_text(encoding="utf-8")
 
 
 def test_two_lines_record_a_loop():
